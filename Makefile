@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# make demo     four processes train on real data, synchronized and not
+# make test     every test, on 1 to 4 processes
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PATH := $(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test test-one test-mpi test-torchrun lint docs clean
+
+demo: $(VENV)/ready
+	NPROC=4 launch/mpirun.sh examples/digits.py
+
+test: test-one test-mpi test-torchrun
+
+test-one: $(VENV)/ready
+	timeout 1500 python -m pytest
+
+test-mpi: $(VENV)/ready
+	NPROC=2 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=3 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=4 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+
+test-torchrun: $(VENV)/ready
+	NPROC=2 timeout 600 launch/torchrun.sh -m pytest tests/multiprocess
+
+lint: $(VENV)/ready
+	ruff format --check .
+	ruff check .
+	mypy
+
+docs: $(VENV)/ready
+	mkdocs build --strict
+
+# The CPU build of torch comes first: resolved by a range, torch brings gigabytes of CUDA packages.
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) torch
+	$(BIN)/python $(INSTALL) -e ".[mpi,examples,test,docs,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out site build dist

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+# Start a Python program on NPROC processes of this host, under the mpirun of Open MPI or MPICH.
+#
+#     NPROC=4 launch/mpirun.sh train.py --epochs 3
+#     NPROC=4 launch/mpirun.sh -m pytest --with-mpi tests
+set -euo pipefail
+NPROC=${NPROC:-2}
+PYTHON=${PYTHON:-python}
+MPIRUN=${MPIRUN:-mpirun}
+
+# One thread a process: more processes than cores with several threads each are slower, not faster.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# More processes than cores is allowed; Open MPI then yields instead of spinning. Two names: versions 4 and 5.
+export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
+export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+
+# In a container one is root, which Open MPI refuses unless told twice.
+if [ "$(id -u)" = 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+
+# The runner of mpi4py ends all processes at once when one of them raises; without it the others wait for ever.
+exec "$MPIRUN" -n "$NPROC" "$PYTHON" -m mpi4py "$@"

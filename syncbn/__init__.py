@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exact synchronized batch normalization for PyTorch, on any number of processes.
+
+Data takes five steps, and the same names stand wherever a step is done:
+
+    forward    x  -> local_moments  -> all_reduce -> normalize      -> y
+    backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
+
+A tour, in reading order:
+
+    reference.py      the whole layer over the global batch, in one process: what the rest must equal
+    functional.py     the autograd function: the picture above, step by step
+    moments.py        what travels: sums of x and x * x, in float64
+    kernels/          the steps on one process's data
+    transports/       the step across processes
+    layer.py          the module; convert.py makes one of a torch batch norm, and back
+    groups.py         what a module stores instead of a communicator
+    agreement.py      verdicts that all ranks share; checks.py says what is checked
+    world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
+    cli.py            `syncbn doctor` and `syncbn bench`
+"""
+
+from syncbn import functional
+from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.groups import GroupSpec
+from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.world import World, init
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GroupSpec",
+    "LazySyncBatchNorm",
+    "SyncBatchNorm",
+    "World",
+    "convert_sync_batchnorm",
+    "functional",
+    "init",
+    "revert_sync_batchnorm",
+]

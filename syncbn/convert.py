@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Conversion to SyncBatchNorm and back, without loss.
+
+A layer changes its class in place: Parameter objects, buffers, hooks, flags, the training mode and every
+reference to the layer stay as they are, so a shared layer stays shared and an optimizer stays valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn import groups
+from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+
+_EAGER = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_BECOMES: dict[type, type] = {cls: cls.cls_to_become for cls in _LAZY}
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Makes every torch batch norm of a model a :class:`SyncBatchNorm`, in place.
+
+    Args:
+        module: a model, or one layer.
+        process_group: the ranks to synchronise over; None keeps the group that a torch.nn.SyncBatchNorm has.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        TypeError: naming every layer that cannot be converted without loss, and why. Nothing is changed then.
+
+    Communication:
+        None.
+    """
+    found = {name: layer for name, layer in module.named_modules() if _is_batch_norm(layer)}
+    _refuse(
+        found,
+        {name: reason for name, layer in found.items() if (reason := _obstacle(layer))},
+        "SyncBatchNorm",
+    )
+    spec = groups.specify(process_group)
+    for layer in found.values():
+        if isinstance(layer, SyncBatchNorm):
+            layer.process_group = spec if spec is not None else layer.process_group
+            continue
+        original = type(layer)
+        kept_group = layer.__dict__.pop("process_group", None)
+        layer.__class__ = LazySyncBatchNorm if original in _LAZY else SyncBatchNorm
+        layer.process_group = spec if spec is not None else kept_group
+        layer.converted_from = original
+        layer._agreed_token = 0
+    return module
+
+
+def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | None = None) -> nn.Module:
+    """Gives every converted layer of a model its original class back, in place.
+
+    Args:
+        module: a model, or one layer.
+        otherwise: the class for layers that were created as SyncBatchNorm, for example torch.nn.BatchNorm2d.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        TypeError: naming every layer that was not converted from a torch class, if ``otherwise`` is not given.
+            Nothing is changed then.
+
+    Communication:
+        None.
+    """
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)}
+    unknown = {name: "it was created as SyncBatchNorm; pass otherwise=torch.nn.BatchNorm2d, for example"
+               for name, layer in found.items() if layer.converted_from is None and otherwise is None}  # fmt: skip
+    _refuse(found, unknown, "its original class")
+    for layer in found.values():
+        original = layer.converted_from or otherwise
+        assert original is not None
+        if original in _LAZY and not isinstance(layer, LazySyncBatchNorm):
+            original = _BECOMES[original]  # it has seen its first input since it was converted
+        spec = layer._group_spec
+        for attribute in ("_group_spec", "converted_from", "_agreed_token"):
+            del layer.__dict__[attribute]
+        layer.__class__ = original  # type: ignore[assignment]
+        if original is nn.SyncBatchNorm:
+            layer.process_group = None if spec is None else groups.handle(spec)
+    return module
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    scripted = isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in str(layer.original_name)
+    return isinstance(layer, _BatchNorm) or scripted
+
+
+def _obstacle(layer: nn.Module) -> str:
+    """Says what conversion would lose, or nothing."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance, and would go on unsynchronised"
+    if isinstance(layer, SyncBatchNorm) or type(layer) in _EAGER + _LAZY:
+        return ""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is a compiled ScriptModule; convert before torch.jit.script"
+    own = "forward" in vars(type(layer)) or type(layer).forward is not _BatchNorm.forward
+    lost = "forward" if own else "class and methods"
+    return f"its {lost} ({type(layer).__module__}.{type(layer).__qualname__}) would be lost; replace the layer by hand"
+
+
+def _refuse(found: Mapping[str, nn.Module], reasons: Mapping[str, str], target: str) -> None:
+    if reasons:
+        lines = "\n".join(f"  {name or '(the module itself)'}: {reason}" for name, reason in reasons.items())
+        raise TypeError(
+            f"Conversion to {target} must lose nothing; {len(reasons)} of {len(found)} layers would lose something, "
+            f"and nothing was changed:\n{lines}"
+        )

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a module stores instead of a communicator: a specification that copies, pickles and travels.
+
+A live handle (a torch ProcessGroup, an mpi4py communicator) is turned into a :class:`GroupSpec` when it is
+given to a layer, and is kept here, per process, so that the first use of the layer finds it again. A process
+that has never seen the handle, for example after loading a checkpoint, makes an equal group from the ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Some ranks of the job, and who connects them."""
+
+    kind: str
+    """"mpi" or "torch"."""
+    ranks: tuple[int, ...]
+    """The members, by their rank in the whole job."""
+    label: str = ""
+    """Tells apart two torch groups of the same ranks."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
+
+
+_handles: dict[GroupSpec, Any] = {}
+
+
+def specify(group: Any) -> GroupSpec | None:
+    """Turns what a user calls a process group into a specification.
+
+    Args:
+        group: None for everyone, a torch ProcessGroup, an mpi4py intracommunicator, or a GroupSpec, which
+            is what ``World.subgroup`` returns.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: where this process is not a member; on such processes alone, since they take no part.
+    """
+    if group is None or isinstance(group, GroupSpec):
+        return group
+    torch_spec = _specify_torch(group)
+    spec = torch_spec or _specify_mpi(group)
+    if spec is None:
+        raise TypeError(
+            "process_group must be None, a torch.distributed.ProcessGroup, an mpi4py intracommunicator, or the "
+            f"result of World.subgroup(size); received {type(group).__name__}: {group!r}. "
+            "Pass None to synchronise over every rank."
+        )
+    _handles[spec] = group
+    return spec
+
+
+def handle(spec: GroupSpec) -> Any | None:
+    """Returns the live handle that this process has for a specification, if it has seen one."""
+    return _handles.get(spec)
+
+
+def _specify_torch(group: Any) -> GroupSpec | None:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return None
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_not_a_member("the torch process group (it is GroupMember.NON_GROUP_MEMBER)"))
+    if not isinstance(group, dist.ProcessGroup):
+        return None
+    if dist.get_rank(group) < 0:
+        raise ValueError(_not_a_member(f"the torch process group of ranks {dist.get_process_group_ranks(group)}"))
+    return GroupSpec("torch", tuple(dist.get_process_group_ranks(group)), group.group_name)
+
+
+def _specify_mpi(group: Any) -> GroupSpec | None:
+    MPI = sys.modules.get("mpi4py.MPI")  # whoever holds a communicator has imported it
+    if MPI is None or not isinstance(group, MPI.Comm):
+        return None
+    if group == MPI.COMM_NULL:
+        raise ValueError(_not_a_member("the communicator (it is MPI.COMM_NULL)"))
+    if group.Is_inter():
+        return None
+    from syncbn.transports.mpi import world_ranks
+
+    return GroupSpec("mpi", world_ranks(group))
+
+
+def _not_a_member(what: str) -> str:
+    return (
+        f"process_group must contain the calling process; this process is not part of {what}. "
+        "Build the layer only on the members, or pass each process its own group."
+    )

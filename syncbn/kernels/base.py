@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The kernel contract: the steps on one process's data, as four signatures.
+
+N batch, C channels, S product of the spatial dims, W ranks.
+
+    forward    x -> local_moments  -> all_reduce -> normalize      -> y
+    backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
+
+An implementation is stateless, accepts any strides and an empty share (N * S == 0), and is checked by
+``tests/test_kernels.py`` against ``reference.py`` in float64. ``torch_ops.py`` is the readable one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from syncbn.moments import Running, Status
+
+
+class BatchStats(NamedTuple):
+    """Statistics of the global batch that backward needs."""
+
+    mean: Tensor
+    """float64 (C,)."""
+    invstd: Tensor
+    """float64 (C,)."""
+    count_global: float
+    """Samples per channel in the global batch."""
+
+
+class AbstractKernels(ABC):
+    """Four steps on one process's data. Nothing here communicates."""
+
+    name: str
+
+    @abstractmethod
+    def local_moments(self, x: Tensor, status: Status) -> Tensor:
+        """Sums x and x * x over N and S into a new forward wire.
+
+        Args:
+            x: (N, C, *spatial), float16, bfloat16, float32 or float64; N or S may be 0.
+            status: counters that ride in the wire's tail.
+
+        Returns:
+            float64 (2C + 8,), laid out as in :mod:`syncbn.moments`. The sums are accumulated in float64.
+        """
+
+    @abstractmethod
+    def normalize(
+        self,
+        x: Tensor,
+        wire: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: Running | None,
+        eps: float,
+        count_global: float,
+    ) -> tuple[Tensor, BatchStats]:
+        """Finalises the statistics, moves the running ones, and normalises x.
+
+        y = (x - mean) * (invstd * weight) + bias
+
+        The mean is subtracted first: a channel of one value everywhere gives exactly the bias.
+
+        Args:
+            x: (N, C, *spatial), as given to :meth:`local_moments`.
+            wire: float64 (2C + 8,), summed over the ranks.
+            weight: (C,) or None for 1; any floating dtype.
+            bias: (C,) or None for 0; any floating dtype.
+            running: updated in place, or None to leave them alone.
+            eps: added to the variance.
+            count_global: samples per channel in the global batch, read from the wire by the caller.
+
+        Returns:
+            y, of x's shape, dtype and layout, and the statistics that backward needs.
+        """
+
+    @abstractmethod
+    def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
+        """Sums grad_y and grad_y * xhat over N and S, xhat = (x - mean) * invstd.
+
+        Args:
+            grad_y: (N, C, *spatial), in any layout, also another one than x.
+            x: (N, C, *spatial).
+            stats: as :meth:`normalize` returned them.
+
+        Returns:
+            float64 (2C,): ``[sum_grad_y (C), sum_grad_y_xhat (C)]``. Before the all-reduce these are also the
+            local gradients of bias and weight.
+        """
+
+    @abstractmethod
+    def backward_input(
+        self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
+    ) -> Tensor:
+        """Forms the gradient of the input from the global sums.
+
+        grad_x = (grad_y - sum_grad_y / count - xhat * sum_grad_y_xhat / count) * invstd * weight
+
+        Args:
+            grad_y: (N, C, *spatial).
+            x: (N, C, *spatial).
+            wire: float64 (2C,), :meth:`backward_sums` summed over the ranks.
+            weight: (C,) or None for 1.
+            stats: as :meth:`normalize` returned them.
+
+        Returns:
+            grad_x, of x's shape, dtype and layout.
+        """

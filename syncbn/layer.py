@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SyncBatchNorm, the module: parameters, buffers, train and eval. No maths.
+
+N batch, C channels, S product of the spatial dims, W ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from syncbn import agreement, checks, functional, groups, transports
+from syncbn.groups import GroupSpec
+from syncbn.moments import Running
+from syncbn.transports.base import AbstractTransport
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the batch of all processes.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over N and S of every rank's share.
+
+    In training, output, input gradient and running statistics are those of ``torch.nn.BatchNorm*`` over the
+    concatenated batch. In eval it is ``torch.nn.functional.batch_norm`` and never communicates. Gradients of
+    weight and bias stay local: DistributedDataParallel, or ``World.average_gradients``, averages them.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None averages over all batches seen.
+        affine: whether to learn weight and bias.
+        track_running_stats: whether to keep running statistics. Without them eval uses those of its own share.
+        process_group: None for every rank, a torch ProcessGroup, an mpi4py communicator, or what
+            ``World.subgroup`` returned. A specification is stored, never the handle.
+        device: where to create parameters and buffers.
+        dtype: their dtype.
+        bias: False leaves the bias out.
+
+    Shape:
+        Input and output: (N, C, *spatial), with any number of spatial dims, N from 0.
+
+    Communication:
+        Training: one all-reduce of 2C + 8 float64 values in forward and one of 2C in backward, by every rank of
+        the group, also with an empty share. At the first training step of a layer one more of 4 W, which
+        compares its settings. Eval: none.
+
+    Raises:
+        ValueError, TypeError: on every rank of the group alike, if the input of any rank is wrong, if settings,
+            dtypes or gradient modes differ, or if the group has one value per channel.
+
+    Source:
+        Ioffe and Szegedy 2015 (arXiv 1502.03167); the interface is that of torch.nn.SyncBatchNorm.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group
+        self.converted_from: type[_BatchNorm] | None = None
+        self._agreed_token = 0
+
+    @property
+    def process_group(self) -> GroupSpec | None:
+        """The group, as a specification that copies and pickles. Assign any kind of group to change it."""
+        return self._group_spec
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._group_spec = groups.specify(group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises this rank's share, (N, C, *spatial), by the statistics of the global batch."""
+        if not self.training:
+            return self._eval_forward(input)
+        transport = transports.choose(self._group_spec, checks.device_type(input))
+        if transport.token != self._agreed_token:
+            self._agree_on_settings(transport)
+        running = None
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        return functional.apply(input, self.weight, self.bias, self.num_features, running, self.eps, transport)
+
+    def _eval_forward(self, x: Tensor) -> Tensor:
+        error = checks.input_error(x, self.num_features)
+        if error is not None:
+            raise error
+        local = self.running_mean is None  # no running statistics: those of this share, without communication
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            local,
+            self.momentum or 0.0,
+            self.eps,
+        )
+
+    def _agree_on_settings(self, transport: AbstractTransport) -> None:
+        """Compares settings over the ranks, once: another C would give the wire another length."""
+        settings = {
+            "num_features": self.num_features,
+            "eps": self.eps,
+            "momentum (-1 is None)": -1.0 if self.momentum is None else self.momentum,
+            "track_running_stats": self.track_running_stats,
+        }
+        remedy = "Build the same model on every rank."
+        agreement.require_equal(settings, transport, checks.NAME, remedy)
+        self._agreed_token = transport.token  # a number: it copies and pickles, and no later job has it
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """See :func:`syncbn.convert_sync_batchnorm`."""
+        from syncbn.convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+
+class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
+    """A SyncBatchNorm that takes ``num_features`` from its first input and then is a :class:`SyncBatchNorm`.
+
+    Args:
+        eps: see :class:`SyncBatchNorm`, as for the others.
+        momentum: weight of a batch in the running statistics.
+        affine: whether to learn weight and bias.
+        track_running_stats: whether to keep running statistics.
+        process_group: the ranks to synchronise over.
+        device: where to create parameters and buffers.
+        dtype: their dtype.
+        bias: False leaves the bias out.
+    """
+
+    cls_to_become = SyncBatchNorm
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group

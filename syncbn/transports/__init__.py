@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The step across processes. ``base.py`` is the contract, ``choose`` resolves a group to a live transport.
+
+A library is imported when it is chosen, never before: importing ``mpi4py.MPI`` runs MPI_Init.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import Any, NamedTuple
+
+from syncbn import groups, launchers
+from syncbn.groups import GroupSpec
+from syncbn.transports.base import AbstractTransport
+from syncbn.transports.single import SingleTransport
+
+__all__ = ["CHOICES", "AbstractTransport", "Choice", "choose", "explain"]
+
+CHOICES = ("auto", "single", "mpi", "torch")
+OVERRIDE = "SYNCBN_TRANSPORT"
+
+
+class Choice(NamedTuple):
+    """Which transport, and why; ``unsynchronized`` says what is wrong where a job has no group."""
+
+    name: str
+    reason: str
+    unsynchronized: str = ""
+
+
+_live: dict[tuple[GroupSpec | None, str], tuple[Any, AbstractTransport]] = {}
+
+
+def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTransport:
+    """Resolves a group specification to a live transport.
+
+    Args:
+        spec: the group, or None for every rank of the job.
+        device_type: where the tensors to be reduced live.
+
+    Communication:
+        At the first use of a group, on every member: the communicator is duplicated and a number is
+        broadcast. Later calls are a dictionary look-up.
+
+    Raises:
+        ValueError: if ``SYNCBN_TRANSPORT`` is not one of ``CHOICES``, or the group's ranks are not in this job.
+        RuntimeError: if the library that the group needs is missing or not initialised.
+    """
+    # A transport over MPI lives as long as the process. What torch.distributed or the override decided is
+    # decided again when one of them changes, for example after destroy_process_group().
+    epoch = None if spec is not None and spec.kind == "mpi" else (_torch_world(), os.environ.get(OVERRIDE))
+    cached = _live.get((spec, device_type))
+    if cached is not None and cached[0] == epoch:
+        return cached[1]
+    transport = _everyone(device_type) if spec is None else _subset(spec, device_type)
+    _live[spec, device_type] = (epoch, transport)
+    return transport
+
+
+def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
+    """Keeps a transport that ``split`` made, and returns the specification by which ``choose`` finds it."""
+    spec = transport.spec
+    epoch = None if spec is not None and spec.kind == "mpi" else (_torch_world(), os.environ.get(OVERRIDE))
+    _live[spec, device_type] = (epoch, transport)
+    return spec
+
+
+def explain(device_type: str = "cpu") -> Choice:
+    """Says which transport ``process_group=None`` gets in this process, and why. Imports nothing."""
+    override = os.environ.get(OVERRIDE, "auto")
+    if override not in CHOICES:
+        raise ValueError(f"{OVERRIDE} must be one of {', '.join(CHOICES)}; received {override!r}. Correct or unset it.")
+    if override != "auto":
+        return Choice(override, f"{OVERRIDE}={override}")
+    launch = launchers.detect()
+    torch_world = _torch_world()
+    if launch.size > 1 and launch.speaks_mpi and _mpi_agrees(launch.size, torch_world, device_type):
+        return Choice("mpi", f"a {device_type} tensor under {launch.name} ({launch.evidence})")
+    if torch_world is not None:
+        return Choice("torch", "torch.distributed is initialised")
+    if launch.size == 1:
+        return Choice("single", "no launcher started other processes" if launch.name == "none" else launch.evidence)
+    return Choice("single", f"no group connects the {launch.size} processes", _unconnected(launch))
+
+
+def _everyone(device_type: str) -> AbstractTransport:
+    choice = explain(device_type)
+    if choice.unsynchronized:
+        warnings.warn(choice.unsynchronized, RuntimeWarning, stacklevel=5)
+    if choice.name == "mpi":
+        from syncbn.transports import mpi
+
+        return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())))
+    if choice.name == "torch":
+        return _torch(None, device_type)
+    return SingleTransport(launchers.detect().rank)
+
+
+def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
+    """Finds the handle of a specification, or makes an equal group; outside any job a process is its own group."""
+    handle = groups.handle(spec)
+    if spec.kind == "mpi":
+        launch = launchers.detect()
+        if handle is None and not launch.speaks_mpi:
+            return SingleTransport() if launch.size == 1 else _no_mpi_job(spec, launch)
+        from syncbn.transports import mpi
+
+        if handle is None:
+            _check_ranks(spec, mpi.world().Get_size())
+        return mpi.MPITransport(mpi.comm_of(spec.ranks) if handle is None else handle)
+    if _torch_world() is None and launchers.detect().size == 1:
+        return SingleTransport()
+    if handle is None or not _torch_knows(handle):
+        everyone = _torch(None, device_type)
+        _check_ranks(spec, everyone.size)
+        from syncbn.transports.torch_dist import group_of
+
+        handle = group_of(spec.ranks)
+    return _torch(handle, device_type)
+
+
+def _torch(group: Any, device_type: str) -> AbstractTransport:
+    import torch.distributed as dist
+
+    if _torch_world() is None:
+        raise RuntimeError(
+            "The torch transport needs an initialised torch.distributed; it is not. "
+            "Call syncbn.init() or torch.distributed.init_process_group() before the first training step."
+        )
+    from syncbn.transports.torch_dist import TorchTransport
+
+    return TorchTransport(dist.group.WORLD if group is None else group, device_type)
+
+
+def _torch_world() -> Any | None:
+    """Returns torch's default process group, or None. Its identity changes when it is made anew."""
+    import torch.distributed as dist
+
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _torch_knows(group: Any) -> bool:
+    """Whether torch.distributed still knows a group; after destroy_process_group it does not."""
+    import torch.distributed as dist
+
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
+def _mpi_agrees(size: int, torch_world: Any | None, device_type: str) -> bool:
+    """Whether everyone means the MPI job: a torch world of another size is the more explicit statement."""
+    if torch_world is not None and (torch_world.size() != size or device_type != "cpu"):
+        return False
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def _check_ranks(spec: GroupSpec, size: int) -> None:
+    if max(spec.ranks) >= size:
+        raise ValueError(
+            f"process_group must be made of ranks of this job; received the {spec} in a job of {size}. "
+            "The layer comes from a larger job: set layer.process_group to a group of this one, or to None."
+        )
+
+
+def _no_mpi_job(spec: GroupSpec, launch: launchers.Launch) -> AbstractTransport:
+    raise RuntimeError(
+        f"The {spec} needs a launcher that connects MPI processes; received {launch.name} "
+        f"({launch.evidence}). Start with mpirun, or srun --mpi=pmix, or set layer.process_group."
+    )
+
+
+def _unconnected(launch: launchers.Launch) -> str:
+    remedy = (
+        'Install MPI for Python with: pip install "syncbn[mpi]"'
+        if launch.speaks_mpi
+        else "Call syncbn.init() or torch.distributed.init_process_group() before the first training step"
+    )
+    return (
+        f"SyncBatchNorm is NOT synchronised: {launch.name} started {launch.size} processes ({launch.evidence}), "
+        f"but no group connects them, so each uses the statistics of its own share. {remedy}, or silence this "
+        f"with {OVERRIDE}=single."
+    )

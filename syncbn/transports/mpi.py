@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MPI through mpi4py, on host buffers. Importing this module runs MPI_Init: it is imported where MPI is chosen."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from syncbn.groups import GroupSpec
+from syncbn.transports.base import AbstractTransport
+
+INSTALL = 'pip install "syncbn[mpi]"'
+
+try:
+    from mpi4py import MPI
+except ImportError as error:
+    raise RuntimeError(
+        f"The MPI transport needs mpi4py and an MPI library; importing mpi4py.MPI failed: {error}. "
+        f"Install both with: {INSTALL}"
+    ) from error
+except RuntimeError as error:  # mpi4py is there, libmpi is not
+    raise RuntimeError(
+        f"The MPI transport needs an MPI library that mpi4py can load; it said: {error}. "
+        f"Install one with: {INSTALL}, or make the site's visible, for example with `module load openmpi`."
+    ) from error
+
+
+@final
+class MPITransport(AbstractTransport):
+    """A duplicate of an mpi4py intracommunicator, so that no message of the user's ever matches one of ours.
+
+    Args:
+        comm: the communicator. Duplicating it is collective over its members.
+    """
+
+    name = "mpi"
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm.Dup()
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
+        self.ranks = world_ranks(comm)
+        self.spec = GroupSpec(self.name, self.ranks)
+        token = torch.randint(1, 2**62, (1,), generator=_fresh_generator())
+        self.token = int(self.broadcast(token))
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`. A tensor on a GPU is staged through host memory."""
+        if wire.device.type != "cpu":
+            return wire.copy_(self.all_reduce(wire.cpu()))
+        self.comm.Allreduce(MPI.IN_PLACE, wire.numpy())
+        return wire
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that MPI need not know the dtype."""
+        if tensor.device.type != "cpu":
+            return tensor.copy_(self.broadcast(tensor.cpu(), root))
+        self.comm.Bcast([tensor.view(-1).view(torch.uint8).numpy(), MPI.BYTE], root)
+        return tensor
+
+    def split(self, color: int) -> AbstractTransport:
+        """See :meth:`AbstractTransport.split`."""
+        comm = self.comm.Split(color, self.rank)
+        try:
+            return MPITransport(comm)
+        finally:
+            comm.Free()
+
+    def barrier(self) -> None:
+        """See :meth:`AbstractTransport.barrier`. Sleeps between looks: a plain MPI_Barrier spins."""
+        request = self.comm.Ibarrier()
+        pause = 1e-5
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+
+
+def world_ranks(comm: Any) -> tuple[int, ...]:
+    """Returns the members of a communicator by their rank in COMM_WORLD."""
+    members = range(comm.Get_size())
+    return tuple(comm.Get_group().Translate_ranks(list(members), MPI.COMM_WORLD.Get_group()))
+
+
+def world() -> Any:
+    """Returns MPI's COMM_WORLD."""
+    return MPI.COMM_WORLD
+
+
+def comm_of(ranks: tuple[int, ...]) -> Any:
+    """Makes the communicator of some ranks of the job. Collective over those ranks alone."""
+    group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
+    return MPI.COMM_WORLD.Create_group(group)
+
+
+def _fresh_generator() -> torch.Generator:
+    """Seeds from the operating system, so that a user's manual_seed is neither used nor moved."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def ranks_on_this_host() -> int:
+    """Counts the ranks that share memory with this one. Collective over COMM_WORLD."""
+    host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    size = int(host.Get_size())
+    host.Free()
+    return size
+
+
+def host_of_rank_zero() -> str:
+    """Returns the name by which MPI knows the host of rank 0. Collective over COMM_WORLD."""
+    name = MPI.Get_processor_name().encode()[:256].ljust(256, b"\0")
+    buffer = torch.tensor(list(name), dtype=torch.uint8)
+    MPI.COMM_WORLD.Bcast([buffer.numpy(), MPI.BYTE], 0)
+    return bytes(buffer.tolist()).rstrip(b"\0").decode()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.distributed: gloo for CPU tensors, the group's own backend for others."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.groups import GroupSpec
+from syncbn.transports.base import AbstractTransport
+
+
+@final
+class TorchTransport(AbstractTransport):
+    """A torch.distributed process group, used as it is: one communicator with DDP, so no ordering hazard.
+
+    Args:
+        group: a ProcessGroup that this process is part of.
+        device_type: where the tensors to be reduced live.
+    """
+
+    name = "torch"
+
+    def __init__(self, group: Any, device_type: str = "cpu") -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.ranks = tuple(dist.get_process_group_ranks(group))
+        self.spec = GroupSpec(self.name, self.ranks, group.group_name)
+        self.device_type = device_type
+        _check_backend(group, device_type)
+        generator = torch.Generator()
+        generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
+        token = torch.randint(1, 2**62, (1,), generator=generator).to(device_type)
+        self.token = int(self.broadcast(token))
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`."""
+        dist.all_reduce(wire, group=self.group)
+        return wire
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that the backend need not know the dtype."""
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=self.ranks[root], group=self.group)
+        return tensor
+
+    def split(self, color: int) -> AbstractTransport:
+        """See :meth:`AbstractTransport.split`."""
+        colors = torch.zeros(self.size, dtype=torch.float64, device=self.device_type)
+        colors[self.rank] = color
+        members = [r for r, c in zip(self.ranks, self.all_reduce(colors).tolist(), strict=True) if c == color]
+        return TorchTransport(group_of(tuple(members)), self.device_type)
+
+    def barrier(self) -> None:
+        """See :meth:`AbstractTransport.barrier`."""
+        self.all_reduce(torch.zeros(1, dtype=torch.float64, device=self.device_type))
+
+
+def group_of(ranks: tuple[int, ...]) -> Any:
+    """Makes the process group of some ranks of the job. Collective over those ranks alone."""
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def _check_backend(group: Any, device_type: str) -> None:
+    """Refuses a group whose backends cannot reduce tensors of this device."""
+    backends = dist.get_backend_config(group)
+    devices = [pair.split(":")[0] for pair in str(backends).split(",")]
+    if device_type not in devices:
+        raise RuntimeError(
+            f"The process group needs a backend for {device_type} tensors; received one with {backends}. "
+            'Initialise it with init_process_group("cpu:gloo,cuda:nccl"), or move the model.'
+        )

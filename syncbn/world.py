@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""init() -> World: who am I, which device, which transport; what MPI training needs when there is no DDP."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn import agreement, launchers, rendezvous, transports
+from syncbn.groups import GroupSpec
+from syncbn.transports.base import AbstractTransport
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Rank on this host."""
+    device: torch.device
+    launcher: str
+    """torchrun, openmpi, mpich, slurm, env or none."""
+    transport: AbstractTransport
+    """What connects everyone; ``transport.name`` is single, mpi or torch."""
+
+    def broadcast(self, module: nn.Module, root: int = 0) -> None:
+        """Copies parameters and buffers of ``module`` from rank ``root`` to every rank.
+
+        Communication:
+            One comparison of the layout, then one broadcast per dtype, by every rank.
+
+        Raises:
+            ValueError: on every rank, if the models differ in names, shapes or dtypes.
+        """
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self._require_same_layout(tensors, "World.broadcast")
+        with torch.no_grad():
+            for pack in _by_dtype(tensors.values(), lambda t: t.dtype):
+                flat = torch.cat([t.detach().reshape(-1) for t in pack])
+                self.transport.broadcast(flat, root)
+                for tensor, values in zip(pack, torch.split(flat, [t.numel() for t in pack]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
+    def average_gradients(self, module: nn.Module, *, weight: float = 1.0) -> None:
+        """Replaces every gradient of ``module`` by its mean over the ranks, as DistributedDataParallel does.
+
+        grad = sum(weight * grad) / sum(weight) over the ranks. A parameter without a gradient on this rank
+        counts as zero; one without a gradient on any rank stays without.
+
+        Args:
+            module: the model; equal names, shapes and dtypes on every rank.
+            weight: this rank's share, for uneven batches: its number of samples, if the loss is a mean over
+                them. Finite and not negative; positive on some rank.
+
+        Communication:
+            One comparison of the layout, then one all-reduce per dtype of gradient: float64 for float64,
+            float32 for all others. By every rank.
+
+        Raises:
+            ValueError: on every rank, if the models differ or the weights are unusable.
+        """
+        parameters = dict(module.named_parameters())
+        usable = 0.0 <= weight < float("inf")
+        error = ValueError(
+            f"World.average_gradients needs 0 <= weight < inf; received {weight}. Pass the number of local samples."
+        )
+        agreement.raise_together(None if usable else error, self.transport)
+        self._require_same_layout(parameters, "World.average_gradients")
+        for pack in _by_dtype(parameters.values(), _wire_dtype):
+            self._average(pack, weight)
+
+    def subgroup(self, size: int) -> GroupSpec | None:
+        """Divides the ranks into consecutive groups of ``size`` and returns this process's, for ``process_group``.
+
+        Communication:
+            Collective over all ranks: one communicator is made for each group.
+
+        Raises:
+            ValueError: on every rank, if ``size`` does not divide the number of ranks.
+        """
+        if size < 1 or self.size % size:
+            divisors = [d for d in range(1, self.size + 1) if self.size % d == 0]
+            raise ValueError(
+                f"World.subgroup(size) needs a size that divides {self.size} ranks; received {size}. "
+                f"Choose one of {', '.join(map(str, divisors))}."
+            )
+        return transports.adopt(self.transport.split(self.rank // size), self.device.type)
+
+    def barrier(self) -> None:
+        """Waits until every rank has come, without keeping a core busy."""
+        self.transport.barrier()
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raises on every rank if any rank brings an error, so that nobody waits for a rank that has given up.
+
+        Args:
+            error: this rank's ValueError, TypeError or other exception, or None.
+
+        Communication:
+            One all-reduce of one value; one more of texts if there is an error.
+
+        Raises:
+            ValueError, TypeError or RuntimeError: on every rank, naming the ranks that brought it.
+        """
+        agreement.raise_together(error, self.transport)
+
+    def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        text = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
+        layout = {
+            "number of tensors": len(tensors),
+            "number of values": sum(t.numel() for t in tensors.values()),
+            "checksum of names, shapes and dtypes": zlib.crc32(text.encode()),
+        }
+        agreement.require_equal(layout, self.transport, what, "Build the same model on every rank.")
+
+    def _average(self, pack: list[Tensor], weight: float) -> None:
+        """All-reduces one pack: the weighted gradients, one flag a parameter, and the weight."""
+        dtype, device = _wire_dtype(pack[0]), pack[0].device
+        flags = [float(p.grad is not None) for p in pack]
+        parts = [p.new_zeros(p.numel(), dtype=dtype) if p.grad is None else p.grad.reshape(-1) for p in pack]
+        wire = torch.cat([*[part.to(dtype) for part in parts], torch.zeros(len(pack) + 1, device=device, dtype=dtype)])
+        wire.mul_(weight)
+        wire[-len(pack) - 1 :] = torch.tensor([*flags, weight], dtype=dtype)
+        self.transport.all_reduce(wire)
+        *summed, tail = torch.split(wire, [*[p.numel() for p in pack], len(pack) + 1])
+        *present, total = tail.tolist()
+        if total <= 0:
+            raise ValueError(
+                f"World.average_gradients needs a positive weight on some rank; received 0 on all {self.size}. "
+                "Skip the step on every rank."
+            )
+        for parameter, gradient, found in zip(pack, summed, present, strict=True):
+            if found:
+                mean = (gradient / total).view_as(parameter).to(parameter.dtype)
+                parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
+
+
+def init(*, torch_distributed: bool | None = None, device: torch.device | str | None = None) -> World:
+    """Finds this process's place in the job and connects it to the others.
+
+    Works under mpirun (Open MPI, MPICH and its kin), srun, torchrun, and with no launcher at all. May be called
+    again: what is already connected stays.
+
+    Args:
+        torch_distributed: True sets up torch.distributed too, so that DDP works under mpirun. None sets it up
+            where nothing else connects the processes: under torchrun, and under srun without MPI.
+        device: where this process computes. None takes the GPU of the local rank, else the CPU.
+
+    Communication:
+        Collective over all processes of the job.
+
+    Raises:
+        RuntimeError: if the launcher speaks MPI and mpi4py is missing, with the install line; if there are more
+            processes on a host than GPUs and no ``device`` is given.
+    """
+    launch = launchers.detect()
+    where = _device(launch.local_rank) if device is None else torch.device(device)
+    if torch_distributed is None:
+        torch_distributed = launch.size > 1 and not launch.speaks_mpi
+    if torch_distributed:
+        rendezvous.connect_torch(launch)
+    elif launch.speaks_mpi and launch.size > 1:
+        rendezvous.require_mpi(launch)
+    transport = transports.choose(None, where.type)
+    return World(transport.rank, transport.size, launch.local_rank, where, launch.name, transport)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"syncbn.init() needs a GPU for each process of a host; received local rank {local_rank} with "
+            f"{torch.cuda.device_count()} GPUs. Start fewer processes, or call syncbn.init(device='cpu')."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _wire_dtype(tensor: Tensor) -> torch.dtype:
+    """Half precision is summed in float32; MPI knows no bfloat16."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _by_dtype(tensors: Iterable[Tensor], key: Any) -> list[list[Tensor]]:
+    packs: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        packs.setdefault(key(tensor), []).append(tensor)
+    return list(packs.values())

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One thread a process, and rules for running under a launcher."""
+
+import os
+
+import pytest
+import torch
+
+from syncbn import launchers
+
+torch.set_num_threads(1)
+LAUNCH = launchers.detect()
+
+
+def pytest_configure(config):
+    if LAUNCH.rank > 0:  # one report, from rank 0: verdicts are agreed, so it speaks for all
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        config.pluginmanager.unregister(reporter)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Makes ranks(n) pytest-mpi's mpi(min_size=n); under torchrun, which that plugin does not know, a plain skip."""
+    for item in items:
+        mark = item.get_closest_marker("ranks")
+        if mark is None:
+            if LAUNCH.size > 1:
+                item.add_marker(pytest.mark.skip(reason="a test of one process"))
+        elif LAUNCH.size > 1 and not LAUNCH.speaks_mpi:
+            if LAUNCH.size < mark.args[0]:
+                item.add_marker(pytest.mark.skip(reason=f"needs {mark.args[0]} processes"))
+        else:
+            item.add_marker(pytest.mark.mpi(min_size=mark.args[0]))
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    """Keeps a transport that a person forces in the shell out of the tests."""
+    monkeypatch.delenv("SYNCBN_TRANSPORT", raising=False)
+
+
+@pytest.fixture
+def rng():
+    """A generator of its own for each test, the same on every rank."""
+    return torch.Generator().manual_seed(int(os.environ.get("SYNCBN_TEST_SEED", "0")))

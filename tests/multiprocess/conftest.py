@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tests that run on every rank at once. No rank asserts alone, and none outlives another."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+import syncbn
+from syncbn import agreement, launchers
+
+
+class AgreedFailure(AssertionError):
+    """Raised on every rank, so the next test still finds all ranks in step."""
+
+
+class Ranks:
+    """The ranks of this run, and how they come to one verdict."""
+
+    def __init__(self, world):
+        self.world, self.rank, self.size, self.transport = world, world.rank, world.size, world.transport
+
+    def check(self, ok, detail=""):
+        """Asserts on every rank that ``ok`` holds on every rank. Collective."""
+        notes = agreement.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
+        failed = [note for note in notes if note]
+        if failed:
+            raise AgreedFailure("\n".join(failed))
+
+    def check_equal(self, actual, expected, detail=""):
+        """Asserts on every rank that two tensors have the same bits, NaN included, on every rank. Collective."""
+        ok = actual.shape == expected.shape and actual.dtype == expected.dtype
+        ok = ok and torch.equal(actual.nan_to_num(nan=1234.5), expected.nan_to_num(nan=1234.5))
+        gap = "" if ok or actual.shape != expected.shape else f"differs by {(actual - expected).abs().max():.3g}"
+        self.check(ok, f"{detail} {gap}")
+
+    def check_close(self, actual, expected, tolerance, detail=""):
+        """Asserts on every rank that two tensors differ by at most ``tolerance``, absolutely. Collective."""
+        gap = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+        ok = actual.shape == expected.shape and gap <= tolerance
+        self.check(ok, f"{detail}: {gap:.3g} > {tolerance:.3g}, {tuple(actual.shape)}, {tuple(expected.shape)}")
+
+    def raises(self, kind, call, *parts):
+        """Asserts that ``call`` raises the same ``kind`` of error, with ``parts`` in its text, on every rank."""
+        try:
+            call()
+        except kind as error:
+            text = f"{type(error).__name__}: {error}"
+        else:
+            text = "nothing was raised"
+        texts = agreement.gather_notes(text, self.transport)
+        self.check(all(t == texts[0] for t in texts), f"the ranks raised different things: {texts}")
+        self.check(all(part in text for part in parts), f"{parts} not in {text!r}")
+
+    def shares(self, sizes=None, total=None):
+        """Row slices of a global batch: (start, stop) of every rank, for given share sizes or an even split."""
+        sizes = sizes or [total // self.size + (r < total % self.size) for r in range(self.size)]
+        starts = [sum(sizes[:r]) for r in range(self.size)]
+        return [slice(a, a + s) for a, s in zip(starts, sizes, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Every rank of this run, connected by the transport that the launcher gives."""
+    return Ranks(syncbn.init())
+
+
+@pytest.fixture
+def torch_world(ranks):
+    """torch.distributed over gloo, also under mpirun, for what needs DDP; gone again after the test."""
+    under_torchrun = not launchers.detect().speaks_mpi
+    world = syncbn.init(torch_distributed=True)
+    yield world
+    if not under_torchrun:
+        ranks.world.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Ends every process when one rank fails alone: the others would wait for it in their next collective."""
+    outcome = yield
+    report = outcome.get_result()
+    alone = report.failed and call.excinfo is not None and not call.excinfo.errisinstance(AgreedFailure)
+    launch = launchers.detect()
+    if alone and launch.size > 1:
+        sys.__stderr__.write(f"\nrank {launch.rank} failed alone in {item.nodeid}\n{report.longreprtext}\n")
+        sys.__stderr__.flush()
+        if launch.speaks_mpi:
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(1)
+        os._exit(1)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Programs in subprocesses, always with a time limit, and nothing left running after it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+LAUNCHER_NAMES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "SLURM_", "TORCHELASTIC", "SYNCBN_")
+LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MPIRUN", "NPROC"}
+
+
+def environment(**extra):
+    """This environment without what a launcher left in it, with this Python's own commands first on the PATH."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(LAUNCHER_NAMES) and name not in LAUNCHER_VARIABLES
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in extra.items()}}
+
+
+def start(*command, cwd=ROOT, **extra):
+    """Starts a command in a session of its own, so that all its processes can be found and ended."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment(**extra),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*command, limit=100, cwd=ROOT, **extra):
+    """Runs a command to its end; past the limit it is killed, with every process it started, and the test fails."""
+    process = start(*command, cwd=cwd, **extra)
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        out, err = process.communicate()
+        raise AssertionError(f"{command} did not end within {limit} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def descendants(process):
+    """All living processes that a command has started."""
+    try:
+        return [p for p in psutil.Process(process.pid).children(recursive=True) if p.is_running()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(process):
+    for each in [*descendants(process), process]:
+        try:
+            os.kill(each.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def mpirun(n, *words, **options):
+    """Runs a Python program on n processes through the project's own launch script."""
+    return run("launch/mpirun.sh", *words, NPROC=n, PYTHON=sys.executable, **options)
+
+
+def torchrun(n, *words, **options):
+    """Runs a Python program on n processes under torchrun through the project's own launch script."""
+    return run("launch/torchrun.sh", *words, NPROC=n, PYTHON=sys.executable, **options)
+
+
+def python(*words, **options):
+    """Runs a Python program in one process."""
+    return run(sys.executable, *words, **options)
