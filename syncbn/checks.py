@@ -45,16 +45,23 @@ def device_type(x: object) -> str:
 
 
 def raise_if_disagreed(
-    count_global: float, status: Status, error: Exception | None, x: Tensor, transport: AbstractTransport
+    count_global: float,
+    status: Status,
+    transport: AbstractTransport,
+    *,
+    x: Tensor,
+    error: Exception | None,
+    grad_enabled: bool,
 ) -> None:
     """Raises, alike on every rank, what the all-reduced counters of a forward call reveal.
 
     Args:
         count_global: samples per channel in the global batch.
         status: counters summed over the ranks.
-        error: what is wrong with this rank's input, or None.
-        x: this rank's input.
         transport: the group.
+        x: this rank's input.
+        error: what is wrong with it, or None.
+        grad_enabled: whether autograd records on this rank.
 
     Communication:
         None if all is well. One all-reduce of texts if not, on every rank, since all read the same counters.
@@ -71,15 +78,16 @@ def raise_if_disagreed(
             "Cast the input, or use the same autocast settings on every rank."
         )
     if 0 < status.grad_enabled < transport.size:
-        notes = gather_notes(f"{torch.is_grad_enabled()}", transport)
+        notes = gather_notes(f"{grad_enabled}", transport)
         raise ValueError(
             f"{NAME} needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever; "
             f"received {by_rank(notes, transport.ranks)}. Use torch.no_grad() on all ranks or on none, or model.eval()."
         )
     if count_global == 1:
+        shapes = by_rank(gather_notes(f"shape {tuple(x.shape)}", transport), transport.ranks)
         raise ValueError(
             f"{NAME} needs at least 2 values per channel in the group to estimate a variance; received 1 over "
-            f"{transport.size} rank{'s' if transport.size > 1 else ''}, shape {tuple(x.shape)} on this one. "
+            f"{transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
             "Give each rank more samples or call model.eval()."
         )
 

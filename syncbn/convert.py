@@ -100,12 +100,12 @@ def _is_batch_norm(layer: nn.Module) -> bool:
 
 def _obstacle(layer: nn.Module) -> str:
     """Says what conversion would lose, or nothing."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is a compiled ScriptModule; convert before torch.jit.script"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance, and would go on unsynchronised"
     if isinstance(layer, SyncBatchNorm) or type(layer) in _EAGER + _LAZY:
         return ""
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "it is a compiled ScriptModule; convert before torch.jit.script"
     own = "forward" in vars(type(layer)) or type(layer).forward is not _BatchNorm.forward
     lost = "forward" if own else "class and methods"
     return f"its {lost} ({type(layer).__module__}.{type(layer).__qualname__}) would be lost; replace the layer by hand"

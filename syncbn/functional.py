@@ -113,7 +113,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         wire = ctx.kernels.local_moments(x, status)
         wire = call.transport.all_reduce(wire)
         count_global, status = moments.read_status(wire)
-        checks.raise_if_disagreed(count_global, status, call.error, x, call.transport)
+        checks.raise_if_disagreed(
+            count_global, status, call.transport, x=x, error=call.error, grad_enabled=call.grad_enabled
+        )
         running = call.running if count_global > 0 else None
         y: Tensor
         y, stats = ctx.kernels.normalize(x, wire, weight, bias, running, call.eps, count_global)

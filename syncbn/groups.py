@@ -49,7 +49,7 @@ def specify(group: Any) -> GroupSpec | None:
     if spec is None:
         raise TypeError(
             "process_group must be None, a torch.distributed.ProcessGroup, an mpi4py intracommunicator, or the "
-            f"result of World.subgroup(size); received {type(group).__name__}: {group!r}. "
+            f"result of World.subgroup(size); received {_describe(group)}. "
             "Pass None to synchronise over every rank."
         )
     _handles[spec] = group
@@ -86,6 +86,12 @@ def _specify_mpi(group: Any) -> GroupSpec | None:
     from syncbn.transports.mpi import world_ranks
 
     return GroupSpec("mpi", world_ranks(group))
+
+
+def _describe(group: Any) -> str:
+    """Names the type, and the value of a plain one; the address of an object would differ between ranks."""
+    plain = isinstance(group, str | int | float | list | tuple)
+    return f"{type(group).__name__}: {group!r}" if plain else type(group).__name__
 
 
 def _not_a_member(what: str) -> str:

@@ -82,9 +82,8 @@ def _store(launch: Launch) -> tuple[str, Any]:
 def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
     """Rank 0 listens on a free port, of loopback if all ranks share its host, and MPI tells the others."""
     require_mpi(launch)
-    from syncbn.transports import choose, mpi
+    from syncbn.transports import mpi, over_mpi
 
-    transport = choose(None)
     on_one_host = mpi.ranks_on_this_host() == launch.size
     listener: socket.socket | None = None
     port = torch.zeros(1, dtype=torch.int64)
@@ -92,7 +91,7 @@ def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
     if launch.rank == 0:
         listener = _listen(LOOPBACK if on_one_host else "", 0)
         port.fill_(listener.getsockname()[1])
-    transport.broadcast(port)
+    over_mpi().broadcast(port)
     return address, _tcp_store(launch, address, int(port), listener)
 
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from syncbn import agreement, launchers, rendezvous, transports
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
+
+T = TypeVar("T", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -48,33 +50,53 @@ class World:
                 for tensor, values in zip(pack, torch.split(flat, [t.numel() for t in pack]), strict=True):
                     tensor.copy_(values.view_as(tensor))
 
-    def average_gradients(self, module: nn.Module, *, weight: float = 1.0) -> None:
+    def average_gradients(self, module: nn.Module) -> None:
         """Replaces every gradient of ``module`` by its mean over the ranks, as DistributedDataParallel does.
 
-        grad = sum(weight * grad) / sum(weight) over the ranks. A parameter without a gradient on this rank
-        counts as zero; one without a gradient on any rank stays without.
+        A parameter without a gradient on this rank counts as zero; one without a gradient on any rank stays
+        without. With shares of different sizes scale the loss first, see :meth:`loss_scale`.
 
         Args:
             module: the model; equal names, shapes and dtypes on every rank.
-            weight: this rank's share, for uneven batches: its number of samples, if the loss is a mean over
-                them. Finite and not negative; positive on some rank.
 
         Communication:
             One comparison of the layout, then one all-reduce per dtype of gradient: float64 for float64,
             float32 for all others. By every rank.
 
         Raises:
-            ValueError: on every rank, if the models differ or the weights are unusable.
+            ValueError: on every rank, if the models differ.
         """
         parameters = dict(module.named_parameters())
-        usable = 0.0 <= weight < float("inf")
-        error = ValueError(
-            f"World.average_gradients needs 0 <= weight < inf; received {weight}. Pass the number of local samples."
-        )
-        agreement.raise_together(None if usable else error, self.transport)
         self._require_same_layout(parameters, "World.average_gradients")
         for pack in _by_dtype(parameters.values(), _wire_dtype):
-            self._average(pack, weight)
+            self._average(pack)
+
+    def loss_scale(self, count: int) -> float:
+        """Returns what to multiply a mean loss by, before backward, where shares have different sizes.
+
+        scale = count * size / sum(count over the ranks)
+
+        Then the gradient that is averaged over ranks is that of the mean loss of the global batch. It must be the
+        loss: the layers exchange gradients inside backward, so weighting them afterwards comes too late.
+
+        Args:
+            count: the number of samples that this rank's mean loss is over; 0 for an empty share.
+
+        Communication:
+            One all-reduce of one value, by every rank.
+
+        Raises:
+            ValueError: on every rank, if a count is negative or all are 0.
+        """
+        usable = isinstance(count, int) and count >= 0
+        error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
+        self.raise_together(None if usable else error)
+        total = self.transport.all_reduce(torch.tensor([float(count)], dtype=torch.float64)).item()
+        if total == 0:
+            raise ValueError(
+                f"World.loss_scale needs a sample on some rank; received 0 on all {self.size}. Skip the step."
+            )
+        return count * self.size / total
 
     def subgroup(self, size: int) -> GroupSpec | None:
         """Divides the ranks into consecutive groups of ``size`` and returns this process's, for ``process_group``.
@@ -120,25 +142,17 @@ class World:
         }
         agreement.require_equal(layout, self.transport, what, "Build the same model on every rank.")
 
-    def _average(self, pack: list[Tensor], weight: float) -> None:
-        """All-reduces one pack: the weighted gradients, one flag a parameter, and the weight."""
-        dtype, device = _wire_dtype(pack[0]), pack[0].device
-        flags = [float(p.grad is not None) for p in pack]
-        parts = [p.new_zeros(p.numel(), dtype=dtype) if p.grad is None else p.grad.reshape(-1) for p in pack]
-        wire = torch.cat([*[part.to(dtype) for part in parts], torch.zeros(len(pack) + 1, device=device, dtype=dtype)])
-        wire.mul_(weight)
-        wire[-len(pack) - 1 :] = torch.tensor([*flags, weight], dtype=dtype)
+    def _average(self, pack: list[nn.Parameter]) -> None:
+        """All-reduces one pack: the gradients, and for each parameter whether it has one."""
+        dtype = _wire_dtype(pack[0])
+        flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
+        parts = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in pack]
+        wire = torch.cat([*[part.reshape(-1) for part in parts], flags])
         self.transport.all_reduce(wire)
-        *summed, tail = torch.split(wire, [*[p.numel() for p in pack], len(pack) + 1])
-        *present, total = tail.tolist()
-        if total <= 0:
-            raise ValueError(
-                f"World.average_gradients needs a positive weight on some rank; received 0 on all {self.size}. "
-                "Skip the step on every rank."
-            )
-        for parameter, gradient, found in zip(pack, summed, present, strict=True):
+        *summed, flags = torch.split(wire, [*[p.numel() for p in pack], len(pack)])
+        for parameter, gradient, found in zip(pack, summed, flags.tolist(), strict=True):
             if found:
-                mean = (gradient / total).view_as(parameter).to(parameter.dtype)
+                mean = (gradient / self.size).view_as(parameter).to(parameter.dtype)
                 parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
 
 
@@ -189,8 +203,8 @@ def _wire_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _by_dtype(tensors: Iterable[Tensor], key: Any) -> list[list[Tensor]]:
-    packs: dict[torch.dtype, list[Tensor]] = {}
+def _by_dtype(tensors: Iterable[T], key: Callable[[T], torch.dtype]) -> list[list[T]]:
+    packs: dict[torch.dtype, list[T]] = {}
     for tensor in tensors:
         packs.setdefault(key(tensor), []).append(tensor)
     return list(packs.values())

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One thread a process, and rules for running under a launcher."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -12,10 +15,15 @@ torch.set_num_threads(1)
 LAUNCH = launchers.detect()
 
 
+if LAUNCH.size > 1:  # ranks that share pytest's folder for temporary files remove it under each other's feet
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.mkdtemp(prefix=f"syncbn-rank{LAUNCH.rank}-")
+    atexit.register(shutil.rmtree, os.environ["PYTEST_DEBUG_TEMPROOT"], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     if LAUNCH.rank > 0:  # one report, from rank 0: verdicts are agreed, so it speaks for all
-        reporter = config.pluginmanager.get_plugin("terminalreporter")
-        config.pluginmanager.unregister(reporter)
+        config.pluginmanager.unregister(config.pluginmanager.get_plugin("terminalreporter"))
 
 
 @pytest.hookimpl(tryfirst=True)

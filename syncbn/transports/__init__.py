@@ -16,7 +16,7 @@ from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
 
-__all__ = ["CHOICES", "AbstractTransport", "Choice", "choose", "explain"]
+__all__ = ["CHOICES", "AbstractTransport", "Choice", "adopt", "choose", "explain", "over_mpi"]
 
 CHOICES = ("auto", "single", "mpi", "torch")
 OVERRIDE = "SYNCBN_TRANSPORT"
@@ -59,6 +59,13 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
     return transport
 
 
+def over_mpi() -> AbstractTransport:
+    """Resolves every rank of the MPI job, whatever the choice for training is. Collective at its first call."""
+    from syncbn.transports import mpi
+
+    return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())))
+
+
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
     """Keeps a transport that ``split`` made, and returns the specification by which ``choose`` finds it."""
     spec = transport.spec
@@ -90,9 +97,7 @@ def _everyone(device_type: str) -> AbstractTransport:
     if choice.unsynchronized:
         warnings.warn(choice.unsynchronized, RuntimeWarning, stacklevel=5)
     if choice.name == "mpi":
-        from syncbn.transports import mpi
-
-        return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())))
+        return over_mpi()
     if choice.name == "torch":
         return _torch(None, device_type)
     return SingleTransport(launchers.detect().rank)

@@ -49,10 +49,14 @@ class TorchTransport(AbstractTransport):
 
     def split(self, color: int) -> AbstractTransport:
         """See :meth:`AbstractTransport.split`."""
-        colors = torch.zeros(self.size, dtype=torch.float64, device=self.device_type)
-        colors[self.rank] = color
-        members = [r for r, c in zip(self.ranks, self.all_reduce(colors).tolist(), strict=True) if c == color]
-        return TorchTransport(group_of(tuple(members)), self.device_type)
+        mine = torch.zeros(self.size, dtype=torch.float64, device=self.device_type)
+        mine[self.rank] = color
+        colors = self.all_reduce(mine).tolist()
+        members = {c: [r for r, each in zip(self.ranks, colors, strict=True) if each == c] for c in sorted(set(colors))}
+        if self.size < dist.get_world_size():
+            return TorchTransport(group_of(tuple(members[color])), self.device_type)
+        made = {c: dist.new_group(ranks) for c, ranks in members.items()}  # everyone makes every group
+        return TorchTransport(made[color], self.device_type)
 
     def barrier(self) -> None:
         """See :meth:`AbstractTransport.barrier`."""
@@ -60,7 +64,11 @@ class TorchTransport(AbstractTransport):
 
 
 def group_of(ranks: tuple[int, ...]) -> Any:
-    """Makes the process group of some ranks of the job. Collective over those ranks alone."""
+    """Makes the process group of some ranks of the job. Collective over those ranks alone.
+
+    torch names such a group by how many groups a process has: members that have made different numbers of
+    groups before would wait for each other. Where all ranks take part, ``split`` does without.
+    """
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 

@@ -11,7 +11,7 @@ import syncbn
 from syncbn import agreement, launchers
 
 
-class AgreedFailure(AssertionError):
+class AgreedError(AssertionError):
     """Raised on every rank, so the next test still finds all ranks in step."""
 
 
@@ -26,7 +26,7 @@ class Ranks:
         notes = agreement.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
         failed = [note for note in notes if note]
         if failed:
-            raise AgreedFailure("\n".join(failed))
+            raise AgreedError("\n".join(failed))
 
     def check_equal(self, actual, expected, detail=""):
         """Asserts on every rank that two tensors have the same bits, NaN included, on every rank. Collective."""
@@ -82,7 +82,7 @@ def pytest_runtest_makereport(item, call):
     """Ends every process when one rank fails alone: the others would wait for it in their next collective."""
     outcome = yield
     report = outcome.get_result()
-    alone = report.failed and call.excinfo is not None and not call.excinfo.errisinstance(AgreedFailure)
+    alone = report.failed and call.excinfo is not None and not call.excinfo.errisinstance(AgreedError)
     launch = launchers.detect()
     if alone and launch.size > 1:
         sys.__stderr__.write(f"\nrank {launch.rank} failed alone in {item.nodeid}\n{report.longreprtext}\n")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Sub-groups from World.subgroup, a torch ProcessGroup or an mpi4py communicator; modules that copy and travel."""
+
+import copy
+import io
+import pickle
+import sys
+import warnings
+
+import pytest
+import torch
+
+import syncbn
+from syncbn import launchers
+from tests import processes
+from tests.multiprocess import batches
+
+pytestmark = pytest.mark.ranks(1)
+
+
+def even_group(ranks):
+    """A torch group and an MPI communicator of this rank's parity."""
+    if launchers.detect().speaks_mpi:
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD.Split(ranks.rank % 2, ranks.rank)
+    made = [torch.distributed.new_group(range(odd, ranks.size, 2)) for odd in (0, 1)]
+    return made[ranks.rank % 2]
+
+
+def check_group(ranks, group, members, rng):
+    """The layer's statistics are those of the members' shares, and of no other."""
+    batch = batches.make((2 * ranks.size, 5, 3), rng)
+    shares = ranks.shares([2] * ranks.size)
+    rows = torch.cat([torch.arange(2 * ranks.size)[shares[r]] for r in members])
+    exact = batches.exact(type(batch)(x=batch.x[rows], grad_y=batch.grad_y[rows], weight=batch.weight, bias=batch.bias))
+    mine = shares[ranks.rank]
+    got = batches.run(batches.ours(batch, process_group=group), batch.x[mine], batch.grad_y[mine])
+    place = members.index(ranks.rank)
+    ranks.check_close(got.y, exact.y[2 * place : 2 * place + 2], 1e-5, "y")
+    ranks.check_close(got.grad_x, exact.grad_x[2 * place : 2 * place + 2], 1e-5, "grad_x")
+
+
+@pytest.mark.parametrize("divide", [1, 2])
+def test_world_subgroup_synchronises_inside(ranks, rng, divide):
+    if ranks.size % divide:
+        pytest.skip("does not divide")
+    size = ranks.size // divide
+    first = ranks.rank // size * size
+    check_group(ranks, ranks.world.subgroup(size), list(range(first, first + size)), rng)
+
+
+def test_a_library_group_synchronises_inside(ranks, rng):
+    members = [r for r in range(ranks.size) if r % 2 == ranks.rank % 2]
+    check_group(ranks, even_group(ranks), members, rng)
+
+
+def test_a_torch_group_works_under_mpirun_too(ranks, torch_world, rng):
+    check_group(ranks, torch.distributed.group.WORLD, list(range(ranks.size)), rng)
+
+
+def test_the_module_stores_no_handle(ranks):
+    layer = syncbn.SyncBatchNorm(3, process_group=even_group(ranks))
+    layer(torch.randn(4, 3))
+    ranks.check(isinstance(layer.process_group, syncbn.GroupSpec), f"{layer.process_group!r}")
+    pickle.dumps(layer)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_copy_of_a_used_layer_works_in_step_with_it(ranks, rng, copier, grouped):
+    group = even_group(ranks) if grouped else None
+    layer = syncbn.SyncBatchNorm(4, process_group=group)
+    layer(torch.randn(3, 4, generator=rng))
+    twin = copier(layer)
+    x = torch.randn(2 * ranks.size, 4, generator=rng)[ranks.shares([2] * ranks.size)[ranks.rank]]
+    ranks.check_equal(twin(x), layer(x))
+    ranks.check_equal(twin.running_var, layer.running_var)
+
+
+def test_a_group_is_made_again_from_its_ranks(ranks, rng, monkeypatch):
+    """As in a job that loads the layer and never saw the handle."""
+    layer = syncbn.SyncBatchNorm(5, process_group=even_group(ranks))
+    monkeypatch.setattr("syncbn.groups._handles", {})
+    monkeypatch.setattr("syncbn.transports._live", {})
+    members = [r for r in range(ranks.size) if r % 2 == ranks.rank % 2]
+    check_group(ranks, layer.process_group, members, rng)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_used_layer_loads_and_trains_without_a_launcher(ranks, tmp_path, grouped):
+    layer = syncbn.SyncBatchNorm(4, process_group=even_group(ranks) if grouped else None)
+    layer(torch.randn(3, 4))
+    file = tmp_path / f"layer{ranks.rank}.pt"
+    torch.save(layer, file)
+    program = (
+        "import sys, torch, syncbn\n"
+        "from syncbn.layer import SyncBatchNorm\n"
+        "layer = torch.load(sys.argv[1], weights_only=False)\n"
+        "y = layer(torch.tensor([[1.0] * 4, [3.0] * 4])); y.sum().backward()\n"
+        "layer.eval()(torch.randn(2, 4))\n"
+        "print(y[:, 0].tolist())"
+    )
+    done = processes.run(sys.executable, "-W", "error", "-c", program, file)
+    ranks.check(done.returncode == 0, done.stderr[-700:])
+    ranks.check(done.stdout.startswith("[-0.99"), done.stdout)
+
+
+def test_a_state_dict_loads_with_weights_only(ranks):
+    layer = syncbn.SyncBatchNorm(4, process_group=even_group(ranks))
+    layer(torch.randn(3, 4))
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = torch.nn.BatchNorm1d(4)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    ranks.check_equal(other.running_mean, layer.running_mean)
+
+
+@pytest.mark.ranks(2)
+def test_a_group_without_this_process_is_refused(ranks):
+    """Only the outsider is told; the members go on without it."""
+    outsider = ranks.rank == ranks.size - 1
+    if launchers.detect().speaks_mpi:
+        from mpi4py import MPI
+
+        group = MPI.COMM_WORLD.Split(MPI.UNDEFINED if outsider else 0, ranks.rank)
+    else:
+        group = torch.distributed.new_group(list(range(ranks.size - 1)))
+    text = ""
+    try:
+        syncbn.SyncBatchNorm(4, process_group=group)
+    except ValueError as error:
+        text = str(error)
+    if not launchers.detect().speaks_mpi and not outsider:
+        torch.distributed.destroy_process_group(group)  # or the ranks would name later groups differently
+    expected = "not part of" in text and "process_group must contain the calling process" in text
+    ranks.check(expected if outsider else text == "", text)
+
+
+@pytest.mark.ranks(2)
+def test_an_intercommunicator_is_refused(ranks):
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("no MPI job")
+    from mpi4py import MPI
+
+    side = int(ranks.rank > 0)
+    local = MPI.COMM_WORLD.Split(side, ranks.rank)
+    inter = local.Create_intercomm(0, MPI.COMM_WORLD, 0 if side else 1)
+    ranks.raises(TypeError, lambda: syncbn.SyncBatchNorm(4, process_group=inter), "mpi4py intracommunicator")
+
+
+def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
+    """destroy_process_group() and a second init() leave no stale group behind."""
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("would end the world of this run")
+    monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
+    for _ in range(2):
+        syncbn.init(torch_distributed=True)
+        check_group(ranks, None, list(range(ranks.size)), rng)
+        ranks.world.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ranks(2)
+def test_an_unconnected_job_warns_once(ranks, monkeypatch):
+    """Silently unsynchronised is the worst outcome: the layer says so, once."""
+    monkeypatch.setattr("syncbn.transports._live", {})
+    monkeypatch.setattr("syncbn.transports._torch_world", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    layer = syncbn.SyncBatchNorm(4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer(torch.randn(3, 4))
+        layer(torch.randn(3, 4))
+    texts = [str(w.message) for w in caught]
+    ranks.check(len(texts) == 1 and "NOT synchronised" in texts[0] and str(ranks.size) in texts[0], f"{texts}")
+    remedy = 'pip install "syncbn[mpi]"' if launchers.detect().speaks_mpi else "syncbn.init()"
+    ranks.check(remedy in texts[0], texts[0])

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""init() and what a World does for training without DDP."""
+
+import os
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import syncbn
+from syncbn import launchers
+from tests.multiprocess.test_collectives import CountingTransport
+from tests.multiprocess.test_ddp import loss, network
+
+pytestmark = pytest.mark.ranks(1)
+
+
+def test_init_agrees_with_the_launcher(ranks):
+    launch = launchers.detect()
+    world = syncbn.init()
+    ranks.check((world.rank, world.size) == (launch.rank, launch.size), f"{world}")
+    ranks.check(world.launcher == launch.name, world.launcher)
+    ranks.check(world.transport.name == ("mpi" if launch.speaks_mpi else "torch"), world.transport.name)
+    ranks.check(world.local_rank == launch.local_rank and world.device.type in ("cpu", "cuda"), f"{world}")
+
+
+def test_init_sets_up_torch_under_any_launcher(ranks, torch_world):
+    total = torch.tensor([1.0 + ranks.rank])
+    torch.distributed.all_reduce(total)
+    ranks.check(total.item() == ranks.size * (ranks.size + 1) / 2, f"{total}")
+    ranks.check(torch.distributed.get_rank() == ranks.rank, "the same ranks everywhere")
+
+
+def test_broadcast_copies_every_dtype(ranks):
+    torch.manual_seed(ranks.rank)
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.BatchNorm1d(2)])
+    model.append(nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last))
+    model[3].num_batches_tracked.fill_(ranks.rank + 7)
+    ranks.world.broadcast(model, root=ranks.size - 1)
+    torch.manual_seed(ranks.size - 1)
+    expected = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.BatchNorm1d(2)])
+    expected.append(nn.Conv2d(2, 3, 2))
+    expected[3].num_batches_tracked.fill_(ranks.size - 1 + 7)
+    for (name, got), value in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        ranks.check_equal(got, value, name)
+
+
+def test_average_gradients_is_the_mean(ranks):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16()])
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1.0 + ranks.rank)
+    ranks.world.average_gradients(model)
+    for p in model.parameters():
+        ranks.check_equal(p.grad, torch.full_like(p, (ranks.size + 1) / 2))
+
+
+def test_average_gradients_takes_a_missing_gradient_for_zero(ranks):
+    model = nn.Linear(2, 2)
+    if ranks.rank == 0:
+        model.weight.grad = torch.ones(2, 2)
+    ranks.world.average_gradients(model)
+    ranks.check_equal(model.weight.grad, torch.full((2, 2), 1.0 / ranks.size))
+    ranks.check(model.bias.grad is None, "no rank had a gradient of the bias")
+
+
+def test_average_gradients_packs_one_wire_a_dtype(ranks):
+    counting = CountingTransport(ranks.transport)
+    world = syncbn.World(ranks.rank, ranks.size, 0, torch.device("cpu"), "test", counting)
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    world.average_gradients(model)
+    expected = [
+        (3 * ranks.size, torch.float64),  # is it the same model everywhere
+        (18 + 6, torch.float32),  # values, and a flag a tensor
+        (6 + 2, torch.float64),
+    ]
+    ranks.check(counting.sent == expected, f"{counting.sent}")
+
+
+def test_pure_mpi_training_with_uneven_shares_equals_one_process(ranks, rng):
+    """Without torch.distributed: broadcast once, scale the loss by the share, average the gradients."""
+    whole, model = network(rng), network(rng)
+    model.load_state_dict(whole.state_dict())
+    if ranks.rank > 0:
+        with torch.no_grad():
+            model[0].weight.zero_()
+    sizes = [r + 1 for r in range(ranks.size)]
+    mine = ranks.shares(sizes)[ranks.rank]
+    syncbn.convert_sync_batchnorm(model)
+    ranks.world.broadcast(model)
+    for module, rows in ((whole, slice(None)), (model, mine)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(4):
+            x = torch.randn(sum(sizes), 2, 7, 6, generator=generator, dtype=torch.float64)[rows]
+            optimizer.zero_grad()
+            scale = ranks.world.loss_scale(len(x)) if module is model else 1.0
+            (loss(module, x) * scale).backward()
+            if module is model:
+                ranks.world.average_gradients(model)
+            optimizer.step()
+    for (name, ours), theirs in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
+        ranks.check_close(ours, theirs, 1e-12, name)
+
+
+def test_ranks_on_one_host_rendezvous_on_loopback(ranks):
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("torchrun opens its own store")
+    before = listeners()
+    syncbn.init(torch_distributed=True)
+    opened = listeners() - before
+    ranks.world.barrier()
+    torch.distributed.destroy_process_group()
+    ranks.check(opened and all(ip in ("127.0.0.1", "::1") for ip, _ in opened), f"listening on {opened}")
+
+
+def listeners():
+    """Where this process listens: (address, port)."""
+    connections = psutil.Process(os.getpid()).net_connections("inet")
+    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == "LISTEN"}

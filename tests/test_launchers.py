@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The launcher is read from the environment; the innermost one wins."""
+
+import pytest
+
+from syncbn import launchers
+
+OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, ("none", 0, 1, 0, False)),
+        (OPENMPI, ("openmpi", 1, 4, 1, True)),
+        (MPICH, ("mpich", 2, 4, 0, True)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, ("mpich", 2, 4, 0, True)),
+        (SLURM, ("slurm", 3, 8, 1, False)),
+        (SLURM | {"PMIX_RANK": "3"}, ("slurm", 3, 8, 1, True)),
+        (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "8"}, ("slurm", 3, 8, 1, True)),
+        (TORCHRUN, ("torchrun", 1, 2, 1, False)),
+        (TORCHRUN | SLURM, ("torchrun", 1, 2, 1, False)),
+        (TORCHRUN | OPENMPI, ("torchrun", 1, 2, 1, False)),
+        (OPENMPI | SLURM, ("openmpi", 1, 4, 1, True)),
+        (MPICH | SLURM, ("mpich", 2, 4, 0, True)),
+        ({"RANK": "1", "WORLD_SIZE": "3"}, ("env", 1, 3, 0, False)),
+        # a shell inside an allocation, before srun
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, ("none", 0, 1, 0, False)),
+    ],
+)
+def test_detect(environ, expected):
+    assert launchers.detect(environ)[:5] == expected

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SyncBatchNorm in one process is a drop-in for torch.nn.SyncBatchNorm, on any device that torch has."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import syncbn
+from syncbn import functional
+
+
+def test_the_constructor_is_torchs():
+    ours, theirs = (inspect.signature(c).parameters for c in (syncbn.SyncBatchNorm, nn.SyncBatchNorm))
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert [p.kind for p in ours.values()] == [p.kind for p in theirs.values()]
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}])
+def test_attributes_and_state_are_torchs(options):
+    ours, theirs = syncbn.SyncBatchNorm(4, **options), nn.SyncBatchNorm(4, **options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "process_group", "_version"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert ours.extra_repr() == theirs.extra_repr()
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_it_is_a_batch_norm_but_not_torchs_sync_batch_norm():
+    """DistributedDataParallel refuses a CPU model that contains the latter."""
+    layer = syncbn.SyncBatchNorm(4)
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    assert not isinstance(layer, nn.SyncBatchNorm)
+
+
+def test_device_and_dtype_are_used():
+    layer = syncbn.SyncBatchNorm(4, device="meta", dtype=torch.bfloat16)
+    assert layer.weight.device.type == "meta"
+    assert layer.running_var.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_without_the_counter_loads():
+    """torch wrote none before its version 2."""
+    old = nn.BatchNorm2d(4).state_dict()
+    del old["num_batches_tracked"]
+    old._metadata[""]["version"] = 1
+    syncbn.SyncBatchNorm(4).load_state_dict(old)
+
+
+def test_eval_is_torchs_batch_norm():
+    ours, theirs = syncbn.SyncBatchNorm(4).eval(), nn.BatchNorm2d(4).eval()
+    for layer in (ours, theirs):
+        layer.running_mean.copy_(torch.arange(4.0))
+        layer.running_var.copy_(torch.arange(4.0) + 1)
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours.num_batches_tracked == 0
+
+
+def test_eval_without_running_statistics_uses_its_own_share():
+    ours, theirs = (c(4, track_running_stats=False).eval() for c in (syncbn.SyncBatchNorm, nn.BatchNorm1d))
+    x = torch.randn(5, 4)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_training_without_a_launcher_equals_batch_norm():
+    ours, theirs = syncbn.SyncBatchNorm(4), nn.BatchNorm2d(4)
+    x = torch.randn(3, 4, 5, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_no_gradient_reaches_a_buffer():
+    layer = syncbn.SyncBatchNorm(4)
+    x = torch.randn(3, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert not layer.running_mean.requires_grad
+    assert functional._ANCHOR.grad is None
+
+
+def test_inference_mode_in_training_is_allowed():
+    layer = syncbn.SyncBatchNorm(4)
+    with torch.inference_mode():
+        y = layer(torch.randn(3, 4))
+    assert not y.requires_grad
+
+
+def test_in_place_activation_after_it_is_allowed():
+    layer = syncbn.SyncBatchNorm(4)
+    x = torch.randn(6, 4, requires_grad=True)
+    torch.relu_(layer(x)).sum().backward()
+    expected = torch.autograd.grad(torch.relu(nn.BatchNorm1d(4)(x)).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    x = torch.randn(4, 3, requires_grad=True)
+    grad = torch.autograd.grad(syncbn.SyncBatchNorm(3)(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_show(value):
+    """As in torch: NaN for the channel, and the other channels untouched."""
+    x = torch.randn(4, 2, 3)
+    x[0, 0, 0] = value
+    y = syncbn.SyncBatchNorm(2)(x)
+    assert y[:, 0].isnan().all()
+    assert y[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_work(copier):
+    layer = syncbn.SyncBatchNorm(3)
+    x = torch.randn(4, 3)
+    layer(x)
+    assert torch.equal(copier(layer)(x), layer(x))
+
+
+def test_lazy_layer_becomes_an_eager_one():
+    layer = syncbn.LazySyncBatchNorm(momentum=0.3)
+    x = torch.randn(4, 7, 2)
+    y = layer(x)
+    assert type(layer) is syncbn.SyncBatchNorm
+    assert layer.num_features == 7
+    torch.testing.assert_close(y, nn.BatchNorm1d(7)(x))
+
+
+def test_functional_equals_the_layer():
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, 2)
+    mean, var = torch.zeros(3), torch.ones(3)
+    y = functional.sync_batch_norm(x, mean, var, layer.weight, layer.bias)
+    assert torch.equal(y, layer(x))
+    assert torch.equal(mean, layer.running_mean)
+    assert torch.equal(var, layer.running_var)
+    assert torch.equal(functional.sync_batch_norm(x), y)
+
+
+def test_gradcheck():
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.rand(2, 2, dtype=torch.float64, requires_grad=True).unbind()
+    call = functional.sync_batch_norm
+    assert torch.autograd.gradcheck(lambda x, w, b: call(x, weight=w, bias=b), (x, weight, bias))
+
+
+def test_importing_syncbn_starts_no_mpi():
+    program = "import sys, syncbn; print('mpi4py' in sys.modules, 'mpi4py.MPI' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "False"]
