@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
-# Start a Python program on NPROC processes of this host, under the mpirun of Open MPI or MPICH.
+# Start a Python program on NPROC processes, under the mpirun of Open MPI or MPICH.
 #
 #     NPROC=4 launch/mpirun.sh train.py --epochs 3
 #     NPROC=4 launch/mpirun.sh -m pytest --with-mpi tests
+#     NPROC=8 MPIRUN="mpirun --hostfile hosts" launch/mpirun.sh train.py
 set -euo pipefail
 NPROC=${NPROC:-2}
 PYTHON=${PYTHON:-python}
-MPIRUN=${MPIRUN:-mpirun}
+read -ra MPIRUN <<<"${MPIRUN:-mpirun}" # a command and its options, split at spaces
 
 # One thread a process: more processes than cores with several threads each are slower, not faster.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -22,4 +23,4 @@ if [ "$(id -u)" = 0 ]; then
 fi
 
 # The runner of mpi4py ends all processes at once when one of them raises; without it the others wait for ever.
-exec "$MPIRUN" -n "$NPROC" "$PYTHON" -m mpi4py "$@"
+exec "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"

@@ -10,6 +10,10 @@ PYTHON=${PYTHON:-python}
 # One thread a process: more processes than cores with several threads each are slower, not faster.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# --standalone listens on a free port of this host; gloo is told to stay on loopback too.
+# All processes are on this host: gloo stays on loopback. torchrun's own store listens on every interface.
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+
+# A process that waits inside gloo does not see Ctrl-C. torchrun kills it after this many seconds, 30 if not told.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-5}
+
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"

@@ -9,6 +9,8 @@ that has never seen the handle, for example after loading a checkpoint, makes an
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ class GroupSpec:
         return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
 
 
-_handles: dict[GroupSpec, Any] = {}
+_handles: dict[GroupSpec, Callable[[], Any | None]] = {}
 
 
 def specify(group: Any) -> GroupSpec | None:
@@ -52,13 +54,15 @@ def specify(group: Any) -> GroupSpec | None:
             f"result of World.subgroup(size); received {_describe(group)}. "
             "Pass None to synchronise over every rank."
         )
-    _handles[spec] = group
+    # torch owns its groups, and one kept alive here would outlive destroy_process_group(). MPI's are kept.
+    _handles[spec] = weakref.ref(group) if spec.kind == "torch" else lambda: group
     return spec
 
 
 def handle(spec: GroupSpec) -> Any | None:
     """Returns the live handle that this process has for a specification, if it has seen one."""
-    return _handles.get(spec)
+    found = _handles.get(spec)
+    return None if found is None else found()
 
 
 def _specify_torch(group: Any) -> GroupSpec | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 from syncbn import groups, launchers
@@ -48,9 +49,7 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
         ValueError: if ``SYNCBN_TRANSPORT`` is not one of ``CHOICES``, or the group's ranks are not in this job.
         RuntimeError: if the library that the group needs is missing or not initialised.
     """
-    # A transport over MPI lives as long as the process. What torch.distributed or the override decided is
-    # decided again when one of them changes, for example after destroy_process_group().
-    epoch = None if spec is not None and spec.kind == "mpi" else (_torch_world(), os.environ.get(OVERRIDE))
+    epoch = _epoch(spec)
     cached = _live.get((spec, device_type))
     if cached is not None and cached[0] == epoch:
         return cached[1]
@@ -68,10 +67,8 @@ def over_mpi() -> AbstractTransport:
 
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
     """Keeps a transport that ``split`` made, and returns the specification by which ``choose`` finds it."""
-    spec = transport.spec
-    epoch = None if spec is not None and spec.kind == "mpi" else (_torch_world(), os.environ.get(OVERRIDE))
-    _live[spec, device_type] = (epoch, transport)
-    return spec
+    _live[transport.spec, device_type] = (_epoch(transport.spec), transport)
+    return transport.spec
 
 
 def explain(device_type: str = "cpu") -> Choice:
@@ -144,6 +141,19 @@ def _torch_world() -> Any | None:
     import torch.distributed as dist
 
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _epoch(spec: GroupSpec | None) -> Any:
+    """Tells how long a choice holds.
+
+    A transport over MPI lives as long as the process. What torch.distributed or the override decided is decided
+    again when one of them changes, for example after destroy_process_group(). The reference is weak: a gloo
+    group that we kept alive would meet the end of the interpreter and abort a process that did all its work.
+    """
+    if spec is not None and spec.kind == "mpi":
+        return None
+    torch_world = _torch_world()
+    return (None if torch_world is None else weakref.ref(torch_world)), os.environ.get(OVERRIDE)
 
 
 def _torch_knows(group: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, final
 
 import torch
@@ -25,7 +26,7 @@ class TorchTransport(AbstractTransport):
     name = "torch"
 
     def __init__(self, group: Any, device_type: str = "cpu") -> None:
-        self.group = group
+        self._group = weakref.ref(group)  # held here, it would outlive destroy_process_group()
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.ranks = tuple(dist.get_process_group_ranks(group))
@@ -36,6 +37,17 @@ class TorchTransport(AbstractTransport):
         generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
         token = torch.randint(1, 2**62, (1,), generator=generator).to(device_type)
         self.token = int(self.broadcast(token))
+
+    @property
+    def group(self) -> Any:
+        """The process group, which torch.distributed owns."""
+        group = self._group()
+        if group is None:  # None would mean torch's default group
+            raise RuntimeError(
+                f"The {self.spec} was destroyed with destroy_process_group(); received another use of it. "
+                "Call syncbn.init() again, and set layer.process_group."
+            )
+        return group
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """See :meth:`AbstractTransport.all_reduce`."""
