@@ -17,7 +17,8 @@ A tour, in reading order:
     groups.py         what a module stores instead of a communicator
     agreement.py      verdicts that all ranks share; checks.py says what is checked
     world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
-    cli.py            `syncbn doctor` and `syncbn bench`
+    cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
+                      bench_report.py; composite.py is what others do)
 """
 
 from syncbn import functional

@@ -41,19 +41,6 @@ def _disconnect_torch() -> None:
         dist.destroy_process_group()
 
 
-def require_mpi(launch: Launch) -> None:
-    """Raises unless MPI can be imported and joins as many processes as the launcher started."""
-    from syncbn.transports import mpi
-
-    joined = mpi.world().Get_size()
-    if joined != launch.size:
-        raise RuntimeError(
-            f"{launch.name} started {launch.size} processes ({launch.evidence}), but the MPI library joined {joined}: "
-            "mpirun and the library that mpi4py loaded belong to different MPI installations. "
-            "Run `syncbn doctor`, and start with the mpirun of that library."
-        )
-
-
 def _store(launch: Launch) -> tuple[str, Any]:
     """Opens the key-value store where the processes exchange their addresses."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -81,9 +68,9 @@ def _store(launch: Launch) -> tuple[str, Any]:
 
 def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
     """Rank 0 listens on a free port, of loopback if all ranks share its host, and MPI tells the others."""
-    require_mpi(launch)
     from syncbn.transports import mpi, over_mpi
 
+    transport = over_mpi()
     on_one_host = mpi.ranks_on_this_host() == launch.size
     listener: socket.socket | None = None
     port = torch.zeros(1, dtype=torch.int64)
@@ -91,7 +78,7 @@ def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
     if launch.rank == 0:
         listener = _listen(LOOPBACK if on_one_host else "", 0)
         port.fill_(listener.getsockname()[1])
-    over_mpi().broadcast(port)
+    transport.broadcast(port)
     return address, _tcp_store(launch, address, int(port), listener)
 
 

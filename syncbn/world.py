@@ -181,7 +181,7 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
     if torch_distributed:
         rendezvous.connect_torch(launch)
     elif launch.speaks_mpi and launch.size > 1:
-        rendezvous.require_mpi(launch)
+        transports.over_mpi()
     transport = transports.choose(None, where.type)
     return World(transport.rank, transport.size, launch.local_rank, where, launch.name, transport)
 

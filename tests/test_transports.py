@@ -116,6 +116,14 @@ def test_an_mpi_without_its_library_says_so(tmp_path):
     assert "module load" in done.stderr
 
 
+def test_an_mpi_that_joined_too_few_processes_is_refused():
+    """mpirun of one MPI, the library of another: every process believes to be alone."""
+    done = processes.python("-c", TRAIN, **OPENMPI)
+    assert done.returncode == 1
+    assert "openmpi started 4 processes (OMPI_COMM_WORLD_SIZE=4), but the MPI library joined 1" in done.stderr
+    assert "syncbn doctor" in done.stderr
+
+
 def test_a_group_of_one_process_needs_no_launcher():
     layer = syncbn.SyncBatchNorm(3)
     for kind in ("mpi", "torch"):

@@ -59,9 +59,20 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
 
 
 def over_mpi() -> AbstractTransport:
-    """Resolves every rank of the MPI job, whatever the choice for training is. Collective at its first call."""
+    """Resolves every rank of the MPI job, whatever the choice for training is. Collective at its first call.
+
+    Raises:
+        RuntimeError: where MPI joined another number of processes than the launcher started.
+    """
     from syncbn.transports import mpi
 
+    launch, joined = launchers.detect(), mpi.world().Get_size()
+    if launch.speaks_mpi and joined != launch.size:
+        raise RuntimeError(
+            f"{launch.name} started {launch.size} processes ({launch.evidence}), but the MPI library joined {joined}: "
+            "mpirun and the library that mpi4py loaded belong to different MPI installations. "
+            "Run `syncbn doctor`, and start with the mpirun of that library."
+        )
     return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())))
 
 

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What MPI is there: its name, whether it starts, whether it takes GPU pointers. For diagnosis, so nothing raises.
+
+Only the standard library at the top: ``beside`` runs this file as a script.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CUDA = 0
+"""MPIX_GPU_SUPPORT_CUDA of MPICH."""
+_LIBRARY = re.compile(r"(/\S*/lib(?:mpi|mpich|mpi_abi|mpi_cray)\.so[.\d]*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class MPIFacts:
+    """An MPI library as mpi4py sees it; ``error`` says why there is none."""
+
+    name: str = ""
+    version: str = ""
+    library: str = ""
+    """The file that was loaded."""
+    size: int = 0
+    """Processes that it joined; 0 before MPI_Init."""
+    gpu_pointers: bool = False
+    """Positively found. Before MPI_Init, False."""
+    error: str = ""
+
+
+def identify() -> MPIFacts:
+    """Loads the library into this process without MPI_Init, which a foreign launcher may answer by an abort."""
+    try:
+        MPI = _load()
+    except Exception as error:
+        return MPIFacts(error=f"{error}" or type(error).__name__)
+    name, version = MPI.get_vendor()
+    return MPIFacts(name, ".".join(map(str, version)), next(iter(loaded_libraries()), ""))
+
+
+def join() -> MPIFacts:
+    """Joins the MPI job: MPI_Init, with all threads allowed.
+
+    Communication:
+        Collective over the processes of the job.
+    """
+    facts = identify()
+    if facts.error:
+        return facts
+    try:
+        MPI = _load()
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
+        size = MPI.COMM_WORLD.Get_size()
+    except Exception as error:
+        return MPIFacts(facts.name, facts.version, facts.library, error=f"MPI_Init: {error}")
+    takes = any(takes_gpu_pointers(library) for library in loaded_libraries())
+    return MPIFacts(facts.name, facts.version, facts.library, size, takes)
+
+
+def beside(limit: float = 30.0) -> MPIFacts:
+    """Looks in a process of its own, so that an MPI that aborts or hangs outside its launcher does no harm here.
+
+    Args:
+        limit: seconds until the process is ended.
+    """
+    command = [sys.executable, "-P", __file__]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return MPIFacts(error=f"MPI_Init did not return within {limit:g} s")
+    except OSError as error:
+        return MPIFacts(error=str(error))
+    try:
+        return MPIFacts(**json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, TypeError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return MPIFacts(error=f"MPI_Init ended the process with status {done.returncode}: {last}")
+
+
+def loaded_libraries() -> list[str]:
+    """Returns the files of the MPI libraries in this process, from its memory map; none where there is no /proc."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            return list(dict.fromkeys(_LIBRARY.findall(maps.read())))
+    except OSError:
+        return []
+
+
+def takes_gpu_pointers(library: str) -> bool:
+    """Asks a loaded library whether it takes CUDA pointers; whatever is not a clear yes is a no.
+
+    Args:
+        library: its file. Open MPI answers through MPIX_Query_cuda_support, MPICH through MPIX_GPU_query_support.
+    """
+    try:
+        symbols = ctypes.CDLL(library)
+    except OSError:
+        return False
+    ask_openmpi = getattr(symbols, "MPIX_Query_cuda_support", None)
+    if ask_openmpi is not None:
+        return bool(ask_openmpi() == 1)
+    ask_mpich = getattr(symbols, "MPIX_GPU_query_support", None)
+    answer = ctypes.c_int(0)
+    return ask_mpich is not None and ask_mpich(CUDA, ctypes.byref(answer)) == 0 and answer.value == 1
+
+
+def _load() -> Any:
+    """Imports mpi4py.MPI, which then is initialised by ``join`` and finalised at exit as usual."""
+    if "mpi4py.MPI" not in sys.modules:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mpi4py suspects a foreign launcher: the caller compares, and says so
+        from mpi4py import MPI
+    return MPI
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asdict(join())) + "\n")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import re
+import signal
+import sys
+
+import psutil
+import pytest
+
+import syncbn
+from syncbn import cli
+from tests import processes
+
+BENCH = ("-m", "syncbn", "bench", "--shapes", "2,64,56,56", "--repeats", "100000")
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """Runs main() here: without its change of a signal handler, and with its pauses recorded instead of slept."""
+    slept = []
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    return slept
+
+
+def test_python_m_syncbn_lists_both_commands():
+    done = processes.python("-m", "syncbn", "--help")
+    assert done.returncode == 0
+    assert "doctor" in done.stdout
+    assert "bench" in done.stdout
+
+
+def test_version_is_that_of_the_package(naps, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"syncbn {syncbn.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["heal"], "invalid choice: 'heal'"),
+        (["bench", "--shapes", "2,64,8"], "four whole numbers N,C,H,W; received '2,64,8'"),
+        (["bench", "--shapes", "2,64,8,x"], "received '2,64,8,x'"),
+        (["bench", "--shapes", "2,0,8,8"], "N, C, H, W >= 1"),
+        (["bench", "--shapes", "1,64,1,1"], "N \\* H \\* W >= 2; received '1,64,1,1'"),
+        (["bench", "--dtype", "int8"], "float32"),
+        (["bench", "--repeats", "0"], "whole number >= 1; received '0'"),
+        (["bench", "--warmup", "-1"], "whole number >= 0; received '-1'"),
+        (["bench", "--json", "--csv"], "not allowed with"),
+        (["doctor", "--timeout", "0"], "seconds > 0; received '0'"),
+        (["doctor", "--timeout", "soon"], "seconds > 0; received 'soon'"),
+    ],
+)
+def test_wrong_arguments_end_with_status_2_and_say_what_is_wrong(naps, capsys, words, message):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert naps == []
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_another_rank_fails_silently_and_after_rank_0(naps, capsys, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["heal"])
+    assert caught.value.code == 2
+    assert naps == [cli.GRACE]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
+def test_wrong_arguments_are_reported_once_under_a_launcher(launcher):
+    done = launcher(2, "-m", "syncbn", "bench", "--repeats", "none")
+    assert done.returncode != 0
+    assert done.stderr.count("needs a whole number") == 1
+    assert done.stdout == ""
+
+
+def test_mpirun_passes_on_status_2():
+    assert processes.mpirun(2, "-m", "syncbn", "bench", "--repeats", "none").returncode == 2
+
+
+def test_ctrl_c_leaves_no_traceback():
+    process = processes.start(sys.executable, *BENCH)
+    try:
+        assert process.stdout.readline().startswith("cpu")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        processes.kill(process)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_under_mpirun_leaves_no_process():
+    process = processes.start("launch/mpirun.sh", *BENCH, NPROC=2, PYTHON=sys.executable)
+    try:
+        assert process.stdout.readline().startswith("cpu")
+        children = processes.descendants(process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        left = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        processes.kill(process)
+    assert len(children) >= 2
+    assert left == []
+    assert "Traceback" not in err

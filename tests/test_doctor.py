@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import json
+import re
+import socket
+import sys
+
+import pytest
+import torch
+
+from syncbn import checkup, doctor
+from syncbn.checkup import Place, Problem, Report
+from syncbn.transports.base import AbstractTransport
+from syncbn.transports.single import SingleTransport
+from tests import processes
+
+DOCTOR = ("-m", "syncbn", "doctor")
+
+
+class WrongSum(AbstractTransport):
+    name, rank, size, ranks, token, spec = "mpi", 0, 1, (0,), 7, None
+
+    def all_reduce(self, wire):
+        wire[-1] += 1e-9
+        return wire
+
+    def broadcast(self, tensor, root=0):
+        return tensor
+
+    def split(self, color):
+        return self
+
+    def barrier(self):
+        pass
+
+
+@pytest.fixture
+def without_mpi4py(tmp_path):
+    """A folder for the PYTHONPATH in which mpi4py cannot be imported."""
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("raise ImportError('no mpi4py on this machine')\n")
+    return f"{tmp_path}:{processes.ROOT}"
+
+
+def test_alone_everything_is_well():
+    done = processes.python(*DOCTOR)
+    assert done.returncode == 0
+    assert "No problem found." in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout
+    assert "single: no launcher started other processes" in done.stdout
+
+
+def test_json_is_one_document_with_everything():
+    done = processes.python(*DOCTOR, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert set(report["versions"]) == {"syncbn", "python", "torch", "numpy", "mpi4py"}
+    assert report["mpi"]["name"] in ("Open MPI", "MPICH")
+    assert report["mpi"]["gpu_pointers"] is False
+    assert report["kernels"]
+    assert report["all_reduce"] == "right"
+    assert report["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "n", "names", "transport"),
+    [
+        (processes.mpirun, 2, ("openmpi", "mpich"), "mpi"),
+        (processes.mpirun, 3, ("openmpi", "mpich"), "mpi"),
+        (processes.torchrun, 2, ("torchrun",), "torch"),
+    ],
+)
+def test_under_a_launcher_rank_0_maps_all_ranks(launcher, n, names, transport):
+    done = launcher(n, *DOCTOR, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["launcher"] in names
+    assert report["transport"] == transport
+    assert report["reason"]
+    assert [place["rank"] for place in report["ranks"]] == list(range(n))
+    assert len({place["pid"] for place in report["ranks"]}) == n
+    assert {place["host"] for place in report["ranks"]} == {socket.gethostname()}
+    assert report["all_reduce"] == "right"
+    assert list(report["latency_us"]) == ["64", "512", "2048"]
+    assert all(us > 0 for us in report["latency_us"].values())
+    assert report["problems"] == []
+
+
+def test_the_runner_of_mpi4py_changes_nothing():
+    done = processes.python("-m", "mpi4py", *DOCTOR)
+    assert done.returncode == 0
+    assert done.stdout.count("No problem found.") == 1
+
+
+def test_mpirun_without_mpi4py_is_named_once_with_the_line_that_installs_it(without_mpi4py):
+    script = (processes.ROOT / "launch" / "mpirun.sh").read_text()
+    plain = script.replace(" -m mpi4py ", " ")  # its runner is what is missing
+    done = processes.run("bash", "-c", plain, "mpirun.sh", *DOCTOR, **_two(PYTHONPATH=without_mpi4py))
+    assert plain != script
+    assert done.returncode == 1
+    assert done.stdout.count("no mpi4py on this machine") == 2  # once in the table, once as the problem
+    assert done.stdout.count('pip install "syncbn[mpi]"') == 1
+
+
+def test_torchrun_without_mpi4py_is_well(without_mpi4py):
+    done = processes.torchrun(2, *DOCTOR, "--json", PYTHONPATH=without_mpi4py)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["mpi"]["error"] == "no mpi4py on this machine"
+    assert report["transport"] == "torch"
+
+
+def test_mpirun_of_another_mpi_is_named():
+    found = json.loads(processes.python(*DOCTOR, "--json").stdout)["mpi"]["name"]
+    foreign = {"PMI_SIZE": 2, "PMI_RANK": 0, "MPI_LOCALRANKID": 0}
+    if found == "MPICH":
+        foreign = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("SIZE", 2), ("RANK", 0), ("LOCAL_RANK", 0))}
+    done = processes.python(*DOCTOR, "--json", **foreign)
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 1
+    assert "started 2 processes" in problem["what"]
+    assert f"mpi4py loaded {found}" in problem["what"]
+    assert f"Start with the mpirun of {found}" in problem["remedy"]
+
+
+def test_a_process_that_never_comes_is_named_within_the_limit():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    absent = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = processes.python(*DOCTOR, "--json", "--timeout", "4", limit=60, **absent)
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 1
+    assert problem["what"] == "could not connect the processes within 4 s: some processes never came"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": 0, "WORLD_SIZE": "two"}, "the environment cannot be read: .*two"),
+        ({"SYNCBN_TRANSPORT": "pigeon"}, "must be one of auto, single, mpi, torch; received 'pigeon'"),
+        ({"RANK": 0, "WORLD_SIZE": 2}, "could not connect the processes: .*MASTER_ADDR"),
+    ],
+)
+def test_a_broken_environment_is_a_problem_not_a_crash(variables, words):
+    done = processes.python(*DOCTOR, "--json", **variables)
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 1
+    assert re.search(words, problem["what"])
+    assert problem["remedy"]
+
+
+def test_processes_left_alone_by_the_override_are_a_problem():
+    done = processes.mpirun(2, *DOCTOR, "--json", SYNCBN_TRANSPORT="single")
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 1
+    assert "NOT synchronised" in problem["what"]
+    assert "Unset SYNCBN_TRANSPORT" in problem["remedy"]
+
+
+def test_a_wrong_sum_is_a_problem():
+    report = Report(ranks=[Place(0, 0, "host", 1, "cpu")])
+    checkup._try_all_reduce(report, WrongSum())
+    assert report.all_reduce == "wrong"
+    assert "wrong sum" in report.problems[0].what
+    assert "a WRONG answer" in doctor.to_text(report)
+
+
+def test_a_right_sum_is_none():
+    assert checkup.sums_are_right(SingleTransport(), torch.device("cpu"))
+
+
+def test_more_processes_than_gpus_are_a_problem(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    report = Report()
+    checkup._look_around(report, checkup.Launch("openmpi", 2, 3, 2, speaks_mpi=True, evidence=""))
+    assert "more processes than GPUs (2)" in report.problems[0].what
+    assert report.ranks[0].device == "cpu"
+
+
+def test_the_first_rank_of_another_host_names_its_own_problem(capsys):
+    report = Report(ranks=[Place(4, 0, "other", 1, "cpu")], problems=[Problem("no MPI", "Install it.")])
+    for local_rank in (0, 1):
+        launch = checkup.Launch("openmpi", 4 + local_rank, 8, local_rank, speaks_mpi=True, evidence="")
+        doctor._speak(report, launch, as_json=False)
+    assert capsys.readouterr() == ("", "rank 4 on other: no MPI. Install it.\n")
+
+
+def _two(**variables):
+    return {"NPROC": 2, "PYTHON": sys.executable, **variables}
