@@ -69,7 +69,7 @@ def test_an_unconnected_job_is_named(monkeypatch, environ, mpi4py, remedy):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 
 
-@pytest.mark.parametrize("name", ["single", "mpi", "torch"])
+@pytest.mark.parametrize("name", ["single", "mpi", "torch"], ids="to {}".format)
 def test_the_override_wins(monkeypatch, name):
     pretend(monkeypatch, OPENMPI | {"SYNCBN_TRANSPORT": name})
     assert transports.explain().name == name
