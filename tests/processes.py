@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -36,7 +37,13 @@ def start(*command, cwd=ROOT, **extra):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_hear_ctrl_c,
     )
+
+
+def _hear_ctrl_c():
+    """A background job of a shell, as CI may be, ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*command, limit=100, cwd=ROOT, **extra):
@@ -57,6 +64,22 @@ def descendants(process):
         return [p for p in psutil.Process(process.pid).children(recursive=True) if p.is_running()]
     except psutil.NoSuchProcess:
         return []
+
+
+def survivors(family, seconds=10):
+    """Those that still run some seconds later: a launcher may end a moment before the last process it ended."""
+    deadline = time.monotonic() + seconds
+    while (alive := [p for p in family if is_alive(p)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
+
+
+def is_alive(process):
+    """Whether a process runs; one that has ended and waits for its parent, a zombie, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill(process):

@@ -3,7 +3,6 @@ import re
 import signal
 import sys
 
-import psutil
 import pytest
 
 import syncbn
@@ -101,7 +100,7 @@ def test_ctrl_c_under_mpirun_leaves_no_process():
         children = processes.descendants(process)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
-        left = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        left = processes.survivors(children)
     finally:
         processes.kill(process)
     assert len(children) >= 2

@@ -144,22 +144,12 @@ def start_stuck(launcher, path, what):
     return process, family, guard
 
 
-def is_alive(process):
-    """Whether a process runs; one that has ended and waits for its parent, a zombie, does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def seconds_until_all_ended(process, family, guard, limit):
     """Waits for the launcher and its processes; fails, and ends them, where one is left after the limit."""
     started = time.monotonic()
     try:
         _, err = process.communicate(timeout=limit)
-        deadline = time.monotonic() + 2
-        while (alive := [each for each in family if is_alive(each)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        alive = processes.survivors(family)
         assert not alive, f"{alive} outlived the launcher\n{err}"
     finally:
         guard.cancel()
