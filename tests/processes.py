@@ -37,7 +37,7 @@ def start(*command, cwd=ROOT, **extra):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_hear_ctrl_c,
+        preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - it takes no lock
     )
 
 
