@@ -15,8 +15,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from syncbn import moments
 from syncbn.moments import Running, Status
 
 
@@ -47,6 +49,10 @@ class AbstractKernels(ABC):
         Returns:
             float64 (2C + 8,), laid out as in :mod:`syncbn.moments`. The sums are accumulated in float64.
         """
+
+    def read_status(self, wire: Tensor) -> tuple[float, Status]:
+        """Reads ``(count_global, status)`` of an all-reduced wire on the host."""
+        return moments.read_status(wire)
 
     @abstractmethod
     def normalize(
@@ -91,6 +97,25 @@ class AbstractKernels(ABC):
             float64 (2C,): ``[sum_grad_y (C), sum_grad_y_xhat (C)]``. Before the all-reduce these are also the
             local gradients of bias and weight.
         """
+
+    def parameter_gradients(
+        self, wire: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Makes the local gradients of weight and bias of a wire that has not been reduced yet.
+
+        Args:
+            wire: float64 (2C,), as :meth:`backward_sums` returned it.
+            weight: the dtype of weight, or None where it needs no gradient.
+            bias: the dtype of bias, or None where it needs no gradient.
+
+        Returns:
+            ``grad_weight (C,)`` and ``grad_bias (C,)``, new tensors, or None.
+        """
+        grad_bias, grad_weight = wire.chunk(2)
+        return (
+            None if weight is None else grad_weight.to(weight, copy=True),
+            None if bias is None else grad_bias.to(bias, copy=True),
+        )
 
     @abstractmethod
     def backward_input(

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Builds the host kernels, if there is a C++ compiler; the rest of the metadata is in pyproject.toml.
+
+The four step files are compiled once per instruction set, each into a namespace of its own; run.cpp chooses one of
+them at run time. Without a compiler the install goes on, and the layer uses the kernels in plain torch.
+
+    SYNCBN_CXXFLAGS    more flags for compiler and linker, for example -fsanitize=address,undefined
+"""
+
+import os
+import platform
+import shlex
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HOST = Path("syncbn/kernels/host")
+STEPS = ("local_moments", "normalize", "backward_sums", "backward_input")
+# -ffp-contract=off: a multiply and an add fused in the vector code and not in another would change bits.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+X86 = platform.machine() in ("x86_64", "AMD64")
+INSTRUCTION_SETS = {"baseline": []}
+if X86:
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 on its own AVX-512 header
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS |= {"avx2": avx2, "avx512": [*avx2, *avx512, *quiet]}
+
+
+class BuildHostKernels(build_ext):
+    """Compiles the step files several times, then the extension as usual."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Adds the objects of every instruction set to the extension."""
+        more = shlex.split(os.environ.get("SYNCBN_CXXFLAGS", ""))
+        ext.extra_compile_args = [*FLAGS, *more]
+        ext.extra_link_args = more
+        for name, flags in INSTRUCTION_SETS.items():
+            ext.extra_objects += self.compiler.compile(
+                [str(HOST / f"{step}.cpp") for step in STEPS],
+                output_dir=str(Path(self.build_temp, name)),
+                macros=[("SYNCBN_ISA", name)],
+                extra_postargs=[*ext.extra_compile_args, *flags],
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "syncbn.kernels._host",
+            [str(HOST / f"{name}.cpp") for name in ("module", "parallel", "run", "tensors")],
+            depends=[str(header) for header in sorted(HOST.glob("*.hpp"))],
+            define_macros=[("Py_LIMITED_API", "0x030B0000"), *([("SYNCBN_X86", "1")] if X86 else [])],
+            language="c++",
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildHostKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// backward_sums: sum_grad_y = sum over n, s of grad_y;  sum_grad_y_centered = sum over n, s of grad_y * (x - mean).
+//
+// The caller multiplies the second by invstd, which makes it sum_grad_y_xhat.
+// In: grad_y and x, both planes or both rows, of one dtype; mean, float64 (C,). Out: sums, float64 [2, padded(C)],
+// zeroed by the caller. All arithmetic in float64.
+// Order: as in local_moments.cpp, with four rows together, or one where x is far away.
+// Reads each element of both once: 4, 8 or 16 bytes per element. Limits: none.
+#include "vector.hpp"
+
+namespace {
+using namespace lanes;
+using syncbn::Elements;
+using syncbn::Part;
+using syncbn::Shape;
+
+template <class T>
+void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
+            double* sums) {
+    const int64_t per_plane = syncbn::segments(shape.S);
+    for (int64_t j = part.first; j < part.last; ++j) {
+        const int64_t n = j / per_plane, s = j % per_plane * syncbn::SEGMENT;
+        const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
+        for (int64_t c = part.c_first; c < part.c_last; ++c) {
+            const T *g = at<T>(grad_y, n, c, s), *p = at<T>(x, n, c, s);
+            const D m = all<D>(mean[c]);
+            D a = all<D>(0), b = all<D>(0);
+            int64_t i = 0;
+            for (; i + syncbn::LANES <= length; i += syncbn::LANES) {
+                const D v = load<D>(g + i);
+                a = a + v;
+                b = b + v * (load<D>(p + i) - m);
+            }
+            if (i < length) {  // the lanes beyond the end hold grad_y = 0
+                const D v = load<D>(g + i, length - i);
+                a = a + v;
+                b = b + v * (load<D>(p + i, length - i) - m);
+            }
+            sums[c] += sum(a);
+            sums[syncbn::padded(shape.C) + c] += sum(b);
+        }
+    }
+}
+
+template <int group, class T, class... Length>
+inline void add_rows(const T* const (&g)[group], const T* const (&p)[group], const double* mean, int64_t c,
+                     double* first, double* second, Length... length) {
+    const D m = load<D>(mean + c, length...);
+    D a = load<D>(g[0] + c, length...), b = a * (load<D>(p[0] + c, length...) - m);
+    for (int i = 1; i < group; ++i) {
+        const D v = load<D>(g[i] + c, length...);
+        a = a + v;
+        b = b + v * (load<D>(p[i] + c, length...) - m);
+    }
+    store(first + c, load<D>(first + c) + a);
+    store(second + c, load<D>(second + c) + b);
+}
+
+template <int group, class T>
+void some_rows(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
+               int64_t r, double* sums) {
+    double *first = sums, *second = sums + syncbn::padded(shape.C);
+    const T *g[group], *p[group];
+    for (int i = 0; i < group; ++i) {
+        g[i] = row<T>(grad_y, shape, r + i);
+        p[i] = row<T>(x, shape, r + i);
+    }
+    int64_t c = part.c_first;
+    for (; c + syncbn::LANES <= part.c_last; c += syncbn::LANES) add_rows<group>(g, p, mean, c, first, second);
+    if (c < part.c_last) add_rows<group>(g, p, mean, c, first, second, part.c_last - c);
+}
+
+template <class T>
+void rows(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
+          double* sums) {
+    int64_t r = part.first;
+    if (!shape.far)
+        for (; r + 4 <= part.last; r += 4) some_rows<4, T>(shape, grad_y, x, mean, part, r, sums);
+    for (; r < part.last; ++r) some_rows<1, T>(shape, grad_y, x, mean, part, r, sums);
+}
+}  // namespace
+
+namespace syncbn::SYNCBN_ISA {
+void backward_sums(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
+                   double* sums) {
+    with_type(shape.dtype, [&](auto storage) {
+        using T = typename decltype(storage)::Type;
+        shape.rows ? rows<T>(shape, grad_y, x, mean, part, sums) : planes<T>(shape, grad_y, x, mean, part, sums);
+    });
+}
+
+// The local sums are the gradients of bias and weight; these want them in the dtype of the parameter.
+void narrow_values(int64_t C, const double* from, const Values& to) {
+    with_type(to.dtype, [&](auto storage) {
+        using T = typename decltype(storage)::Type;
+        T* p = reinterpret_cast<T*>(to.data);
+        for (int64_t c = 0; c < C; ++c) narrow(typename Compute<T>::Scalar(from[c]), p + c * to.stride);
+    });
+}
+}  // namespace syncbn::SYNCBN_ISA

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Sixteen lanes of float (F) or double (D) on any instruction set: what the step files compute with.
+//
+// The lanes are 1, 2 or 4 native vectors (D: 2, 4 or 8), but lane i is always element i of a block, and lanes are
+// summed in one fixed order: the same bits with AVX-512, AVX2 and plain code. Compile with -ffp-contract=off: a
+// multiply and an add fused in one of them and not in another would break that. Internal linkage: see steps.hpp.
+#pragma once
+#include "storage.hpp"
+
+namespace {
+namespace lanes {
+
+// A binary tree of native vectors: members, not an array, so that the compiler keeps all of it in registers.
+template <class V, int n> struct Pack { Pack<V, n / 2> lo, hi; };
+template <class V> struct Pack<V, 1> { V v; };
+typedef Pack<VF, 16 / NF> F;
+typedef Pack<VD, 16 / ND> D;
+
+#define SYNCBN_OPERATOR(op)                                                                             \
+    template <class V> inline Pack<V, 1> operator op(Pack<V, 1> a, Pack<V, 1> b) { return {a.v op b.v}; } \
+    template <class V, int n> inline Pack<V, n> operator op(Pack<V, n> a, Pack<V, n> b) {                 \
+        return {a.lo op b.lo, a.hi op b.hi};                                                            \
+    }
+SYNCBN_OPERATOR(+)
+SYNCBN_OPERATOR(-)
+SYNCBN_OPERATOR(*)
+#undef SYNCBN_OPERATOR
+
+template <class P> struct Of;
+template <class V, int n> struct Of<Pack<V, n>> {
+    typedef Pack<V, n> P;
+    static constexpr int half_way = n / 2 * int(sizeof(V) / sizeof(V{}[0]));
+    template <class T> static P load(const T* p) { return {Of<Pack<V, n / 2>>::load(p), Of<Pack<V, n / 2>>::load(p + half_way)}; }
+    template <class T> static void store(T* p, P v) {
+        Of<Pack<V, n / 2>>::store(p, v.lo);
+        Of<Pack<V, n / 2>>::store(p + half_way, v.hi);
+    }
+    static P all(double x) { return {Of<Pack<V, n / 2>>::all(x), Of<Pack<V, n / 2>>::all(x)}; }
+};
+template <class V> struct Of<Pack<V, 1>> {
+    typedef Pack<V, 1> P;
+    typedef __typeof__(V{}[0] + V{}[0]) Lane;
+    template <class T> static P load(const T* p) { return {load_native(p, V{})}; }
+    template <class T> static void store(T* p, P v) { store_native(p, v.v); }
+    static P all(double x) { return {V{} + Lane(x)}; }
+};
+
+// Sixteen elements as lanes of P, which is F or D. Fewer than sixteen: the rest are zeros and are not touched.
+template <class P, class T> inline P load(const T* p) { return Of<P>::load(p); }
+template <class P, class T> inline P load(const T* p, int64_t n) {
+    T block[16];
+    fetch(p, n, block);
+    return Of<P>::load(block);
+}
+template <class T, class P> inline void store(T* p, P v) { Of<P>::store(p, v); }
+template <class T, class P> inline void store(T* p, P v, int64_t n) {
+    T block[16];
+    Of<P>::store(block, v);
+    put(block, n, p);
+}
+template <class P> inline P all(double x) { return Of<P>::all(x); }
+
+// Lane l with l + 8, then with l + 4, l + 2, l + 1.
+typedef double D2 __attribute__((vector_size(16)));
+typedef double D4 __attribute__((vector_size(32)));
+inline double sum_native(D2 v) { return v[0] + v[1]; }
+#if SYNCBN_BYTES >= 32
+inline double sum_native(D4 v) {
+    return sum_native(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
+}
+#endif
+#if SYNCBN_BYTES == 64
+inline double sum_native(VD v) {
+    return sum_native(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+#endif
+inline double sum(Pack<VD, 1> v) { return sum_native(v.v); }
+template <int n> inline double sum(Pack<VD, n> v) { return sum(v.lo + v.hi); }
+
+// The type of elementwise arithmetic: float, or double for double.
+template <class T> struct Compute { typedef F Lanes; typedef float Scalar; };
+template <> struct Compute<double> { typedef D Lanes; typedef double Scalar; };
+
+template <class T> inline T* at(const syncbn::Elements& e, int64_t n, int64_t c, int64_t s) {
+    return reinterpret_cast<T*>(e.data) + (n * e.stride_n + c * e.stride_c + s * e.stride_s);
+}
+// Row r of N * S; one division, and none where the rows are one block.
+template <class T> inline T* row(const syncbn::Elements& e, const syncbn::Shape& shape, int64_t r) {
+    return shape.N == 1 ? at<T>(e, 0, 0, r) : at<T>(e, r / shape.S, 0, r % shape.S);
+}
+
+template <class T> struct Storage { typedef T Type; };
+// Calls f with the storage type.
+template <class Call> inline void with_type(syncbn::DType dtype, Call f) {
+    switch (dtype) {
+        case syncbn::DType::float16: return f(Storage<half>{});
+        case syncbn::DType::bfloat16: return f(Storage<bfloat>{});
+        case syncbn::DType::float32: return f(Storage<float>{});
+        case syncbn::DType::float64: return f(Storage<double>{});
+    }
+}
+
+// Reads per-channel numbers as float64; absent ones are `otherwise`.
+inline void read_values(const syncbn::Values& values, int64_t C, double otherwise, double* out) {
+    if (values.data == nullptr) {
+        for (int64_t c = 0; c < C; ++c) out[c] = otherwise;
+        return;
+    }
+    with_type(values.dtype, [&](auto storage) {
+        auto* p = reinterpret_cast<typename decltype(storage)::Type*>(values.data);
+        if (values.stride == 1)
+            for (int64_t c = 0; c < C; ++c) out[c] = widen(p[c]);
+        else
+            for (int64_t c = 0; c < C; ++c) out[c] = widen(p[c * values.stride]);
+    });
+}
+
+}  // namespace lanes
+}  // namespace
