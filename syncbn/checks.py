@@ -41,7 +41,7 @@ def input_error(x: object, num_features: int) -> Exception | None:
 
 def device_type(x: object) -> str:
     """Returns where an input lives; what is no tensor is refused later, together with the other ranks."""
-    return x.device.type if isinstance(x, Tensor) else "cpu"
+    return x.device.type if isinstance(x, Tensor) and not x.is_cpu else "cpu"
 
 
 def raise_if_disagreed(

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn import checks, groups, kernels, moments, transports
-from syncbn.kernels.base import BatchStats
 from syncbn.moments import Running, Status
 from syncbn.transports.base import AbstractTransport
 
@@ -97,48 +96,62 @@ def apply(
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
         x = torch.empty(0, num_features, device=checks.device_type(x))
     call = Call(running, eps, transport, torch.is_grad_enabled(), error)
-    y: Tensor = _SyncBatchNorm.apply(x, weight, bias, _ANCHOR, call)  # type: ignore[no-untyped-call]
+    wanted = x.requires_grad or (weight is not None and weight.requires_grad)
+    wanted = wanted or (bias is not None and bias.requires_grad)
+    y: Tensor = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, None if wanted else _ANCHOR, call
+    )
     return y
 
 
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor, call: Call) -> Tensor:
-        del anchor
-        ctx.kernels, ctx.transport = kernels.choose(x), call.transport
-        needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor | None, call: Call
+    ) -> Tensor:
+        steps, transport = kernels.choose(x), call.transport
+        needs_grad = call.grad_enabled and anchor is None
         votes = moments.DTYPE_VOTES[x.dtype] if x.numel() else moments.NO_VOTE
         status = Status(call.error is not None, call.grad_enabled, needs_grad, *votes)
 
-        wire = ctx.kernels.local_moments(x, status)
-        wire = call.transport.all_reduce(wire)
-        count_global, status = moments.read_status(wire)
+        wire = steps.local_moments(x, status)
+        wire = transport.all_reduce(wire)
+        count_global, status = steps.read_status(wire)
         checks.raise_if_disagreed(
-            count_global, status, call.transport, x=x, error=call.error, grad_enabled=call.grad_enabled
+            count_global, status, transport, x=x, error=call.error, grad_enabled=call.grad_enabled
         )
         running = call.running if count_global > 0 else None
         y: Tensor
-        y, stats = ctx.kernels.normalize(x, wire, weight, bias, running, call.eps, count_global)
+        y, stats = steps.normalize(x, wire, weight, bias, running, call.eps, count_global)
 
         if not status.needs_grad:
             ctx.mark_non_differentiable(y)
-        ctx.save_for_backward(x, weight, stats.mean, stats.invstd)
-        ctx.count_global = count_global
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+        # Beside the saved tensors, at a fraction of their cost: nobody else can change the statistics.
+        ctx.state = steps, transport, stats, None if bias is None else bias.dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd = ctx.saved_tensors
-        stats = BatchStats(mean, invstd, ctx.count_global)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # The decorator switches autograd off and on again, for microseconds, where it is off already.
+        step = _backward_once if torch.is_grad_enabled() else _SyncBatchNorm._backward
+        gradients: tuple[Tensor | None, ...] = step(ctx, grad_y)
+        return gradients
 
-        wire = ctx.kernels.backward_sums(grad_y, x, stats)
-        grad_bias, grad_weight = wire.chunk(2)  # local, as DDP expects: it averages them
-        grad_weight = grad_weight.to(weight.dtype, copy=True) if needs_weight else None
-        grad_bias = grad_bias.to(ctx.bias_dtype, copy=True) if needs_bias else None
-        wire = ctx.transport.all_reduce(wire)
+    @staticmethod
+    def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        steps, transport, stats, bias_dtype = ctx.state
+        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
 
-        grad_x = ctx.kernels.backward_input(grad_y, x, wire, weight, stats) if needs_x else None
+        wire = steps.backward_sums(grad_y, x, stats)
+        grad_weight, grad_bias = steps.parameter_gradients(  # local, as DDP expects: it averages them
+            wire, weight.dtype if needs_weight else None, bias_dtype if needs_bias else None
+        )
+        wire = transport.all_reduce(wire)
+
+        grad_x = steps.backward_input(grad_y, x, wire, weight, stats) if needs_x else None
         return grad_x, grad_weight, grad_bias, None, None
+
+
+_backward_once = once_differentiable(_SyncBatchNorm._backward)

@@ -90,10 +90,11 @@ class SyncBatchNorm(_BatchNorm):
         transport = transports.choose(self._group_spec, checks.device_type(input))
         if transport.token != self._agreed_token:
             self._agree_on_settings(transport)
+        weight, bias, mean, var, tracked = _held(self)
         running = None
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-        return functional.apply(input, self.weight, self.bias, self.num_features, running, self.eps, transport)
+        if self.track_running_stats and mean is not None and var is not None:
+            running = Running(mean, var, tracked, self.momentum)
+        return functional.apply(input, weight, bias, self.num_features, running, self.eps, transport)
 
     def _eval_forward(self, x: Tensor) -> Tensor:
         error = checks.input_error(x, self.num_features)
@@ -161,3 +162,18 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
+
+
+def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
+    """Looks up weight, bias, running_mean, running_var, num_batches_tracked; each is a microsecond as an attribute."""
+    try:
+        parameters, buffers = layer._parameters, layer._buffers
+        return (
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+        )
+    except KeyError:  # a parametrization, for example, moves a parameter elsewhere
+        return layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.num_batches_tracked

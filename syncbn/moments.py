@@ -39,7 +39,7 @@ class Status(NamedTuple):
     @property
     def dtypes(self) -> int:
         """How many different dtypes the non-empty shares have."""
-        return sum(votes > 0 for votes in self[3:])
+        return (self[3] > 0) + (self[4] > 0) + (self[5] > 0) + (self[6] > 0)
 
 
 STATUS_SLOTS = Status._fields
