@@ -70,7 +70,7 @@ class HostKernels(AbstractKernels):
         """See :meth:`AbstractKernels.backward_sums`."""
         wire = _FLOAT64.new_empty(2 * x.size(1))
         rest = (stats.mean, stats.invstd, wire, torch.get_num_threads())
-        if grad_y.dtype != x.dtype or not _host.backward_sums(grad_y, x, *rest):
+        if grad_y.dtype != x.dtype or grad_y.is_neg() or not _host.backward_sums(grad_y, x, *rest):
             any(_host.backward_sums(g, dense, *rest) for dense, g in _copies(x, grad_y))
         return wire
 
@@ -90,7 +90,7 @@ class HostKernels(AbstractKernels):
         """See :meth:`AbstractKernels.backward_input`."""
         grad_x = torch.empty_like(x)
         rest = (wire, weight, stats.mean, stats.invstd, stats.count_global, torch.get_num_threads())
-        if grad_y.dtype == x.dtype and _host.backward_input(grad_y, x, grad_x, *rest):
+        if grad_y.dtype == x.dtype and not grad_y.is_neg() and _host.backward_input(grad_y, x, grad_x, *rest):
             return grad_x
         for dense, g in _copies(x, grad_y):
             result = torch.empty_like(dense)
@@ -102,4 +102,4 @@ class HostKernels(AbstractKernels):
 def _copies(x: Tensor, grad_y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the pair with ever more of it copied; the last one always has a layout in common."""
     yield x, torch.empty_like(x).copy_(grad_y)
-    yield x.contiguous(), grad_y.to(x.dtype).contiguous()
+    yield x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_y)

@@ -17,11 +17,12 @@ bool borrow_any(PyObject* object, const char* name, dlpack::Tensor* tensor) {
     PyTypeObject* type = Py_TYPE(object);
     if (type != tensor_type && !PyType_IsSubtype(type, tensor_type))
         return PyErr_Format(PyExc_TypeError, "%s must be a torch.Tensor", name), false;
-    if (borrow_tensor(object, tensor) != 0) return false;
-    if (tensor->device.type != dlpack::CPU)
-        return PyErr_Format(PyExc_ValueError, "%s must be on the CPU", name), false;
-    if (tensor->ndim > MAX_DIMS || tensor->dtype.lanes != 1 || (tensor->ndim > 0 && tensor->strides == nullptr))
-        return PyErr_Format(PyExc_ValueError, "%s must be a strided tensor of at most %d dims", name, MAX_DIMS), false;
+    const bool refused = borrow_tensor(object, tensor) != 0;  // torch's own words are a C++ stack trace
+    if (refused) PyErr_Clear();
+    if (refused || tensor->device.type != dlpack::CPU || tensor->ndim > MAX_DIMS || tensor->dtype.lanes != 1 ||
+        (tensor->ndim > 0 && tensor->strides == nullptr))
+        return PyErr_Format(PyExc_ValueError, "%s must be a strided CPU tensor of at most %d dims", name, MAX_DIMS),
+               false;
     int64_t numel = 1;
     for (int d = 0; d < tensor->ndim; ++d) numel *= tensor->shape[d];
     if (numel > 0 && tensor->data == nullptr)

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the compiled kernels promise beyond the contract of test_kernels.py."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from syncbn import kernels, moments, reference
+from syncbn.kernels.base import BatchStats
+from syncbn.kernels.torch_ops import TorchKernels
+from syncbn.moments import Running, Status
+from tests import processes
+
+host_ops = pytest.importorskip("syncbn.kernels.host_ops", reason="built without a compiler")
+_host = host_ops._host
+HOST, TORCH = host_ops.HostKernels(), TorchKernels()
+EPS = 1e-5
+STATUS = Status(0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
+HALVES = (torch.float16, torch.bfloat16)
+# Large enough for the thread pool and for several partial sums per channel.
+LARGE = [(3, 40, 70, 65), (5, 2, 190, 191), (40001, 7), (2, 600, 13, 17)]
+
+
+@pytest.fixture(autouse=True)
+def _settings_restored():
+    fastest, threads = _host.instruction_set(), torch.get_num_threads()
+    yield
+    _host.use_instruction_set(fastest)
+    torch.set_num_threads(threads)
+
+
+def step(implementation, x, grad_y, weight=None, bias=None):
+    """Every number that the four steps make."""
+    wire = implementation.local_moments(x, STATUS)
+    y, stats = implementation.normalize(x, wire, weight, bias, None, EPS, wire[0].item())
+    sums = implementation.backward_sums(grad_y, x, stats)
+    grad_x = implementation.backward_input(grad_y, x, sums, weight, stats)
+    return {"wire": wire, "y": y, "mean": stats.mean, "invstd": stats.invstd, "sums": sums, "grad_x": grad_x}
+
+
+def differing(a, b):
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def batch(shape, dtype=torch.float32, *, channels_last=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, grad_y = ((torch.randn(shape, generator=generator) * 2 + 1).to(dtype) for _ in range(2))
+    if channels_last:
+        x, grad_y = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad_y))
+    return x, grad_y
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", moments.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*LARGE[1:3], (3, 37, 5, 7)], ids=str)
+def test_every_instruction_set_gives_the_same_bits(shape, dtype, channels_last):
+    x, grad_y = batch(shape, dtype, channels_last=channels_last)
+    results = []
+    for name in _host.instruction_sets():
+        _host.use_instruction_set(name)
+        results.append(step(HOST, x, grad_y))
+    assert all(not differing(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(shape, dtype, channels_last):
+    x, grad_y = batch(shape, dtype, channels_last=channels_last)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(step(HOST, x, grad_y))
+    assert all(not differing(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shares", [[3, 3, 3], [1, 8], [0, 2, 7], [1] * 9], ids=str)
+def test_bits_do_not_depend_on_ranks_and_threads(dtype, shares, channels_last):
+    """Ranks are played by shares whose wires are added up."""
+    x, grad_y = batch((9, 24, 40, 33), dtype, channels_last=channels_last)
+    weight, bias = torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24)
+    whole = step(HOST, x, grad_y, weight, bias)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        xs, gs = x.split(shares), grad_y.split(shares)
+        wire = sum(HOST.local_moments(part, STATUS) for part in xs)
+        normalized = [HOST.normalize(part, wire, weight, bias, None, EPS, wire[0].item()) for part in xs]
+        stats = normalized[0][1]
+        sums = sum(HOST.backward_sums(g, part, stats) for g, part in zip(gs, xs, strict=True))
+        grads = [HOST.backward_input(g, part, sums, weight, stats) for g, part in zip(gs, xs, strict=True)]
+        assert torch.equal(torch.cat([y for y, _ in normalized]), whole["y"])
+        assert torch.equal(torch.cat(grads), whole["grad_x"])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", moments.DTYPES, ids=str)
+def test_elements_are_those_of_the_readable_twin(dtype, channels_last):
+    """From the same sums, the elementwise steps agree with torch_ops.py bit for bit."""
+    x, grad_y = batch((4, 37, 9, 5), dtype, channels_last=channels_last)
+    weight, bias = torch.randn(2, 37)
+    wire = TORCH.local_moments(x, STATUS)
+    y, stats = TORCH.normalize(x, wire, weight, bias, None, EPS, 180.0)
+    ours, our_stats = HOST.normalize(x, wire, weight, bias, None, EPS, 180.0)
+    assert torch.equal(ours, y)
+    assert torch.equal(our_stats.mean, stats.mean)
+    assert torch.equal(our_stats.invstd, stats.invstd)
+    sums = TORCH.backward_sums(grad_y, x, stats)
+    theirs = TORCH.backward_input(grad_y, x, sums, weight, stats)
+    assert torch.equal(HOST.backward_input(grad_y, x, sums, weight, stats), theirs)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_number_survives_and_rounds_as_in_torch(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
+    between = every.float().nan_to_num(0.0, 0.0, 0.0).repeat(1, 2) * torch.tensor([1.0, 1.00390625])
+    stats = BatchStats(torch.zeros(1).double(), torch.ones(1).double(), 1.0)
+    for name in _host.instruction_sets():
+        _host.use_instruction_set(name)
+        zeros, nothing = torch.zeros(2).double(), torch.zeros_like(every)
+        assert torch.equal(HOST.backward_input(every, nothing, zeros, None, stats).isnan(), every.isnan())
+        same = HOST.backward_input(every, nothing, zeros, None, stats)
+        assert torch.equal(same.nan_to_num(0.0), every.nan_to_num(0.0))
+        scale = between[0, 1] * 0 + 1.00390625
+        rounded = HOST.backward_input(every, nothing, zeros, scale.view(1), stats)
+        expected = (every.float() * scale).to(dtype)
+        assert torch.equal(rounded.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@st.composite
+def tensors(draw):
+    """x and grad_y of any dtype, rank and shape, in any order of dims, sliced, expanded, each in its own layout."""
+    dims = draw(st.integers(2, 5))
+    shape = [draw(st.integers(0, 4)), draw(st.integers(1, 19)), *(draw(st.integers(0, 9)) for _ in range(dims - 2))]
+    dtype, generator = draw(st.sampled_from(moments.DTYPES)), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def strided():
+        order = draw(st.permutations(range(dims)))
+        steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in order]
+        full = torch.randn([shape[d] * steps[d] for d in order], generator=generator).to(dtype)
+        t = full.permute(sorted(range(dims), key=order.__getitem__))
+        t = t[tuple(slice(None, None, s) for s in steps)]
+        return t[:1].expand(shape) if draw(st.booleans()) and shape[0] > 0 and draw(st.booleans()) else t
+
+    return strided(), strided()
+
+
+@settings(deadline=None, max_examples=150)
+@given(tensors(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.sampled_from([1, 2]))
+def test_any_strides_equal_the_reference_and_the_twin(pair, parameters, threads):
+    x, grad_y = pair
+    torch.set_num_threads(threads)
+    C, count = x.size(1), x.numel() // x.size(1)
+    weight, bias = torch.linspace(0.5, 2, C).to(parameters), torch.linspace(-1, 1, C).to(parameters)
+    ours, twin = step(HOST, x, grad_y, weight, bias), step(TORCH, x, grad_y, weight, bias)
+    one = torch.finfo(x.dtype).eps
+    for name, theirs in twin.items():
+        assert ours[name].dtype == theirs.dtype
+        assert ours[name].stride() == theirs.stride() or not x.numel()
+        tolerance = 1e-9 if theirs.dtype == torch.float64 else 16 * one
+        scale = max(1.0, theirs.double().abs().max().item()) if theirs.numel() else 1.0
+        torch.testing.assert_close(ours[name], theirs, rtol=tolerance, atol=tolerance * scale)
+    if count > 1:
+        stats = torch.zeros(C, dtype=torch.float64)
+        exact = reference.batch_norm(x.double(), weight.double(), bias.double(), stats, stats, eps=EPS).y
+        torch.testing.assert_close(ours["y"].double(), exact, rtol=16 * one, atol=max(64 * one, 1e-9))
+
+
+def test_buffers_of_any_dtype_and_stride_move_alike():
+    x = batch((6, 5, 4, 4))[0]
+    for dtype in moments.DTYPES:
+        for momentum in (0.25, None):
+            ours, twin = (
+                Running(*torch.ones(5, 2, dtype=dtype).unbind(1), torch.tensor(2), momentum) for _ in range(2)
+            )
+            for implementation, running in ((HOST, ours), (TORCH, twin)):
+                implementation.normalize(x, implementation.local_moments(x, STATUS), None, None, running, EPS, 96.0)
+            assert ours.num_batches_tracked == twin.num_batches_tracked == 3
+            torch.testing.assert_close(ours.mean, twin.mean)
+            torch.testing.assert_close(ours.var, twin.var)
+
+
+WIRE, TWO, C3 = torch.zeros(14).double(), torch.zeros(6).double(), torch.zeros(3).double()
+X = torch.zeros(2, 3, 4)
+REFUSED = {
+    "x must be float16, bfloat16, float32 or float64": lambda: HOST.local_moments(X.int(), STATUS),
+    "x must be a strided CPU tensor": lambda: HOST.local_moments(X.to("meta"), STATUS),
+    "x must be a torch.Tensor": lambda: _host.local_moments([1.0], WIRE, STATUS, 1),
+    "x must have at least 2 dims": lambda: _host.local_moments(C3, WIRE, STATUS, 1),
+    "x must have at least 1 channel": lambda: _host.local_moments(X[:, :0], WIRE, STATUS, 1),
+    "wire must be contiguous float64 .14,": lambda: _host.local_moments(X, WIRE[:13], STATUS, 1),
+    "wire must be contiguous float64 .2C": lambda: HOST.read_status(WIRE.float()),
+    "status must be a tuple of 7": lambda: _host.local_moments(X, WIRE, STATUS[:6], 1),
+    "expected 4 arguments, received 3": lambda: _host.local_moments(X, WIRE, STATUS),
+    "weight must have shape .3,": lambda: HOST.normalize(X, WIRE, torch.ones(2), None, None, EPS, 8.0),
+    "x must be a strided CPU tensor of": lambda: HOST.local_moments(X[0].to_sparse(), STATUS),
+    "bias must be a strided CPU tensor": lambda: HOST.normalize(
+        X, WIRE, None, torch.ones(3, device="meta"), None, EPS, 8.0
+    ),
+    "running_mean and running_var must both": lambda: HOST.normalize(
+        X, WIRE, None, None, Running(C3, None, None, 0.1), EPS, 8.0
+    ),
+    "num_batches_tracked must be int64": lambda: HOST.normalize(
+        X, WIRE, None, None, Running(C3, C3, torch.tensor(0.0), 0.1), EPS, 8.0
+    ),
+    "grad_y must have the shape and dtype of x": lambda: HOST.backward_sums(X[:1], X, BatchStats(C3, C3, 8.0)),
+    "mean must be contiguous float64": lambda: HOST.backward_sums(X, X, BatchStats(C3.float(), C3, 8.0)),
+    "invstd must be contiguous float64": lambda: HOST.backward_input(X, X, TWO, None, BatchStats(C3, TWO[::2][:2], 8)),
+    "this machine does not run pentium": lambda: _host.use_instruction_set("pentium"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_wrong_tensors_are_refused_before_a_pointer_is_used(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        REFUSED[message]()
+
+
+def test_only_plain_cpu_tensors_get_the_host_kernels():
+    class Stand(torch.Tensor):
+        pass
+
+    assert kernels.choose(X).name == kernels.explain().name
+    assert kernels.choose(torch.nn.Parameter(X)).name == kernels.explain().name
+    for x in (X.as_subclass(Stand), X.to("meta"), torch.imag(torch.zeros(2, 2).cfloat().conj())):
+        assert kernels.choose(x).name == "torch"
+
+
+def test_a_gradient_that_is_a_negative_view_is_read_right():
+    x = batch((3, 4, 5))[0]
+    grad_y = torch.imag(torch.randn(3, 4, 5, dtype=torch.complex64).conj())
+    assert grad_y.is_neg()
+    assert not differing(step(HOST, x, grad_y), step(HOST, x, grad_y.resolve_neg().clone()))
+
+
+def test_the_default_device_is_not_followed():
+    with torch.device("meta"):
+        assert HOST.local_moments(X, STATUS).device.type == "cpu"
+
+
+def test_callers_on_several_threads_do_not_disturb_each_other():
+    torch.set_num_threads(2)
+    x, grad_y = batch(LARGE[0])
+    expected, seen = step(HOST, x, grad_y), []
+    threads = [threading.Thread(target=lambda: seen.append(step(HOST, x, grad_y))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 4
+    assert all(not differing(expected, other) for other in seen)
+
+
+PROGRAM = """
+import os, torch
+from syncbn.kernels import choose, explain
+torch.set_num_threads(2)
+x = torch.randn(4, 64, 64, 64)
+first = choose(x).local_moments(x, (0.0,) * 7)
+pid = os.fork()
+again = choose(x).local_moments(x, (0.0,) * 7)
+if pid == 0:
+    os._exit(0 if torch.equal(first, again) else 1)
+print(explain().name, os.waitpid(pid, 0)[1])
+"""
+
+
+def test_a_forked_child_computes_too():
+    done = processes.python("-c", PROGRAM, SYNCBN_KERNELS="host", limit=60)
+    assert done.stdout.split() == ["host", "0"], done.stderr
+
+
+EXPLAIN = "import sys; {hide}; from syncbn import kernels; print(*kernels.explain(), sep='; ')"
+HIDE = "sys.modules['syncbn.kernels._host'] = None"
+
+
+def test_the_environment_chooses():
+    assert processes.python("-c", EXPLAIN.format(hide="0"), SYNCBN_KERNELS="torch").stdout.startswith("torch; SYNCBN")
+    assert processes.python("-c", EXPLAIN.format(hide="0")).stdout.startswith("host; compiled C++ for")
+    wrong = processes.python("-c", EXPLAIN.format(hide="0"), SYNCBN_KERNELS="fast")
+    assert "SYNCBN_KERNELS must be one of auto, host, torch; received 'fast'" in wrong.stderr
+
+
+def test_without_compiled_kernels_the_readable_ones_serve():
+    found = processes.python("-c", EXPLAIN.format(hide=HIDE))
+    assert found.stdout.startswith("torch; the compiled host kernels were not built"), found.stderr
+    demanded = processes.python("-c", EXPLAIN.format(hide=HIDE), SYNCBN_KERNELS="host")
+    assert "SYNCBN_KERNELS=host needs the compiled host kernels" in demanded.stderr
+
+
+@pytest.mark.builds
+def test_a_build_without_a_compiler_succeeds(tmp_path):
+    pytest.importorskip("setuptools", reason="the build's own tool")
+    for name in ("syncbn", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        source = processes.ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    for built in tmp_path.rglob("_host*.so"):
+        built.unlink()
+    words = [sys.executable, "setup.py", "--quiet", "build", "--build-base", "build"]
+    nothing = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = subprocess.run(words, cwd=tmp_path, env=nothing, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "build").rglob("torch_ops.py"))
+    assert not list(tmp_path.rglob("_host*.so"))
+
+
+@pytest.mark.builds
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs gcc")
+def test_kernel_tests_pass_under_the_sanitizers():
+    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    if not os.path.isabs(library.strip()):
+        pytest.skip("gcc has no libasan here")
+    done = processes.run("tests/sanitize.sh", PYTHON=sys.executable, limit=850)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
