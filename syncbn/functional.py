@@ -133,13 +133,9 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # The decorator switches autograd off and on again, for microseconds, where it is off already.
-        step = _backward_once if torch.is_grad_enabled() else _SyncBatchNorm._backward
-        gradients: tuple[Tensor | None, ...] = step(ctx, grad_y)
-        return gradients
-
-    @staticmethod
-    def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the decorator comes back here with autograd off, which costs microseconds
+            gradients: tuple[Tensor | None, ...] = _backward_once(ctx, grad_y)
+            return gradients
         x, weight = ctx.saved_tensors
         steps, transport, stats, bias_dtype = ctx.state
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
@@ -154,4 +150,4 @@ class _SyncBatchNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-_backward_once = once_differentiable(_SyncBatchNorm._backward)
+_backward_once = once_differentiable(_SyncBatchNorm.backward)

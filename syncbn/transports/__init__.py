@@ -12,6 +12,8 @@ import warnings
 import weakref
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+
 from syncbn import groups, launchers
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
@@ -135,8 +137,6 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
 
 
 def _torch(group: Any, device_type: str) -> AbstractTransport:
-    import torch.distributed as dist
-
     if _torch_world() is None:
         raise RuntimeError(
             "The torch transport needs an initialised torch.distributed; it is not. "
@@ -149,8 +149,6 @@ def _torch(group: Any, device_type: str) -> AbstractTransport:
 
 def _torch_world() -> Any | None:
     """Returns torch's default process group, or None. Its identity changes when it is made anew."""
-    import torch.distributed as dist
-
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
@@ -169,8 +167,6 @@ def _epoch(spec: GroupSpec | None) -> Any:
 
 def _torch_knows(group: Any) -> bool:
     """Whether torch.distributed still knows a group; after destroy_process_group it does not."""
-    import torch.distributed as dist
-
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):
