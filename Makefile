@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo     four processes train on real data, synchronized and not
 # make test     every test, on 1 to 4 processes
+# make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -9,7 +10,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-one test-mpi test-torchrun test-mpich lint docs clean
+.PHONY: demo test test-one test-mpi test-torchrun test-mpich sanitize lint docs clean
 
 demo: $(VENV)/ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
@@ -31,6 +32,9 @@ test-torchrun: $(VENV)/ready
 test-mpich: $(VENV)-mpich/ready
 	NPROC=3 PATH=$(BIN_MPICH):$$PATH timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
 
+sanitize: $(VENV)/ready
+	timeout 900 tests/sanitize.sh
+
 lint: $(VENV)/ready
 	ruff format --check .
 	ruff check .
@@ -40,7 +44,7 @@ docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # The CPU build of torch comes first: resolved by a range, torch brings gigabytes of CUDA packages.
-$(VENV)/ready: constraints.txt pyproject.toml
+$(VENV)/ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) torch
 	$(BIN)/python $(INSTALL) -e ".[mpi,examples,test,docs,lint]"

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// backward_sums: sum_grad_y = sum over n, s of grad_y;  sum_grad_y_centered = sum over n, s of grad_y * (x - mean).
+// backward_sums: sum_grad_y = sum over n, s of grad_y;  sum_grad_y_xhat = sum over n, s of grad_y * (x - mean) * invstd.
 //
-// The caller multiplies the second by invstd, which makes it sum_grad_y_xhat.
+// float64 x: grad_y * (x - mean) is summed. Other x: grad_y * x, an exact product in float64, and mean * sum_grad_y is
+// taken off at the end, which loses mean / std * 1e-16, less than the variance did. The caller multiplies by invstd.
 // In: grad_y and x, both planes or both rows, of one dtype; mean, float64 (C,). Out: sums, float64 [2, padded(C)],
 // zeroed by the caller. All arithmetic in float64.
 // Order: as in local_moments.cpp, with four rows together, or one where x is far away.
@@ -13,6 +14,9 @@ using namespace lanes;
 using syncbn::Elements;
 using syncbn::Part;
 using syncbn::Shape;
+
+template <class T> inline D centered(D x, D) { return x; }
+template <> inline D centered<double>(D x, D mean) { return x - mean; }
 
 template <class T>
 void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
@@ -29,12 +33,12 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
             for (; i + syncbn::LANES <= length; i += syncbn::LANES) {
                 const D v = load<D>(g + i);
                 a = a + v;
-                b = b + v * (load<D>(p + i) - m);
+                b = add_product<T>(v, centered<T>(load<D>(p + i), m), b);
             }
             if (i < length) {  // the lanes beyond the end hold grad_y = 0
                 const D v = load<D>(g + i, length - i);
                 a = a + v;
-                b = b + v * (load<D>(p + i, length - i) - m);
+                b = add_product<T>(v, centered<T>(load<D>(p + i, length - i), m), b);
             }
             sums[c] += sum(a);
             sums[syncbn::padded(shape.C) + c] += sum(b);
@@ -46,11 +50,11 @@ template <int group, class T, class... Length>
 inline void add_rows(const T* const (&g)[group], const T* const (&p)[group], const double* mean, int64_t c,
                      double* first, double* second, Length... length) {
     const D m = load<D>(mean + c, length...);
-    D a = load<D>(g[0] + c, length...), b = a * (load<D>(p[0] + c, length...) - m);
+    D a = load<D>(g[0] + c, length...), b = a * centered<T>(load<D>(p[0] + c, length...), m);
     for (int i = 1; i < group; ++i) {
         const D v = load<D>(g[i] + c, length...);
         a = a + v;
-        b = b + v * (load<D>(p[i] + c, length...) - m);
+        b = add_product<T>(v, centered<T>(load<D>(p[i] + c, length...), m), b);
     }
     store(first + c, load<D>(first + c) + a);
     store(second + c, load<D>(second + c) + b);

@@ -28,12 +28,12 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Part
             for (; i + syncbn::LANES <= length; i += syncbn::LANES) {
                 const D v = load<D>(p + i);
                 a = a + v;
-                b = b + v * v;
+                b = add_product<T>(v, v, b);
             }
             if (i < length) {
                 const D v = load<D>(p + i, length - i);
                 a = a + v;
-                b = b + v * v;
+                b = add_product<T>(v, v, b);
             }
             sums[c] += sum(a);
             sums[syncbn::padded(shape.C) + c] += sum(b);
@@ -48,7 +48,7 @@ inline void add_rows(const T* const (&p)[group], int64_t c, double* first, doubl
     for (int g = 1; g < group; ++g) {
         const D v = load<D>(p[g] + c, length...);
         a = a + v;
-        b = b + v * v;
+        b = add_product<T>(v, v, b);
     }
     store(first + c, load<D>(first + c) + a);
     store(second + c, load<D>(second + c) + b);

@@ -125,8 +125,9 @@ void run_backward_sums(const Shape& shape, const Elements& grad_y, const Element
         in_use->backward_sums(k, grad_y, x, mean, part, out);
     });
     std::copy_n(sums.data(), k.C, wire);
-    const double* centered = sums.data() + padded(k.C);
-    for (int64_t c = 0; c < k.C; ++c) wire[k.C + c] = centered[c] * invstd[c];
+    const double* products = sums.data() + padded(k.C);
+    const double offset = k.dtype == DType::float64 ? 0.0 : 1.0;
+    for (int64_t c = 0; c < k.C; ++c) wire[k.C + c] = (products[c] - offset * mean[c] * sums[c]) * invstd[c];
 }
 
 void run_backward_input(Shape k, const Elements& grad_y, const Elements& x, const Elements& grad_x, const Global& g,

@@ -60,6 +60,24 @@ template <class T, class P> inline void store(T* p, P v, int64_t n) {
 }
 template <class P> inline P all(double x) { return Of<P>::all(x); }
 
+// sum + a * b where the product is exact, as that of two float32 numbers is in float64: the fused instruction then
+// gives the bits of the two plain ones. A product of float64 numbers is not exact, and is never fused.
+inline VD fused(VD a, VD b, VD sum) {
+#if defined(__AVX512F__)
+    return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(__AVX2__)
+    return (VD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    return sum + a * b;
+#endif
+}
+inline Pack<VD, 1> fused(Pack<VD, 1> a, Pack<VD, 1> b, Pack<VD, 1> sum) { return {fused(a.v, b.v, sum.v)}; }
+template <int n> inline Pack<VD, n> fused(Pack<VD, n> a, Pack<VD, n> b, Pack<VD, n> sum) {
+    return {fused(a.lo, b.lo, sum.lo), fused(a.hi, b.hi, sum.hi)};
+}
+template <class T> inline D add_product(D a, D b, D sum) { return fused(a, b, sum); }
+template <> inline D add_product<double>(D a, D b, D sum) { return sum + a * b; }
+
 // Lane l with l + 8, then with l + 4, l + 2, l + 1.
 typedef double D2 __attribute__((vector_size(16)));
 typedef double D4 __attribute__((vector_size(32)));
