@@ -11,7 +11,7 @@ A tour, in reading order:
     reference.py      the whole layer over the global batch, in one process: what the rest must equal
     functional.py     the autograd function: the picture above, step by step
     moments.py        what travels: sums of x and x * x, in float64
-    kernels/          the steps on one process's data
+    kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++
     transports/       the step across processes
     layer.py          the module; convert.py makes one of a torch batch norm, and back
     groups.py         what a module stores instead of a communicator

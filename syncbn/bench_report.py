@@ -62,6 +62,7 @@ class Machine:
     syncbn: str
     transport: str
     kernels: str
+    malloc: str
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Report:
     mpi: MPIFacts = field(default_factory=MPIFacts)
     nccl: str = ""
     kernels: str = ""
+    kernels_reason: str = ""
     transport: str = "none"
     reason: str = "see the problems"
     ranks: list[Place] = field(default_factory=list)
@@ -128,7 +129,8 @@ def _look_around(report: Report, launch: Launch) -> None:
     if 0 < gpus <= launch.local_rank:
         remedy = "Start fewer processes a host, or call syncbn.init(device='cpu')."
         report.complain(f"host {host} has more processes than GPUs ({gpus})", remedy)
-    report.kernels = kernels.choose(torch.empty(0, device=device)).name
+    on_cpu = device.type == "cpu"
+    report.kernels, report.kernels_reason = kernels.explain() if on_cpu else ("torch", "a GPU; kernels are to come")
     report.ranks = [Place(launch.rank, launch.local_rank, host, os.getpid(), str(device))]
 
 

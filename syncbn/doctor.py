@@ -89,7 +89,7 @@ def to_text(report: Report) -> str:
         ("MPI", _mpi(report.mpi)),
         ("GPU pointers", f"MPI takes them: {'yes' if report.mpi.gpu_pointers else 'no'}"),
         ("NCCL", report.nccl or "none: this torch has no CUDA"),
-        ("kernels", report.kernels),
+        ("kernels", f"{report.kernels}: {report.kernels_reason}"),
         ("transport", f"{report.transport}: {report.reason}"),
         ("all-reduce", _all_reduce(report)),
     ]

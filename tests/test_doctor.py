@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from syncbn import checkup, doctor
+from syncbn import checkup, doctor, kernels
 from syncbn.checkup import Place, Problem, Report
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
@@ -56,7 +56,7 @@ def test_json_is_one_document_with_everything():
     assert set(report["versions"]) == {"syncbn", "python", "torch", "numpy", "mpi4py"}
     assert report["mpi"]["name"] in ("Open MPI", "MPICH")
     assert report["mpi"]["gpu_pointers"] is False
-    assert report["kernels"]
+    assert (report["kernels"], report["kernels_reason"]) == tuple(kernels.explain())
     assert report["all_reduce"] == "right"
     assert report["problems"] == []
 
