@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from functools import cache
 from typing import NamedTuple
@@ -64,10 +65,10 @@ def explain() -> Choice:
 
 def _host_problem() -> str:
     """Says why the host kernels cannot be used; nothing if they can."""
+    if importlib.util.find_spec("syncbn.kernels._host") is None:
+        return "the compiled host kernels were not built when syncbn was installed"
     try:
         from syncbn.kernels import host_ops  # noqa: F401
-    except ModuleNotFoundError:
-        return "the compiled host kernels were not built when syncbn was installed"
     except (ImportError, AttributeError, RuntimeError) as error:  # built for another system, or an older torch
         return f"the compiled host kernels do not load: {error}"
     return ""
