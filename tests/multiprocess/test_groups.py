@@ -94,9 +94,10 @@ def test_a_used_layer_loads_and_trains_without_a_launcher(ranks, tmp_path, group
     file = tmp_path / f"layer{ranks.rank}.pt"
     torch.save(layer, file)
     program = (
-        "import sys, torch, syncbn\n"
-        "from syncbn.layer import SyncBatchNorm\n"
-        "layer = torch.load(sys.argv[1], weights_only=False)\n"
+        "import collections, sys, torch, syncbn\n"
+        "classes = [syncbn.SyncBatchNorm, syncbn.GroupSpec, set, collections.OrderedDict]\n"
+        "with torch.serialization.safe_globals(classes):\n"
+        "    layer = torch.load(sys.argv[1], weights_only=True)\n"
         "y = layer(torch.tensor([[1.0] * 4, [3.0] * 4])); y.sum().backward()\n"
         "layer.eval()(torch.randn(2, 4))\n"
         "print(y[:, 0].tolist())"
