@@ -64,8 +64,9 @@ def require_equal(values: Mapping[str, float], transport: AbstractTransport, wha
     """
     table = gather(torch.tensor(list(values.values()), dtype=torch.float64), transport)
     for name, column in zip(values, table.T.tolist(), strict=True):
-        if len(set(column)) > 1:
-            received = by_rank([f"{v:.10g}" for v in column], transport.ranks)
+        texts = [f"{v:.17g}" for v in column]  # compared as text: NaN is not equal to itself
+        if len(set(texts)) > 1:
+            received = by_rank(texts, transport.ranks)
             raise ValueError(f"{what} needs the same {name} on every rank; received {received}. {remedy}")
 
 

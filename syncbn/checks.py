@@ -17,8 +17,8 @@ from syncbn.transports.base import AbstractTransport
 NAME = "SyncBatchNorm"
 
 
-def input_error(x: object, num_features: int) -> Exception | None:
-    """Returns what is wrong with an input of a layer of ``num_features`` channels, or None."""
+def input_error(x: object, num_features: int | None) -> Exception | None:
+    """Returns what is wrong with an input of a layer of ``num_features`` channels (None: of any), or None."""
     if not isinstance(x, Tensor):
         return TypeError(f"{NAME} needs a torch.Tensor; received {type(x).__name__}. Convert the input.")
     if x.dtype not in DTYPES:
@@ -31,7 +31,7 @@ def input_error(x: object, num_features: int) -> Exception | None:
             f"{NAME} needs input.dim() >= 2, (N, C, *spatial); received shape {tuple(x.shape)}. "
             "Add a batch dimension with x.unsqueeze(0), or a channel dimension with x.unsqueeze(1)."
         )
-    if x.size(1) != num_features:
+    if num_features is not None and x.size(1) != num_features:
         return ValueError(
             f"{NAME} needs input.size(1) == num_features; received {x.size(1)} channels, shape {tuple(x.shape)}, "
             f"for num_features={num_features}. Channels come second, also in channels_last memory format."

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncbn import checks, groups, kernels, moments, transports
 from syncbn.moments import Running, Status
@@ -65,7 +64,8 @@ def sync_batch_norm(
 
     Communication:
         Forward: one all-reduce of 2C + 8 float64 values. Backward: one of 2C, by every rank of the group, also
-        by an empty share, whenever any rank needs a gradient. C must be equal on all ranks.
+        by an empty share, whenever any rank needs a gradient. C, which is that of weight, bias or running_mean, or
+        of x where there is none of them, must be equal on all ranks: nothing compares it, as the layer does.
 
     Raises:
         ValueError, TypeError: on every rank alike, if the input of any rank is wrong, if dtypes or gradient
@@ -74,11 +74,13 @@ def sync_batch_norm(
     Source:
         Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1, over the batch of the group.
     """
-    C = next((p.numel() for p in (weight, bias, running_mean) if p is not None), x.size(1))
+    given = [p.numel() for p in (weight, bias, running_mean) if p is not None]
+    C = given[0] if given else x.size(1)
+    weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    transport = transports.choose(groups.specify(process_group), x.device.type)
+    transport = transports.choose(groups.specify(process_group), checks.device_type(x))
     return apply(x, weight, bias, C, running, eps, transport)
 
 
@@ -133,9 +135,11 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the decorator comes back here with autograd off, which costs microseconds
-            gradients: tuple[Tensor | None, ...] = _backward_once(ctx, grad_y)
-            return gradients
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradients = _SyncBatchNorm.backward(ctx, grad_y)
+            refused: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(_ANCHOR, *gradients)  # type: ignore[no-untyped-call]
+            return refused
         x, weight = ctx.saved_tensors
         steps, transport, stats, bias_dtype = ctx.state
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
@@ -150,4 +154,22 @@ class _SyncBatchNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-_backward_once = once_differentiable(_SyncBatchNorm.backward)
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients on and refuses to be differentiated, also where grad_y is a constant.
+
+    torch's decorator of that purpose attaches its refusal only where grad_y itself requires a gradient: for a loss
+    that is linear in y a second derivative would be dropped in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        del ctx, anchor
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, ...]:
+        del ctx, grad
+        raise RuntimeError(
+            f"{checks.NAME} needs to be differentiated once; received a second derivative, as of a gradient penalty. "
+            "Call model.eval() for it, or use a norm without batch statistics there."
+        )

@@ -163,6 +163,16 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Takes ``num_features`` from the first input; in training a bad one on any rank is an error on all."""
+        error = checks.input_error(input, None)
+        if self.training:
+            transport = transports.choose(self._group_spec, checks.device_type(input))
+            agreement.raise_together(error, transport)
+        elif error is not None:
+            raise error
+        super().initialize_parameters(input)
+
 
 def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
     """Looks up weight, bias, running_mean, running_var, num_batches_tracked; each is a microsecond as an attribute."""

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class World:
         Raises:
             ValueError: on every rank, if a count is negative or all are 0.
         """
-        usable = isinstance(count, int) and count >= 0
+        usable = isinstance(count, SupportsIndex) and operator.index(count) >= 0
         error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
         self.raise_together(None if usable else error)
         total = self.transport.all_reduce(torch.tensor([float(count)], dtype=torch.float64)).item()
@@ -146,13 +147,14 @@ class World:
         """All-reduces one pack: the gradients, and for each parameter whether it has one."""
         dtype = _wire_dtype(pack[0])
         flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
-        parts = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in pack]
-        wire = torch.cat([*[part.reshape(-1) for part in parts], flags])
+        parts = [_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in pack]
+        wire = torch.cat([*[part.to(dtype).reshape(-1) for part in parts], flags])
         self.transport.all_reduce(wire)
-        *summed, flags = torch.split(wire, [*[p.numel() for p in pack], len(pack)])
-        for parameter, gradient, found in zip(pack, summed, flags.tolist(), strict=True):
+        *summed, flags = torch.split(wire, [*[part.numel() for part in parts], len(pack)])
+        for parameter, part, gradient, found in zip(pack, parts, summed, flags.tolist(), strict=True):
             if found:
-                mean = (gradient / self.size).view_as(parameter).to(parameter.dtype)
+                mean = (gradient / self.size).view_as(part).to(part.dtype)
+                mean = torch.view_as_complex(mean) if parameter.is_complex() else mean
                 parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
 
 
@@ -200,7 +202,12 @@ def _device(local_rank: int) -> torch.device:
 
 def _wire_dtype(tensor: Tensor) -> torch.dtype:
     """Half precision is summed in float32; MPI knows no bfloat16."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.float64 if tensor.dtype.to_real() == torch.float64 else torch.float32
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Views complex numbers as pairs of real ones; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _by_dtype(tensors: Iterable[T], key: Callable[[T], torch.dtype]) -> list[list[T]]:

@@ -123,13 +123,14 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
         from syncbn.transports import mpi
 
         if handle is None:
-            _check_ranks(spec, mpi.world().Get_size())
+            _check_ranks(spec, mpi.world().Get_rank(), mpi.world().Get_size())
         return mpi.MPITransport(mpi.comm_of(spec.ranks) if handle is None else handle)
     if _torch_world() is None and launchers.detect().size == 1:
         return SingleTransport()
     if handle is None or not _torch_knows(handle):
-        everyone = _torch(None, device_type)
-        _check_ranks(spec, everyone.size)
+        if _torch_world() is None:
+            _torch(None, device_type)  # says what to do
+        _check_ranks(spec, dist.get_rank(), dist.get_world_size())
         from syncbn.transports.torch_dist import group_of
 
         handle = group_of(spec.ranks)
@@ -144,7 +145,9 @@ def _torch(group: Any, device_type: str) -> AbstractTransport:
         )
     from syncbn.transports.torch_dist import TorchTransport
 
-    return TorchTransport(dist.group.WORLD if group is None else group, device_type)
+    if group is None:  # gloo matches messages by their order: DDP's buckets would meet ours in a group in common
+        group = dist.new_group() if device_type == "cpu" else dist.group.WORLD
+    return TorchTransport(group, device_type)
 
 
 def _torch_world() -> Any | None:
@@ -181,7 +184,12 @@ def _mpi_agrees(size: int, torch_world: Any | None, device_type: str) -> bool:
     return importlib.util.find_spec("mpi4py") is not None
 
 
-def _check_ranks(spec: GroupSpec, size: int) -> None:
+def _check_ranks(spec: GroupSpec, rank: int, size: int) -> None:
+    if rank not in spec.ranks:
+        raise ValueError(
+            f"process_group must contain the calling process; received the {spec} on rank {rank} of {size}. "
+            "The layer was saved by another rank: set layer.process_group to this one's group, or to None."
+        )
     if max(spec.ranks) >= size:
         raise ValueError(
             f"process_group must be made of ranks of this job; received the {spec} in a job of {size}. "

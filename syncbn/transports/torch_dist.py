@@ -16,7 +16,10 @@ from syncbn.transports.base import AbstractTransport
 
 @final
 class TorchTransport(AbstractTransport):
-    """A torch.distributed process group, used as it is: one communicator with DDP, so no ordering hazard.
+    """A torch.distributed process group, used as it is.
+
+    For everyone on CPU ``choose`` hands over a group of our own, so that no bucket of DDP, which gloo matches by
+    order alone, meets a wire of ours. NCCL shares DDP's: there two communicators would be the hazard.
 
     Args:
         group: a ProcessGroup that this process is part of.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import syncbn
+from syncbn import functional
 from tests.multiprocess import batches
 
 pytestmark = pytest.mark.ranks(1)
@@ -119,6 +120,41 @@ def test_a_layer_of_a_larger_job_says_so(ranks):
         layer(good())  # alone, any group is this process
         return
     ranks.raises(ValueError, lambda: layer(good()), f"job of {ranks.size}", "layer.process_group")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("kind", ["mpi", "torch"])
+def test_a_layer_of_another_ranks_group_says_so(ranks, kind, request):
+    """As after one rank saved its model and all load it."""
+    if kind == "torch":
+        request.getfixturevalue("torch_world")
+    elif ranks.transport.name != "mpi":
+        pytest.skip("no MPI job")
+    layer = syncbn.SyncBatchNorm(5)
+    layer.process_group = syncbn.GroupSpec(kind, ((ranks.rank + 1) % ranks.size,), "a label nobody knows")
+    text = ""
+    try:
+        layer(good())
+    except ValueError as error:
+        text = str(error)
+    ranks.check("must contain the calling process" in text and f"on rank {ranks.rank}" in text, text)
+
+
+@pytest.mark.parametrize("fault", ["one dim", "integers", "no tensor"])
+def test_a_lazy_layer_refuses_bad_input_together(ranks, fault):
+    make, kind, parts = FAULTS[fault]
+    layer = syncbn.LazySyncBatchNorm()
+    ranks.raises(kind, lambda: layer(make() if ranks.rank == 0 else good()), "rank 0", *parts)
+    layer(good())
+    ranks.check(layer.num_features == 5, "the next step works")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_function_refuses_bad_input_together(ranks, fault):
+    make, kind, parts = FAULTS[fault]
+    call = functional.sync_batch_norm
+    x = make() if ranks.rank == 0 else good()
+    ranks.raises(kind, lambda: call(x, weight=torch.ones(5)), "rank 0", *parts)
 
 
 def test_eval_refuses_bad_input_too(ranks):

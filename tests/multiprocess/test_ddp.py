@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Under DistributedDataParallel over gloo, training equals one process."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -96,3 +98,33 @@ def test_gradient_accumulation_without_sync_equals_one_process(ranks, torch_worl
     loss(ddp, x[1][mine]).backward()
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         ranks.check_close(ours.grad, theirs.grad, 1e-12)
+
+
+class Branches(nn.Module):
+    """A stem that differs between ranks, so that DDP sends its buckets at different moments of backward."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.odd = odd
+        self.norm, self.head = syncbn.SyncBatchNorm(4), nn.Linear(4, 3)
+        self.stems = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+
+    def forward(self, x):
+        return self.head(self.norm(self.stems[self.odd](x)))
+
+
+@pytest.mark.ranks(2)
+def test_no_bucket_of_ddp_meets_a_wire_of_ours(ranks, torch_world):
+    """gloo matches by order alone: in a group in common a bucket would be added to a wire, in silence."""
+    torch.manual_seed(0)
+    plain = Branches(ranks.rank % 2)
+    model = copy.deepcopy(plain)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1e-5)
+    for step in range(3):
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
+        for each in (plain, ddp):
+            each.zero_grad()
+            each(x).tanh().mean().backward()
+        ranks.world.average_gradients(plain)
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            ranks.check_close(ours.grad, theirs.grad, 1e-6, f"{name}, step {step}")

@@ -48,11 +48,13 @@ def test_broadcast_copies_every_dtype(ranks):
 
 def test_average_gradients_is_the_mean(ranks):
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16()])
+    model.append(nn.ParameterList([torch.zeros(3, dtype=torch.complex64), torch.zeros(2, dtype=torch.complex128)]))
     for p in model.parameters():
-        p.grad = torch.full_like(p, 1.0 + ranks.rank)
+        p.grad = torch.full_like(p, (1.0 + ranks.rank) * (1 + 2j if p.is_complex() else 1))
     ranks.world.average_gradients(model)
     for p in model.parameters():
-        ranks.check_equal(p.grad, torch.full_like(p, (ranks.size + 1) / 2))
+        mean = (ranks.size + 1) / 2 * (1 + 2j if p.is_complex() else 1)
+        ranks.check((p.grad == torch.full_like(p, mean)).all().item(), f"{p.dtype}: {p.grad}")
 
 
 def test_average_gradients_takes_a_missing_gradient_for_zero(ranks):
