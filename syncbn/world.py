@@ -55,7 +55,8 @@ class World:
         """Replaces every gradient of ``module`` by its mean over the ranks, as DistributedDataParallel does.
 
         A parameter without a gradient on this rank counts as zero; one without a gradient on any rank stays
-        without. With shares of different sizes scale the loss first, see :meth:`loss_scale`.
+        without, and a frozen one is left alone. With shares of different sizes scale the loss first, see
+        :meth:`loss_scale`.
 
         Args:
             module: the model; equal names, shapes and dtypes on every rank.
@@ -67,7 +68,7 @@ class World:
         Raises:
             ValueError: on every rank, if the models differ.
         """
-        parameters = dict(module.named_parameters())
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._require_same_layout(parameters, "World.average_gradients")
         for pack in _by_dtype(parameters.values(), _wire_dtype):
             self._average(pack)

@@ -115,7 +115,7 @@ def _everyone(device_type: str) -> AbstractTransport:
 
 def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
     """Finds the handle of a specification, or makes an equal group; outside any job a process is its own group."""
-    handle = groups.handle(spec)
+    handle = groups.handle(spec) or None  # a communicator that its owner has freed is false
     if spec.kind == "mpi":
         launch = launchers.detect()
         if handle is None and not launch.speaks_mpi:

@@ -78,6 +78,17 @@ def test_a_copy_of_a_used_layer_works_in_step_with_it(ranks, rng, copier, groupe
     ranks.check_equal(twin.running_var, layer.running_var)
 
 
+def test_a_communicator_that_was_freed_is_made_again(ranks, rng, monkeypatch):
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("no MPI job")
+    monkeypatch.setattr("syncbn.transports._live", {})
+    comm = even_group(ranks)
+    layer = syncbn.SyncBatchNorm(5, process_group=comm)
+    comm.Free()
+    members = [r for r in range(ranks.size) if r % 2 == ranks.rank % 2]
+    check_group(ranks, layer.process_group, members, rng)
+
+
 def test_a_group_is_made_again_from_its_ranks(ranks, rng, monkeypatch):
     """As in a job that loads the layer and never saw the handle."""
     layer = syncbn.SyncBatchNorm(5, process_group=even_group(ranks))

@@ -66,6 +66,17 @@ def test_average_gradients_takes_a_missing_gradient_for_zero(ranks):
     ranks.check(model.bias.grad is None, "no rank had a gradient of the bias")
 
 
+def test_average_gradients_leaves_frozen_parameters_alone(ranks):
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    model.bias.grad = torch.ones(2)
+    ranks.world.average_gradients(model)
+    ranks.check(model.weight.grad is None, "frozen")
+    if ranks.size > 1:
+        model.weight.requires_grad_(ranks.rank == 0)
+        ranks.raises(ValueError, lambda: ranks.world.average_gradients(model), "same number of tensors")
+
+
 def test_average_gradients_packs_one_wire_a_dtype(ranks):
     counting = CountingTransport(ranks.transport)
     world = syncbn.World(ranks.rank, ranks.size, 0, torch.device("cpu"), "test", counting)
