@@ -4,9 +4,9 @@
 // In: x, planes or rows, float16, bfloat16, float32, float64. Out: sums, float64 [2, padded(C)], zeroed by the caller.
 // Accumulated in float64: a square of a float32 is exact there.
 // Order: planes: a segment of at most SEGMENT elements goes to 16 lanes, which are then summed as a tree; segments are
-// added in order. Rows: eight rows are summed, then added to the channel (where
-// x is far away, one: fewer streams of memory). A channel's order does not depend on
-// [c_first, c_last), so threads may share out channels freely; the caller's chunks fix [first, last).
+// added in order. Rows: eight rows are summed, then added to the channel (where x is far away, one: fewer streams of
+// memory). A channel's order does not depend on [c_first, c_last), so threads may share out channels freely; the
+// caller's chunks fix [first, last).
 // Reads each element once: 2, 4 or 8 bytes per element. Limits: none.
 #include "vector.hpp"
 

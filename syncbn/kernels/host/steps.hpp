@@ -3,8 +3,8 @@
 //
 // N batch, C channels, S product of the spatial dims.
 //
-// Each step file is compiled once per instruction set, with SYNCBN_ISA as its namespace, and dispatch.cpp picks a set
-// at run time. Nothing here or in vector.hpp may be an inline function with external linkage: the linker keeps one
+// Each step file is compiled once per instruction set, with SYNCBN_ISA as its namespace, and run.cpp picks a set at
+// run time. Nothing here or in vector.hpp may be an inline function with external linkage: the linker keeps one
 // copy of such a function, and one compiled for AVX-512 would then run on a machine that has none.
 //
 // Two layouts cover contiguous, channels_last, and slices and transpositions of both:
