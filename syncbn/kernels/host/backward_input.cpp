@@ -32,10 +32,8 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
             const Part& part) {
     typedef typename Compute<T>::Lanes P;
     const Coefficients<T> k(memory, shape.C);
-    const int64_t per_plane = syncbn::segments(shape.S);
-    for (int64_t j = part.first; j < part.last; ++j) {
-        const int64_t plane = j / per_plane, s = j % per_plane * syncbn::SEGMENT;
-        const int64_t n = plane / shape.C, c = plane % shape.C;
+    for (Segment j(shape, part.first); j.index < part.last; j.step()) {
+        const int64_t n = j.n, c = j.c, s = j.s;
         const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
         const T *g = at<T>(grad_y, n, c, s), *in = at<T>(x, n, c, s);
         T* out = at<T>(grad_x, n, c, s);

@@ -12,6 +12,7 @@
 namespace {
 using namespace lanes;
 using syncbn::Elements;
+using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 
@@ -28,20 +29,22 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
         for (int64_t c = part.c_first; c < part.c_last; ++c) {
             const T *g = at<T>(grad_y, n, c, s), *p = at<T>(x, n, c, s);
             const D m = all<D>(mean[c]);
-            D a = all<D>(0), b = all<D>(0);
+            D a[2] = {all<D>(0), all<D>(0)}, b[2] = {all<D>(0), all<D>(0)};
+            const auto add = [&](int k, D v, D w) {
+                a[k] = a[k] + v;
+                b[k] = add_product<T>(v, centered<T>(w, m), b[k]);
+            };
             int64_t i = 0;
-            for (; i + syncbn::LANES <= length; i += syncbn::LANES) {
-                const D v = load<D>(g + i);
-                a = a + v;
-                b = add_product<T>(v, centered<T>(load<D>(p + i), m), b);
+            for (; i + 2 * LANES <= length; i += 2 * LANES) {
+                add(0, load<D>(g + i), load<D>(p + i));
+                add(1, load<D>(g + i + LANES), load<D>(p + i + LANES));
             }
-            if (i < length) {  // the lanes beyond the end hold grad_y = 0
-                const D v = load<D>(g + i, length - i);
-                a = a + v;
-                b = add_product<T>(v, centered<T>(load<D>(p + i, length - i), m), b);
+            if (i + LANES <= length) {
+                add(0, load<D>(g + i), load<D>(p + i));
+                i += LANES;
             }
-            sums[c] += sum(a);
-            sums[syncbn::padded(shape.C) + c] += sum(b);
+            if (i < length) add(1, load<D>(g + i, length - i), load<D>(p + i, length - i));  // beyond: grad_y = 0
+            add_sums(a[0] + a[1], b[0] + b[1], sums + c, sums + syncbn::padded(shape.C) + c);
         }
     }
 }
@@ -70,7 +73,7 @@ void some_rows(const Shape& shape, const Elements& grad_y, const Elements& x, co
         p[i] = row<T>(x, shape, r + i);
     }
     int64_t c = part.c_first;
-    for (; c + syncbn::LANES <= part.c_last; c += syncbn::LANES) add_rows<group>(g, p, mean, c, first, second);
+    for (; c + LANES <= part.c_last; c += LANES) add_rows<group>(g, p, mean, c, first, second);
     if (c < part.c_last) add_rows<group>(g, p, mean, c, first, second, part.c_last - c);
 }
 

@@ -3,8 +3,8 @@
 //
 // In: x, planes or rows, float16, bfloat16, float32, float64. Out: sums, float64 [2, padded(C)], zeroed by the caller.
 // Accumulated in float64: a square of a float32 is exact there.
-// Order: planes: a segment of at most SEGMENT elements goes to 16 lanes, which are then summed as a tree; segments are
-// added in order. Rows: eight rows are summed, then added to the channel (where x is far away, one: fewer streams of
+// Order: planes: a segment of at most SEGMENT elements goes to 32 lanes, as many as hide the latency of an addition,
+// which are then summed as a tree; segments are added in order. Rows: eight rows are summed, then added to the channel (where x is far away, one: fewer streams of
 // memory). A channel's order does not depend on [c_first, c_last), so threads may share out channels freely; the
 // caller's chunks fix [first, last).
 // Reads each element once: 2, 4 or 8 bytes per element. Limits: none.
@@ -13,6 +13,7 @@
 namespace {
 using namespace lanes;
 using syncbn::Elements;
+using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 
@@ -23,20 +24,22 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Part
         const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
         for (int64_t c = part.c_first; c < part.c_last; ++c) {
             const T* p = at<T>(x, n, c, s);
-            D a = all<D>(0), b = all<D>(0);
+            D a[2] = {all<D>(0), all<D>(0)}, b[2] = {all<D>(0), all<D>(0)};
+            const auto add = [&](int k, D v) {
+                a[k] = a[k] + v;
+                b[k] = add_product<T>(v, v, b[k]);
+            };
             int64_t i = 0;
-            for (; i + syncbn::LANES <= length; i += syncbn::LANES) {
-                const D v = load<D>(p + i);
-                a = a + v;
-                b = add_product<T>(v, v, b);
+            for (; i + 2 * LANES <= length; i += 2 * LANES) {
+                add(0, load<D>(p + i));
+                add(1, load<D>(p + i + LANES));
             }
-            if (i < length) {
-                const D v = load<D>(p + i, length - i);
-                a = a + v;
-                b = add_product<T>(v, v, b);
+            if (i + LANES <= length) {
+                add(0, load<D>(p + i));
+                i += LANES;
             }
-            sums[c] += sum(a);
-            sums[syncbn::padded(shape.C) + c] += sum(b);
+            if (i < length) add(1, load<D>(p + i, length - i));
+            add_sums(a[0] + a[1], b[0] + b[1], sums + c, sums + syncbn::padded(shape.C) + c);
         }
     }
 }
@@ -60,7 +63,7 @@ void some_rows(const Shape& shape, const Elements& x, const Part& part, int64_t 
     const T* p[group];
     for (int g = 0; g < group; ++g) p[g] = row<T>(x, shape, r + g);
     int64_t c = part.c_first;
-    for (; c + syncbn::LANES <= part.c_last; c += syncbn::LANES) add_rows<group>(p, c, first, second);
+    for (; c + LANES <= part.c_last; c += LANES) add_rows<group>(p, c, first, second);
     if (c < part.c_last) add_rows<group>(p, c, first, second, part.c_last - c);
 }
 

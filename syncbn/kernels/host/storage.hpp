@@ -72,18 +72,34 @@ inline void narrow(float x, half* p) {
 }
 
 // ---- one native vector
+// Conversions in the instruction set's own words: of the general __builtin_convertvector gcc 12 makes two halves and
+// puts them together again, at half the speed.
+#if defined(__AVX512F__)
+inline VD to_double(HF v) { return (VD)_mm512_cvtps_pd((__m256)v); }
+inline VU to_wide(VS v) { return (VU)_mm512_cvtepu16_epi32((__m256i)v); }
+inline HU to_wide(HS v) { return (HU)_mm256_cvtepu16_epi32((__m128i)v); }
+inline VS to_short(VU v) { return (VS)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__)
+inline VD to_double(HF v) { return (VD)_mm256_cvtps_pd((__m128)v); }
+inline VU to_wide(VS v) { return (VU)_mm256_cvtepu16_epi32((__m128i)v); }
+inline HU to_wide(HS v) { return (HU)_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bits<int64_t>(v))); }
+inline VS to_short(VU v) { return __builtin_convertvector(v, VS); }
+#else
+inline VD to_double(HF v) { return __builtin_convertvector(v, VD); }
+inline VU to_wide(VS v) { return __builtin_convertvector(v, VU); }
+inline HU to_wide(HS v) { return __builtin_convertvector(v, HU); }
+inline VS to_short(VU v) { return __builtin_convertvector(v, VS); }
+#endif
 inline VF load_native(const float* p, VF) { return read<VF>(p); }
-inline VF load_native(const bfloat* p, VF) { return bits<VF>(__builtin_convertvector(read<VS>(p), VU) << 16); }
+inline VF load_native(const bfloat* p, VF) { return bits<VF>(to_wide(read<VS>(p)) << 16); }
 inline VD load_native(const double* p, VD) { return read<VD>(p); }
-inline VD load_native(const float* p, VD) { return __builtin_convertvector(read<HF>(p), VD); }
-inline VD load_native(const bfloat* p, VD) {
-    return __builtin_convertvector(bits<HF>(__builtin_convertvector(read<HS>(p), HU) << 16), VD);
-}
+inline VD load_native(const float* p, VD) { return to_double(read<HF>(p)); }
+inline VD load_native(const bfloat* p, VD) { return to_double(bits<HF>(to_wide(read<HS>(p)) << 16)); }
 inline void store_native(float* p, VF v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline void store_native(double* p, VD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline void store_native(bfloat* p, VF v) {
     const VU u = bits<VU>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = VU{} + 0x7fc0;
-    const VS s = __builtin_convertvector((VU)(v == v) ? rounded : nan, VS);
+    const VS s = to_short((VU)(v == v) ? rounded : nan);
     __builtin_memcpy(p, &s, sizeof(s));
 }
 #if defined(__AVX512F__)

@@ -81,19 +81,31 @@ template <> inline D add_product<double>(D a, D b, D sum) { return sum + a * b; 
 // Lane l with l + 8, then with l + 4, l + 2, l + 1.
 typedef double D2 __attribute__((vector_size(16)));
 typedef double D4 __attribute__((vector_size(32)));
+#if SYNCBN_BYTES < 64
 inline double sum_native(D2 v) { return v[0] + v[1]; }
-#if SYNCBN_BYTES >= 32
+#endif
+#if SYNCBN_BYTES == 32
 inline double sum_native(D4 v) {
     return sum_native(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
 }
 #endif
-#if SYNCBN_BYTES == 64
-inline double sum_native(VD v) {
-    return sum_native(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
-}
+inline Pack<VD, 1> folded(Pack<VD, 1> v) { return v; }
+template <int n> inline Pack<VD, 1> folded(Pack<VD, n> v) { return folded(v.lo + v.hi); }
+
+// Adds the sum of the lanes of a to *first and of b to *second.
+inline void add_sums(D a, D b, double* first, double* second) {
+    const VD u = folded(a).v, v = folded(b).v;
+#if SYNCBN_BYTES == 64  // both sums in one vector: half the additions
+    const VD half = __builtin_shufflevector(u, v, 0, 1, 2, 3, 8, 9, 10, 11) +
+                    __builtin_shufflevector(u, v, 4, 5, 6, 7, 12, 13, 14, 15);
+    const D4 quarter = __builtin_shufflevector(half, half, 0, 1, 4, 5) + __builtin_shufflevector(half, half, 2, 3, 6, 7);
+    *first += quarter[0] + quarter[1];
+    *second += quarter[2] + quarter[3];
+#else
+    *first += sum_native(u);
+    *second += sum_native(v);
 #endif
-inline double sum(Pack<VD, 1> v) { return sum_native(v.v); }
-template <int n> inline double sum(Pack<VD, n> v) { return sum(v.lo + v.hi); }
+}
 
 // The type of elementwise arithmetic: float, or double for double.
 template <class T> struct Compute { typedef F Lanes; typedef float Scalar; };
@@ -106,6 +118,22 @@ template <class T> inline T* at(const syncbn::Elements& e, int64_t n, int64_t c,
 template <class T> inline T* row(const syncbn::Elements& e, const syncbn::Shape& shape, int64_t r) {
     return shape.N == 1 ? at<T>(e, 0, 0, r) : at<T>(e, r / shape.S, 0, r % shape.S);
 }
+
+// A segment of a plane: segments of a plane in order, planes in the order of c, then n. Steps without a division.
+struct Segment {
+    const syncbn::Shape& shape;
+    int64_t index, n, c, s;
+    Segment(const syncbn::Shape& k, int64_t i) : shape(k), index(i) {
+        const int64_t per_plane = syncbn::segments(k.S), plane = i / per_plane;
+        n = plane / k.C, c = plane % k.C, s = i % per_plane * syncbn::SEGMENT;
+    }
+    void step() {
+        ++index;
+        if ((s += syncbn::SEGMENT) < shape.S) return;
+        s = 0;
+        if (++c == shape.C) c = 0, ++n;
+    }
+};
 
 template <class T> struct Storage { typedef T Type; };
 // Calls f with the storage type.
