@@ -12,6 +12,7 @@
 namespace {
 using namespace lanes;
 using syncbn::Elements;
+using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 
@@ -33,55 +34,61 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
     typedef typename Compute<T>::Lanes P;
     const Coefficients<T> k(memory, shape.C);
     for (Segment j(shape, part.first); j.index < part.last; j.step()) {
-        const int64_t n = j.n, c = j.c, s = j.s;
-        const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
-        const T *g = at<T>(grad_y, n, c, s), *in = at<T>(x, n, c, s);
-        T* out = at<T>(grad_x, n, c, s);
-        const P mean = all<P>(k.mean[c]), slope = all<P>(k.slope[c]);
-        const P offset = all<P>(k.offset[c]), scale = all<P>(k.scale[c]);
+        const T *g = at<T>(grad_y, j.n, j.c, j.s), *in = at<T>(x, j.n, j.c, j.s);
+        T* out = at<T>(grad_x, j.n, j.c, j.s);
+        const P mean = all<P>(k.mean[j.c]), slope = all<P>(k.slope[j.c]);
+        const P offset = all<P>(k.offset[j.c]), scale = all<P>(k.scale[j.c]);
+        const auto result = [&](int64_t i, auto... n) {
+            return formula(load<P>(in + i, n...), load<P>(g + i, n...), mean, slope, offset, scale);
+        };
+        const int64_t length = j.length();
         int64_t i = 0;
-        for (; i + syncbn::LANES <= length; i += syncbn::LANES)
-            store(out + i, formula(load<P>(in + i), load<P>(g + i), mean, slope, offset, scale));
-        if (i == length) continue;
-        const P v = load<P>(in + i, length - i), w = load<P>(g + i, length - i);
-        store(out + i, formula(v, w, mean, slope, offset, scale), length - i);
+        if (shape.far) {
+            i = least(to_aligned(out), length);
+            if (i > 0) store(out, result(0, i), i);
+            for (; i + LANES <= length; i += LANES) stream(out + i, result(i));
+        }
+        for (; i + LANES <= length; i += LANES) store(out + i, result(i));
+        if (i < length) store(out + i, result(i, length - i), length - i);
     }
 }
 
-template <int group, class T>
-void some_rows(const Shape& shape, const Elements& grad_y, const Elements& x, const Elements& grad_x, void* memory,
-               int64_t r) {
+// Rows [r, r + count), in one column of blocks of 16 channels from c on.
+template <bool streamed, int blocks, class T, class... Length>
+inline void column(const Elements& grad_y, const Elements& x, const Elements& grad_x, const Coefficients<T>& k, Row r,
+                   int64_t count, int64_t c, Length... length) {
     typedef typename Compute<T>::Lanes P;
-    const Coefficients<T> k(memory, shape.C);
-    const T *g[group], *in[group];
-    T* out[group];
-    for (int i = 0; i < group; ++i) {
-        g[i] = row<T>(grad_y, shape, r + i);
-        in[i] = row<T>(x, shape, r + i);
-        out[i] = row<T>(grad_x, shape, r + i);
+    P mean[blocks], slope[blocks], offset[blocks], scale[blocks];
+    for (int b = 0; b < blocks; ++b) {
+        mean[b] = load<P>(k.mean + c + b * LANES);
+        slope[b] = load<P>(k.slope + c + b * LANES);
+        offset[b] = load<P>(k.offset + c + b * LANES);
+        scale[b] = load<P>(k.scale + c + b * LANES);
     }
-    for (int64_t c = 0; c < shape.C; c += syncbn::LANES) {  // the coefficients are padded
-        const P mean = load<P>(k.mean + c), slope = load<P>(k.slope + c);
-        const P offset = load<P>(k.offset + c), scale = load<P>(k.scale + c);
-        const int64_t length = shape.C - c;
-        for (int i = 0; i < group; ++i) {
-            if (length < syncbn::LANES) {
-                const P v = load<P>(in[i] + c, length), w = load<P>(g[i] + c, length);
-                store(out[i] + c, formula(v, w, mean, slope, offset, scale), length);
-                continue;
-            }
-            store(out[i] + c, formula(load<P>(in[i] + c), load<P>(g[i] + c), mean, slope, offset, scale));
+    const int64_t ahead = count * x.stride_s, ahead_y = count * grad_y.stride_s;
+    for (; count > 0; --count, r.step()) {
+        const T *g = at<T>(grad_y, r.n, c, r.s), *in = at<T>(x, r.n, c, r.s);
+        T* out = at<T>(grad_x, r.n, c, r.s);
+        for (int b = 0; b < blocks; ++b, g += LANES, in += LANES, out += LANES) {
+            if (streamed) __builtin_prefetch(in + ahead), __builtin_prefetch(g + ahead_y);
+            const P v = formula(load<P>(in, length...), load<P>(g, length...), mean[b], slope[b], offset[b], scale[b]);
+            streamed ? stream(out, v) : store(out, v, length...);
         }
     }
 }
 
-template <class T>
+template <bool streamed, class T>
 void rows(const Shape& shape, const Elements& grad_y, const Elements& x, const Elements& grad_x, void* memory,
           const Part& part) {
-    int64_t r = part.first;
-    if (!shape.far)
-        for (; r + 4 <= part.last; r += 4) some_rows<4, T>(shape, grad_y, x, grad_x, memory, r);
-    for (; r < part.last; ++r) some_rows<1, T>(shape, grad_y, x, grad_x, memory, r);
+    const Coefficients<T> k(memory, shape.C);
+    each_tile<sizeof(T) == 8 ? (WIDE + 1) / 2 : WIDE>(
+        2 * shape.C * sizeof(T), shape, part,
+        [&](auto wide, Row r, int64_t count, int64_t c) {
+            column<streamed, wide.count>(grad_y, x, grad_x, k, r, count, c);
+        },
+        [&](Row r, int64_t count, int64_t c, int64_t length) {
+            column<false, 1>(grad_y, x, grad_x, k, r, count, c, length);
+        });
 }
 }  // namespace
 
@@ -107,8 +114,10 @@ void backward_input(const Shape& shape, const Elements& grad_y, const Elements& 
                     void* coefficients, const Part& part) {
     with_type(shape.dtype, [&](auto storage) {
         using T = typename decltype(storage)::Type;
-        shape.rows ? rows<T>(shape, grad_y, x, grad_x, coefficients, part)
-                   : planes<T>(shape, grad_y, x, grad_x, coefficients, part);
+        if (!shape.rows) return planes<T>(shape, grad_y, x, grad_x, coefficients, part);
+        shape.far && rows_aligned<T>(grad_x) ? rows<true, T>(shape, grad_y, x, grad_x, coefficients, part)
+                                             : rows<false, T>(shape, grad_y, x, grad_x, coefficients, part);
     });
+    if (shape.far) streams_done();
 }
 }  // namespace syncbn::SYNCBN_ISA

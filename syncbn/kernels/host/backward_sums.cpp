@@ -5,7 +5,7 @@
 // taken off at the end, which loses mean / std * 1e-16, less than the variance did. The caller multiplies by invstd.
 // In: grad_y and x, both planes or both rows, of one dtype; mean, float64 (C,). Out: sums, float64 [2, padded(C)],
 // zeroed by the caller. All arithmetic in float64.
-// Order: as in local_moments.cpp, with four rows together, or one where x is far away.
+// Order: as in local_moments.cpp.
 // Reads each element of both once: 4, 8 or 16 bytes per element. Limits: none.
 #include "vector.hpp"
 
@@ -49,41 +49,40 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
     }
 }
 
-template <int group, class T, class... Length>
-inline void add_rows(const T* const (&g)[group], const T* const (&p)[group], const double* mean, int64_t c,
-                     double* first, double* second, Length... length) {
-    const D m = load<D>(mean + c, length...);
-    D a = load<D>(g[0] + c, length...), b = a * centered<T>(load<D>(p[0] + c, length...), m);
-    for (int i = 1; i < group; ++i) {
-        const D v = load<D>(g[i] + c, length...);
-        a = a + v;
-        b = add_product<T>(v, centered<T>(load<D>(p[i] + c, length...), m), b);
+// Adds rows [r, r + count) to one column of blocks of 16 channels from c on.
+template <bool far, int blocks, class T, class... Length>
+inline void column(const Elements& grad_y, const Elements& x, const double* mean, double* first, double* second, Row r,
+                   int64_t count, int64_t c, Length... length) {
+    D a[blocks], b[blocks], m[blocks];
+    for (int k = 0; k < blocks; ++k) {
+        a[k] = load<D>(first + c + k * LANES), b[k] = load<D>(second + c + k * LANES);
+        m[k] = load<D>(mean + c + k * LANES, length...);
     }
-    store(first + c, load<D>(first + c) + a);
-    store(second + c, load<D>(second + c) + b);
+    const int64_t ahead = count * x.stride_s, ahead_y = count * grad_y.stride_s;
+    for (; count > 0; --count, r.step()) {
+        const T *g = at<T>(grad_y, r.n, c, r.s), *p = at<T>(x, r.n, c, r.s);
+        for (int k = 0; k < blocks; ++k, g += LANES, p += LANES) {
+            if (far) __builtin_prefetch(p + ahead), __builtin_prefetch(g + ahead_y);
+            const D v = load<D>(g, length...);
+            a[k] = a[k] + v;
+            b[k] = add_product<T>(v, centered<T>(load<D>(p, length...), m[k]), b[k]);
+        }
+    }
+    for (int k = 0; k < blocks; ++k) store(first + c + k * LANES, a[k]), store(second + c + k * LANES, b[k]);
 }
 
-template <int group, class T>
-void some_rows(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
-               int64_t r, double* sums) {
-    double *first = sums, *second = sums + syncbn::padded(shape.C);
-    const T *g[group], *p[group];
-    for (int i = 0; i < group; ++i) {
-        g[i] = row<T>(grad_y, shape, r + i);
-        p[i] = row<T>(x, shape, r + i);
-    }
-    int64_t c = part.c_first;
-    for (; c + LANES <= part.c_last; c += LANES) add_rows<group>(g, p, mean, c, first, second);
-    if (c < part.c_last) add_rows<group>(g, p, mean, c, first, second, part.c_last - c);
-}
-
-template <class T>
+template <bool far, class T>
 void rows(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
           double* sums) {
-    int64_t r = part.first;
-    if (!shape.far)
-        for (; r + 4 <= part.last; r += 4) some_rows<4, T>(shape, grad_y, x, mean, part, r, sums);
-    for (; r < part.last; ++r) some_rows<1, T>(shape, grad_y, x, mean, part, r, sums);
+    double *first = sums, *second = sums + syncbn::padded(shape.C);
+    each_tile<WIDE>(
+        2 * shape.C * sizeof(T), shape, part,
+        [&](auto wide, Row r, int64_t count, int64_t c) {
+            column<far, wide.count, T>(grad_y, x, mean, first, second, r, count, c);
+        },
+        [&](Row r, int64_t count, int64_t c, int64_t length) {
+            column<far, 1, T>(grad_y, x, mean, first, second, r, count, c, length);
+        });
 }
 }  // namespace
 
@@ -92,7 +91,8 @@ void backward_sums(const Shape& shape, const Elements& grad_y, const Elements& x
                    double* sums) {
     with_type(shape.dtype, [&](auto storage) {
         using T = typename decltype(storage)::Type;
-        shape.rows ? rows<T>(shape, grad_y, x, mean, part, sums) : planes<T>(shape, grad_y, x, mean, part, sums);
+        if (!shape.rows) return planes<T>(shape, grad_y, x, mean, part, sums);
+        shape.far ? rows<true, T>(shape, grad_y, x, mean, part, sums) : rows<false, T>(shape, grad_y, x, mean, part, sums);
     });
 }
 

@@ -4,9 +4,9 @@
 // In: x, planes or rows, float16, bfloat16, float32, float64. Out: sums, float64 [2, padded(C)], zeroed by the caller.
 // Accumulated in float64: a square of a float32 is exact there.
 // Order: planes: a segment of at most SEGMENT elements goes to 32 lanes, as many as hide the latency of an addition,
-// which are then summed as a tree; segments are added in order. Rows: eight rows are summed, then added to the channel (where x is far away, one: fewer streams of
-// memory). A channel's order does not depend on [c_first, c_last), so threads may share out channels freely; the
-// caller's chunks fix [first, last).
+// which are then summed as a tree; segments are added in order. Rows: added to the channel in order. A channel's order
+// does not depend on [c_first, c_last), so threads may share out channels freely; the caller's chunks fix
+// [first, last).
 // Reads each element once: 2, 4 or 8 bytes per element. Limits: none.
 #include "vector.hpp"
 
@@ -44,34 +44,30 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Part
     }
 }
 
-// Adds `group` rows to 16 channels; the accumulators are read and written once for all of them.
-template <int group, class... Length, class T>
-inline void add_rows(const T* const (&p)[group], int64_t c, double* first, double* second, Length... length) {
-    D a = load<D>(p[0] + c, length...), b = a * a;
-    for (int g = 1; g < group; ++g) {
-        const D v = load<D>(p[g] + c, length...);
-        a = a + v;
-        b = add_product<T>(v, v, b);
+// Adds rows [r, r + count) to one column of blocks of 16 channels from c on.
+template <bool far, int blocks, class T, class... Length>
+inline void column(const Elements& x, double* first, double* second, Row r, int64_t count, int64_t c, Length... length) {
+    D a[blocks], b[blocks];
+    for (int k = 0; k < blocks; ++k) a[k] = load<D>(first + c + k * LANES), b[k] = load<D>(second + c + k * LANES);
+    const int64_t ahead = count * x.stride_s;
+    for (; count > 0; --count, r.step()) {
+        const T* p = at<T>(x, r.n, c, r.s);
+        for (int k = 0; k < blocks; ++k, p += LANES) {
+            if (far) __builtin_prefetch(p + ahead);
+            const D v = load<D>(p, length...);
+            a[k] = a[k] + v;
+            b[k] = add_product<T>(v, v, b[k]);
+        }
     }
-    store(first + c, load<D>(first + c) + a);
-    store(second + c, load<D>(second + c) + b);
+    for (int k = 0; k < blocks; ++k) store(first + c + k * LANES, a[k]), store(second + c + k * LANES, b[k]);
 }
 
-template <int group, class T>
-void some_rows(const Shape& shape, const Elements& x, const Part& part, int64_t r, double* sums) {
+template <bool far, class T> void rows(const Shape& shape, const Elements& x, const Part& part, double* sums) {
     double *first = sums, *second = sums + syncbn::padded(shape.C);
-    const T* p[group];
-    for (int g = 0; g < group; ++g) p[g] = row<T>(x, shape, r + g);
-    int64_t c = part.c_first;
-    for (; c + LANES <= part.c_last; c += LANES) add_rows<group>(p, c, first, second);
-    if (c < part.c_last) add_rows<group>(p, c, first, second, part.c_last - c);
-}
-
-template <class T> void rows(const Shape& shape, const Elements& x, const Part& part, double* sums) {
-    int64_t r = part.first;
-    if (!shape.far || shape.C < 128)
-        for (; r + 8 <= part.last; r += 8) some_rows<8, T>(shape, x, part, r, sums);
-    for (; r < part.last; ++r) some_rows<1, T>(shape, x, part, r, sums);
+    each_tile<(WIDE + 1) / 2>(
+        shape.C * sizeof(T), shape, part,
+        [&](auto wide, Row r, int64_t count, int64_t c) { column<far, wide.count, T>(x, first, second, r, count, c); },
+        [&](Row r, int64_t count, int64_t c, int64_t n) { column<far, 1, T>(x, first, second, r, count, c, n); });
 }
 }  // namespace
 
@@ -79,7 +75,8 @@ namespace syncbn::SYNCBN_ISA {
 void local_moments(const Shape& shape, const Elements& x, const Part& part, double* sums) {
     with_type(shape.dtype, [&](auto storage) {
         using T = typename decltype(storage)::Type;
-        shape.rows ? rows<T>(shape, x, part, sums) : planes<T>(shape, x, part, sums);
+        if (!shape.rows) return planes<T>(shape, x, part, sums);
+        shape.far ? rows<true, T>(shape, x, part, sums) : rows<false, T>(shape, x, part, sums);
     });
 }
 }  // namespace syncbn::SYNCBN_ISA

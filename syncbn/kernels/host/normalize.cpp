@@ -13,6 +13,7 @@
 namespace {
 using namespace lanes;
 using syncbn::Elements;
+using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 using syncbn::Values;
@@ -28,44 +29,52 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Elem
     typedef typename Compute<T>::Lanes P;
     const Coefficients<T> k(memory, shape.C);
     for (Segment j(shape, part.first); j.index < part.last; j.step()) {
-        const int64_t n = j.n, c = j.c, s = j.s;
-        const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
-        const T* in = at<T>(x, n, c, s);
-        T* out = at<T>(y, n, c, s);
-        const P mean = all<P>(k.mean[c]), scale = all<P>(k.scale[c]), bias = all<P>(k.bias[c]);
+        const T* in = at<T>(x, j.n, j.c, j.s);
+        T* out = at<T>(y, j.n, j.c, j.s);
+        const P mean = all<P>(k.mean[j.c]), scale = all<P>(k.scale[j.c]), bias = all<P>(k.bias[j.c]);
+        const auto formula = [&](P v) { return (v - mean) * scale + bias; };
+        const int64_t length = j.length();
         int64_t i = 0;
-        for (; i + syncbn::LANES <= length; i += syncbn::LANES)
-            store(out + i, (load<P>(in + i) - mean) * scale + bias);
-        if (i < length) store(out + i, (load<P>(in + i, length - i) - mean) * scale + bias, length - i);
+        if (shape.far) {
+            i = least(to_aligned(out), length);
+            if (i > 0) store(out, formula(load<P>(in, i)), i);
+            for (; i + LANES <= length; i += LANES) stream(out + i, formula(load<P>(in + i)));
+        }
+        for (; i + LANES <= length; i += LANES) store(out + i, formula(load<P>(in + i)));
+        if (i < length) store(out + i, formula(load<P>(in + i, length - i)), length - i);
     }
 }
 
-template <int group, class T>
-void some_rows(const Shape& shape, const Elements& x, const Elements& y, void* memory, int64_t r) {
+// Rows [r, r + count), in one column of blocks of 16 channels from c on.
+template <bool streamed, int blocks, class T, class... Length>
+inline void column(const Elements& x, const Elements& y, const Coefficients<T>& k, Row r, int64_t count, int64_t c,
+                   Length... length) {
     typedef typename Compute<T>::Lanes P;
-    const Coefficients<T> k(memory, shape.C);
-    const T* in[group];
-    T* out[group];
-    for (int g = 0; g < group; ++g) {
-        in[g] = row<T>(x, shape, r + g);
-        out[g] = row<T>(y, shape, r + g);
+    P mean[blocks], scale[blocks], bias[blocks];
+    for (int b = 0; b < blocks; ++b) {
+        mean[b] = load<P>(k.mean + c + b * LANES);
+        scale[b] = load<P>(k.scale + c + b * LANES);
+        bias[b] = load<P>(k.bias + c + b * LANES);
     }
-    int64_t c = 0;
-    for (; c + syncbn::LANES <= shape.C; c += syncbn::LANES) {
-        const P mean = load<P>(k.mean + c), scale = load<P>(k.scale + c), bias = load<P>(k.bias + c);
-        for (int g = 0; g < group; ++g) store(out[g] + c, (load<P>(in[g] + c) - mean) * scale + bias);
+    const int64_t ahead = count * x.stride_s;
+    for (; count > 0; --count, r.step()) {
+        const T* in = at<T>(x, r.n, c, r.s);
+        T* out = at<T>(y, r.n, c, r.s);
+        for (int b = 0; b < blocks; ++b, in += LANES, out += LANES) {
+            if (streamed) __builtin_prefetch(in + ahead);
+            const P v = (load<P>(in, length...) - mean[b]) * scale[b] + bias[b];
+            streamed ? stream(out, v) : store(out, v, length...);
+        }
     }
-    if (c == shape.C) return;
-    const P mean = load<P>(k.mean + c), scale = load<P>(k.scale + c), bias = load<P>(k.bias + c);  // padded
-    for (int g = 0; g < group; ++g)
-        store(out[g] + c, (load<P>(in[g] + c, shape.C - c) - mean) * scale + bias, shape.C - c);
 }
 
-template <class T> void rows(const Shape& shape, const Elements& x, const Elements& y, void* memory, const Part& part) {
-    int64_t r = part.first;
-    if (!shape.far)
-        for (; r + 4 <= part.last; r += 4) some_rows<4, T>(shape, x, y, memory, r);
-    for (; r < part.last; ++r) some_rows<1, T>(shape, x, y, memory, r);
+template <bool streamed, class T>
+void rows(const Shape& shape, const Elements& x, const Elements& y, void* memory, const Part& part) {
+    const Coefficients<T> k(memory, shape.C);
+    each_tile<sizeof(T) == 8 ? (WIDE + 1) / 2 : WIDE>(
+        shape.C * sizeof(T), shape, part,
+        [&](auto wide, Row r, int64_t count, int64_t c) { column<streamed, wide.count>(x, y, k, r, count, c); },
+        [&](Row r, int64_t count, int64_t c, int64_t length) { column<false, 1>(x, y, k, r, count, c, length); });
 }
 
 void update(const Values& running, int64_t C, const double* batch, double factor, double momentum) {
@@ -118,7 +127,10 @@ void normalize_coefficients(const Shape& shape, const double* mean, const double
 void normalize(const Shape& shape, const Elements& x, const Elements& y, void* coefficients, const Part& part) {
     with_type(shape.dtype, [&](auto storage) {
         using T = typename decltype(storage)::Type;
-        shape.rows ? rows<T>(shape, x, y, coefficients, part) : planes<T>(shape, x, y, coefficients, part);
+        if (!shape.rows) return planes<T>(shape, x, y, coefficients, part);
+        shape.far && rows_aligned<T>(y) ? rows<true, T>(shape, x, y, coefficients, part)
+                                        : rows<false, T>(shape, x, y, coefficients, part);
     });
+    if (shape.far) streams_done();
 }
 }  // namespace syncbn::SYNCBN_ISA

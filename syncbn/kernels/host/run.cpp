@@ -47,7 +47,6 @@ const Steps* in_use = std::find_if(std::begin(ALL), std::end(ALL), can_run);
 int64_t elements(const Shape& k) { return k.N * k.C * k.S; }
 int64_t threads_for(const Shape& k, int64_t threads) { return elements(k) < THREADED ? 1 : threads; }
 
-// Sums may depend on `far`, so it depends on the shape alone, and not on the machine.
 Shape with_distance(Shape k) {
     const int64_t size = k.dtype == DType::float64 ? 8 : k.dtype == DType::float32 ? 4 : 2;
     k.far = elements(k) * size > FAR;

@@ -22,7 +22,7 @@ struct Shape {
     int64_t N, C, S;
     bool rows;
     DType dtype;
-    bool far;  // x comes from beyond the second-level cache: read it in order
+    bool far;  // beyond the second-level cache: fetch ahead, and write past the caches
 };
 
 struct Elements {

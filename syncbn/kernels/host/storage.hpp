@@ -132,6 +132,27 @@ inline void store_native(half* p, VF v) {
 }
 #endif
 
+// Stores past the caches, to an address that is a multiple of the vector's size; plain where there is no such store.
+#if defined(__AVX512F__)
+inline void stream_native(float* p, VF v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream_native(double* p, VD v) { _mm512_stream_pd(p, (__m512d)v); }
+template <class T> inline void stream_native(T* p, VF v) {
+    __m256i s;
+    store_native(reinterpret_cast<T*>(&s), v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), s);
+}
+#elif defined(__AVX2__)
+inline void stream_native(float* p, VF v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream_native(double* p, VD v) { _mm256_stream_pd(p, (__m256d)v); }
+template <class T> inline void stream_native(T* p, VF v) {
+    __m128i s;
+    store_native(reinterpret_cast<T*>(&s), v);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), s);
+}
+#else
+template <class T, class V> inline void stream_native(T* p, V v) { store_native(p, v); }
+#endif
+
 // Moves n < 16 elements between a tensor and a block of sixteen. The compiler keeps the block in registers where the
 // move is one masked instruction; element by element, it would be read before its parts have reached the cache.
 #if defined(__AVX512F__)

@@ -35,6 +35,10 @@ template <class V, int n> struct Of<Pack<V, n>> {
         Of<Pack<V, n / 2>>::store(p, v.lo);
         Of<Pack<V, n / 2>>::store(p + half_way, v.hi);
     }
+    template <class T> static void stream(T* p, P v) {
+        Of<Pack<V, n / 2>>::stream(p, v.lo);
+        Of<Pack<V, n / 2>>::stream(p + half_way, v.hi);
+    }
     static P all(double x) { return {Of<Pack<V, n / 2>>::all(x), Of<Pack<V, n / 2>>::all(x)}; }
 };
 template <class V> struct Of<Pack<V, 1>> {
@@ -42,6 +46,7 @@ template <class V> struct Of<Pack<V, 1>> {
     typedef __typeof__(V{}[0] + V{}[0]) Lane;
     template <class T> static P load(const T* p) { return {load_native(p, V{})}; }
     template <class T> static void store(T* p, P v) { store_native(p, v.v); }
+    template <class T> static void stream(T* p, P v) { stream_native(p, v.v); }
     static P all(double x) { return {V{} + Lane(x)}; }
 };
 
@@ -57,6 +62,24 @@ template <class T, class P> inline void store(T* p, P v, int64_t n) {
     T block[16];
     Of<P>::store(block, v);
     put(block, n, p);
+}
+// Sixteen elements past the caches, which leaves them to what is read again; p is aligned(p).
+template <class T, class P> inline void stream(T* p, P v) { Of<P>::stream(p, v); }
+template <class T> constexpr int64_t ALIGNMENT = sizeof(T) * 16 < 64 ? sizeof(T) * 16 : 64;
+// Elements to the next address that can be streamed to; fewer than 16.
+template <class T> inline int64_t to_aligned(const T* p) {
+    return (0 - reinterpret_cast<uintptr_t>(p)) % ALIGNMENT<T> / sizeof(T);
+}
+// Whether every block of every row can be streamed to.
+template <class T> inline bool rows_aligned(const syncbn::Elements& e) {
+    const uintptr_t size = sizeof(T), all = reinterpret_cast<uintptr_t>(e.data) | e.stride_n * size | e.stride_s * size;
+    return all % ALIGNMENT<T> == 0;
+}
+// Another thread that is told of the work from here on sees what was streamed.
+inline void streams_done() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
 }
 template <class P> inline P all(double x) { return Of<P>::all(x); }
 
@@ -111,15 +134,42 @@ inline void add_sums(D a, D b, double* first, double* second) {
 template <class T> struct Compute { typedef F Lanes; typedef float Scalar; };
 template <> struct Compute<double> { typedef D Lanes; typedef double Scalar; };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T> inline T* at(const syncbn::Elements& e, int64_t n, int64_t c, int64_t s) {
     return reinterpret_cast<T*>(e.data) + (n * e.stride_n + c * e.stride_c + s * e.stride_s);
 }
-// Row r of N * S; one division, and none where the rows are one block.
-template <class T> inline T* row(const syncbn::Elements& e, const syncbn::Shape& shape, int64_t r) {
-    return shape.N == 1 ? at<T>(e, 0, 0, r) : at<T>(e, r / shape.S, 0, r % shape.S);
+template <int n> struct Blocks { static constexpr int count = n; };
+
+// Row r of N * S. Steps without a division.
+struct Row {
+    const syncbn::Shape& shape;
+    int64_t n, s;
+    Row(const syncbn::Shape& k, int64_t r) : shape(k), n(r / k.S), s(r % k.S) {}
+    void step() {
+        if (++s == shape.S) s = 0, ++n;
+    }
+};
+
+// Rows are worked through in tiles that stay in the first-level cache, and a tile in columns of blocks of sixteen
+// channels, as many as have their numbers in registers. Steps on far tensors fetch the next tile meanwhile.
+constexpr int WIDE = SYNCBN_BYTES < 64 ? 1 : 4;
+
+// row_bytes: of all tensors read. Calls column(Blocks, Row, count, c) for every tile and its columns of whole blocks, and rest(Row, count, c, length)
+// for the fewer than sixteen channels that are left.
+template <int wide, class Column, class Rest>
+inline void each_tile(int64_t row_bytes, const syncbn::Shape& shape, const syncbn::Part& part, Column column, Rest rest) {
+    const int64_t tile = row_bytes > 2048 ? 8 : 16384 / row_bytes;
+    for (int64_t first = part.first; first < part.last; first += tile) {
+        const Row r(shape, first);
+        const int64_t count = least(tile, part.last - first);
+        int64_t c = part.c_first;
+        for (; c + wide * syncbn::LANES <= part.c_last; c += wide * syncbn::LANES) column(Blocks<wide>{}, r, count, c);
+        for (; c + syncbn::LANES <= part.c_last; c += syncbn::LANES) column(Blocks<1>{}, r, count, c);
+        if (c < part.c_last) rest(r, count, c, part.c_last - c);
+    }
 }
 
-// A segment of a plane: segments of a plane in order, planes in the order of c, then n. Steps without a division.
+// A segment of a plane: segments of a plane in order, planes in the order of n, then c. Steps without a division.
 struct Segment {
     const syncbn::Shape& shape;
     int64_t index, n, c, s;
@@ -127,6 +177,7 @@ struct Segment {
         const int64_t per_plane = syncbn::segments(k.S), plane = i / per_plane;
         n = plane / k.C, c = plane % k.C, s = i % per_plane * syncbn::SEGMENT;
     }
+    int64_t length() const { return least(syncbn::SEGMENT, shape.S - s); }
     void step() {
         ++index;
         if ((s += syncbn::SEGMENT) < shape.S) return;
