@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from tabulate import tabulate
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import syncbn
-from syncbn import agreement, bench_report, kernels, launchers
+from syncbn import agreement, bench_parts, bench_report, kernels, launchers
 from syncbn.bench_report import Machine, Options, Row, Shape
 from syncbn.composite import CompositeBatchNorm
 from syncbn.world import World
@@ -150,6 +151,10 @@ def run(options: Options, *, form: str) -> int:
         world = _connect(options, launch)
     except (RuntimeError, ValueError) as error:
         return _fail(error, rank, 1)
+    if options.parts:
+        problem = _unfit_for_parts(world, form)
+        describe = partial(describe_machine, world)
+        return _fail(problem, rank, 2) if problem else bench_parts.run(options, describe, form=form)
     machine = describe_machine(world)
     if form == "table" and world.rank == 0:
         layout = "channels_last" if options.channels_last else "contiguous"
@@ -162,6 +167,12 @@ def run(options: Options, *, form: str) -> int:
     if world.rank == 0:
         print(bench_report.render(rows, options, machine, form=form), flush=True)
     return 0
+
+
+def _unfit_for_parts(world: World, form: str) -> Exception | None:
+    if world.size > 1:
+        return ValueError(f"--parts needs one process; received {world.size}. Start it without a launcher.")
+    return ValueError("--parts prints several tables; received --csv. Use --json.") if form == "csv" else None
 
 
 def _connect(options: Options, launch: launchers.Launch) -> World:

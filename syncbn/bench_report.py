@@ -48,6 +48,7 @@ class Options:
     repeats: int = 30
     warmup: int = 5
     composite: bool = True
+    parts: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = "json" if args.json else "csv" if args.csv else "table"
         shapes = tuple(args.shapes or bench_report.SHAPES)
         options = bench_report.Options(
-            shapes, args.dtype, args.channels_last, args.repeats, args.warmup, composite=not args.no_composite
+            shapes, args.dtype, args.channels_last, args.repeats, args.warmup, not args.no_composite, args.parts
         )
         status = bench.run(options, form=form)
     sys.stdout.flush()
@@ -109,6 +109,11 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--repeats", type=_at_least(1), default=defaults.repeats, help="(default: %(default)s)")
     command.add_argument("--warmup", type=_at_least(0), default=defaults.warmup, help="(default: %(default)s)")
     command.add_argument("--no-composite", action="store_true", help="leave the composite out, and torch.distributed")
+    command.add_argument(
+        "--parts",
+        action="store_true",
+        help="one process: each step beside a copy of its bytes, what a step costs besides, and its peak memory",
+    )
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     form.add_argument("--csv", action="store_true", help="print comma-separated values instead of tables")

@@ -9,6 +9,7 @@ N batch, C channels, S product of the spatial dims, W ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,10 +101,14 @@ def apply(
     call = Call(running, eps, transport, torch.is_grad_enabled(), error)
     wanted = x.requires_grad or (weight is not None and weight.requires_grad)
     wanted = wanted or (bias is not None and bias.requires_grad)
-    y: Tensor = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, None if wanted else _ANCHOR, call
-    )
+    y: Tensor = _apply()(x, weight, bias, None if wanted else _ANCHOR, call)
     return y
+
+
+def _apply() -> Callable[..., Tensor]:
+    """Finds the way into the autograd function: past its wrapper, a microsecond, unless torch.func transforms."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return _SyncBatchNorm.apply if transformed else _APPLY
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -173,3 +178,6 @@ class _OnceDifferentiable(torch.autograd.Function):
             f"{checks.NAME} needs to be differentiated once; received a second derivative, as of a gradient penalty. "
             "Call model.eval() for it, or use a norm without batch statistics there."
         )
+
+
+_APPLY: Callable[..., Tensor] = super(torch.autograd.Function, _SyncBatchNorm).apply

@@ -2,12 +2,13 @@
 import csv
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import syncbn
-from syncbn import bench, bench_report
+from syncbn import bench, bench_report, kernels
 from syncbn.bench_report import Options, Row
 from tests import processes
 
@@ -151,3 +152,38 @@ def test_over_mpi_the_layer_is_faster_than_the_composite():
             break
     assert best[0] > 2.5
     assert best[1] > 1.3
+
+
+def test_parts_say_where_time_and_memory_go():
+    done = processes.python(*BENCH, "--parts", "--json", *SMALL)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [(row["shape"], row["step"]) for row in document["steps"][:4]] == [
+        ([2, 4, 3, 3], step) for step in ("local_moments", "normalize", "backward_sums", "backward_input")
+    ]
+    assert all(row["ratio"] == pytest.approx(row["us"] / row["copy_us"]) for row in document["steps"])
+    overhead = document["overhead_us"]
+    besides = sum(us for name, us in overhead.items() if name not in ("whole step", "torch.nn.BatchNorm2d"))
+    assert besides == pytest.approx(overhead["whole step"])
+
+
+def test_a_step_needs_no_more_memory_than_torchs():
+    """y and grad_x; a temporary of the input's size would be half as much again."""
+    code = "import torch; torch.set_num_threads(1); from syncbn import bench_memory as m\n"
+    code += "for row in m.memory_rows(m.LARGE, torch.float32, torch.contiguous_format): print(row.mib, row.tensor_mib)"
+    done = processes.python("-c", code)
+    assert done.returncode == 0, done.stderr
+    (torchs, tensor), (ours, _) = (map(float, line.split()) for line in done.stdout.splitlines())
+    assert torchs == pytest.approx(2 * tensor, rel=0.05)
+    if kernels.explain().name == "host":
+        assert ours <= torchs + 0.5
+    else:  # float64 temporaries: see docs/numerics.md
+        assert ours <= 6 * tensor
+
+
+@pytest.mark.parametrize(("more", "message"), [(("--csv",), "Use --json"), ((), "needs one process; received 2")])
+def test_parts_are_for_one_process_and_no_csv(more, message):
+    run = processes.python if more else partial(processes.mpirun, 2)
+    done = run(*BENCH, "--parts", *SMALL, *more)
+    assert done.returncode == 2
+    assert message in done.stderr

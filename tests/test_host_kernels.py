@@ -122,7 +122,7 @@ def test_elements_are_those_of_the_readable_twin(dtype, channels_last):
 def test_every_half_number_survives_and_rounds_as_in_torch(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
     between = every.float().nan_to_num(0.0, 0.0, 0.0).repeat(1, 2) * torch.tensor([1.0, 1.00390625])
-    stats = BatchStats(torch.zeros(1).double(), torch.ones(1).double(), 1.0)
+    stats = BatchStats(torch.tensor([0.0, 1.0]).double(), 1.0)
     for name in _host.instruction_sets():
         _host.use_instruction_set(name)
         zeros, nothing = torch.zeros(2).double(), torch.zeros_like(every)
@@ -188,7 +188,7 @@ def test_buffers_of_any_dtype_and_stride_move_alike():
             torch.testing.assert_close(ours.var, twin.var)
 
 
-WIRE, TWO, C3 = torch.zeros(14).double(), torch.zeros(6).double(), torch.zeros(3).double()
+WIRE, C6, C3 = torch.zeros(14).double(), torch.zeros(6).double(), torch.zeros(3).double()
 X = torch.zeros(2, 3, 4)
 REFUSED = {
     "x must be float16, bfloat16, float32 or float64": lambda: HOST.local_moments(X.int(), STATUS),
@@ -211,9 +211,9 @@ REFUSED = {
     "num_batches_tracked must be int64": lambda: HOST.normalize(
         X, WIRE, None, None, Running(C3, C3, torch.tensor(0.0), 0.1), EPS, 8.0
     ),
-    "grad_y must have the shape and dtype of x": lambda: HOST.backward_sums(X[:1], X, BatchStats(C3, C3, 8.0)),
-    "mean must be contiguous float64": lambda: HOST.backward_sums(X, X, BatchStats(C3.float(), C3, 8.0)),
-    "invstd must be contiguous float64": lambda: HOST.backward_input(X, X, TWO, None, BatchStats(C3, TWO[::2][:2], 8)),
+    "grad_y must have the shape and dtype of x": lambda: HOST.backward_sums(X[:1], X, BatchStats(C6, 8.0)),
+    "stats must be contiguous float64": lambda: HOST.backward_sums(X, X, BatchStats(C6.float(), 8.0)),
+    "wire must be contiguous float64": lambda: HOST.backward_input(X, X, C3, None, BatchStats(C6, 8.0)),
     "this machine does not run pentium": lambda: _host.use_instruction_set("pentium"),
 }
 

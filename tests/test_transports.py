@@ -77,12 +77,14 @@ def test_the_override_wins(monkeypatch, name):
 
 def test_an_unknown_override_lists_the_choices(monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "carrier pigeon")
+    monkeypatch.setattr("syncbn.transports._live", {})
     with pytest.raises(ValueError, match="one of auto, single, mpi, torch; received 'carrier pigeon'"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 
 
 def test_asking_for_torch_before_it_is_there_says_how(monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
+    monkeypatch.setattr("syncbn.transports._live", {})
     with pytest.raises(RuntimeError, match=r"initialised torch.distributed.*syncbn.init\(\)"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 

@@ -12,8 +12,7 @@ def normalize(
     wire: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    stats: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -23,7 +22,7 @@ def normalize(
     threads: int,
     /,
 ) -> bool: ...
-def backward_sums(grad_y: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, wire: Tensor, threads: int, /) -> bool: ...
+def backward_sums(grad_y: Tensor, x: Tensor, stats: Tensor, wire: Tensor, threads: int, /) -> bool: ...
 def parameter_gradients(wire: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None, /) -> None: ...
 def backward_input(
     grad_y: Tensor,
@@ -31,8 +30,7 @@ def backward_input(
     grad_x: Tensor,
     wire: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    stats: Tensor,
     count_global: float,
     threads: int,
     /,

@@ -25,12 +25,20 @@ from syncbn.moments import Running, Status
 class BatchStats(NamedTuple):
     """Statistics of the global batch that backward needs."""
 
-    mean: Tensor
-    """float64 (C,)."""
-    invstd: Tensor
-    """float64 (C,)."""
+    values: Tensor
+    """float64 (2C,): ``[mean (C), invstd (C)]``, one tensor because allocating one costs as much as a small step."""
     count_global: float
     """Samples per channel in the global batch."""
+
+    @property
+    def mean(self) -> Tensor:
+        """A view, float64 (C,)."""
+        return self.values.chunk(2)[0]
+
+    @property
+    def invstd(self) -> Tensor:
+        """A view, float64 (C,)."""
+        return self.values.chunk(2)[1]
 
 
 class AbstractKernels(ABC):

@@ -56,20 +56,19 @@ class HostKernels(AbstractKernels):
         count_global: float,
     ) -> tuple[Tensor, BatchStats]:
         """See :meth:`AbstractKernels.normalize`."""
-        C = x.size(1)
-        y, mean, invstd = torch.empty_like(x), _FLOAT64.new_empty(C), _FLOAT64.new_empty(C)
-        rest = (wire, weight, bias, mean, invstd, *(running or _ABSENT), eps, count_global, torch.get_num_threads())
+        y, stats = torch.empty_like(x), _FLOAT64.new_empty(2 * x.size(1))
+        rest = (wire, weight, bias, stats, *(running or _ABSENT), eps, count_global, torch.get_num_threads())
         if not _host.normalize(x, y, *rest):
             dense = x.contiguous()
             result = torch.empty_like(dense)
             _host.normalize(dense, result, *rest)
             y.copy_(result)
-        return y, BatchStats(mean, invstd, count_global)
+        return y, BatchStats(stats, count_global)
 
     def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
         """See :meth:`AbstractKernels.backward_sums`."""
         wire = _FLOAT64.new_empty(2 * x.size(1))
-        rest = (stats.mean, stats.invstd, wire, torch.get_num_threads())
+        rest = (stats.values, wire, torch.get_num_threads())
         if grad_y.dtype != x.dtype or grad_y.is_neg() or not _host.backward_sums(grad_y, x, *rest):
             any(_host.backward_sums(g, dense, *rest) for dense, g in _copies(x, grad_y))
         return wire
@@ -89,7 +88,7 @@ class HostKernels(AbstractKernels):
     ) -> Tensor:
         """See :meth:`AbstractKernels.backward_input`."""
         grad_x = torch.empty_like(x)
-        rest = (wire, weight, stats.mean, stats.invstd, stats.count_global, torch.get_num_threads())
+        rest = (wire, weight, stats.values, stats.count_global, torch.get_num_threads())
         if grad_y.dtype == x.dtype and not grad_y.is_neg() and _host.backward_input(grad_y, x, grad_x, *rest):
             return grad_x
         for dense, g in _copies(x, grad_y):

@@ -50,7 +50,7 @@ class TorchKernels(AbstractKernels):
         y = _centered(x, mean).mul_(_channels(scale, x))
         if bias is not None:
             y.add_(_channels(bias, x))
-        return y.to(x.dtype), BatchStats(mean, invstd, count_global)
+        return y.to(x.dtype), BatchStats(torch.cat((mean, invstd)), count_global)
 
     def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
         """See :meth:`AbstractKernels.backward_sums`."""

@@ -23,6 +23,7 @@ __all__ = ["CHOICES", "AbstractTransport", "Choice", "adopt", "choose", "explain
 
 CHOICES = ("auto", "single", "mpi", "torch")
 OVERRIDE = "SYNCBN_TRANSPORT"
+_HAS_DISTRIBUTED = dist.is_available()
 
 
 class Choice(NamedTuple):
@@ -33,7 +34,14 @@ class Choice(NamedTuple):
     unsynchronized: str = ""
 
 
-_live: dict[tuple[GroupSpec | None, str], tuple[Any, AbstractTransport]] = {}
+class _Live(NamedTuple):
+    """A transport, and the torch world in whose time it was chosen: None for none, the string for any."""
+
+    torch_world: weakref.ref[Any] | str | None
+    transport: AbstractTransport
+
+
+_live: dict[tuple[GroupSpec | None, str], _Live] = {}
 
 
 def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTransport:
@@ -45,18 +53,17 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
 
     Communication:
         At the first use of a group, on every member: the communicator is duplicated and a number is
-        broadcast. Later calls are a dictionary look-up.
+        broadcast. Later calls are a dictionary look-up, until torch.distributed's world changes.
 
     Raises:
         ValueError: if ``SYNCBN_TRANSPORT`` is not one of ``CHOICES``, or the group's ranks are not in this job.
         RuntimeError: if the library that the group needs is missing or not initialised.
     """
-    epoch = _epoch(spec)
-    cached = _live.get((spec, device_type))
-    if cached is not None and cached[0] == epoch:
-        return cached[1]
+    live = _live.get((spec, device_type))
+    if live is not None and _holds(live):
+        return live.transport
     transport = _everyone(device_type) if spec is None else _subset(spec, device_type)
-    _live[spec, device_type] = (epoch, transport)
+    _live[spec, device_type] = _Live(_epoch(spec), transport)
     return transport
 
 
@@ -80,7 +87,7 @@ def over_mpi() -> AbstractTransport:
 
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
     """Keeps a transport that ``split`` made, and returns the specification by which ``choose`` finds it."""
-    _live[transport.spec, device_type] = (_epoch(transport.spec), transport)
+    _live[transport.spec, device_type] = _Live(_epoch(transport.spec), transport)
     return transport.spec
 
 
@@ -152,20 +159,27 @@ def _torch(group: Any, device_type: str) -> AbstractTransport:
 
 def _torch_world() -> Any | None:
     """Returns torch's default process group, or None. Its identity changes when it is made anew."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return dist.group.WORLD if _HAS_DISTRIBUTED and dist.is_initialized() else None
 
 
-def _epoch(spec: GroupSpec | None) -> Any:
+def _epoch(spec: GroupSpec | None) -> weakref.ref[Any] | str | None:
     """Tells how long a choice holds.
 
-    A transport over MPI lives as long as the process. What torch.distributed or the override decided is decided
-    again when one of them changes, for example after destroy_process_group(). The reference is weak: a gloo
-    group that we kept alive would meet the end of the interpreter and abort a process that did all its work.
+    A transport over MPI lives as long as the process. What torch.distributed decided is decided again when its world
+    changes, for example after destroy_process_group(). The reference is weak: a gloo group that we kept alive would
+    meet the end of the interpreter and abort a process that did all its work.
     """
     if spec is not None and spec.kind == "mpi":
-        return None
+        return "any"
     torch_world = _torch_world()
-    return (None if torch_world is None else weakref.ref(torch_world)), os.environ.get(OVERRIDE)
+    return None if torch_world is None else weakref.ref(torch_world)
+
+
+def _holds(live: _Live) -> bool:
+    then = live.torch_world
+    if then is None:
+        return _torch_world() is None
+    return isinstance(then, str) or (then() is not None and then() is _torch_world())
 
 
 def _torch_knows(group: Any) -> bool:

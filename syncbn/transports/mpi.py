@@ -27,6 +27,8 @@ except RuntimeError as error:  # mpi4py is there, libmpi is not
         f"Install one with: {INSTALL}, or make the site's visible, for example with `module load openmpi`."
     ) from error
 
+_MPI_TYPES = {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}
+
 
 @final
 class MPITransport(AbstractTransport):
@@ -51,7 +53,9 @@ class MPITransport(AbstractTransport):
         """See :meth:`AbstractTransport.all_reduce`. A tensor on a GPU is staged through host memory."""
         if wire.device.type != "cpu":
             return wire.copy_(self.all_reduce(wire.cpu()))
-        self.comm.Allreduce(MPI.IN_PLACE, wire.numpy())
+        assert wire.is_contiguous()
+        memory = MPI.buffer.fromaddress(wire.data_ptr(), wire.nbytes)  # a third of the time of wire.numpy()
+        self.comm.Allreduce(MPI.IN_PLACE, [memory, _MPI_TYPES[wire.dtype]])
         return wire
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

@@ -167,6 +167,7 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
     if not launchers.detect().speaks_mpi:
         pytest.skip("would end the world of this run")
     monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
+    monkeypatch.setattr("syncbn.transports._live", {})
     for _ in range(2):
         syncbn.init(torch_distributed=True)
         check_group(ranks, None, list(range(ranks.size)), rng)

@@ -5,7 +5,7 @@
 // taken off at the end, which loses mean / std * 1e-16, less than the variance did. The caller multiplies by invstd.
 // In: grad_y and x, both planes or both rows, of one dtype; mean, float64 (C,). Out: sums, float64 [2, padded(C)],
 // zeroed by the caller. All arithmetic in float64.
-// Order: as in local_moments.cpp.
+// Order: as in local_moments.cpp, with a sum for every segment: two tensors are streams enough.
 // Reads each element of both once: 4, 8 or 16 bytes per element. Limits: none.
 #include "vector.hpp"
 
@@ -19,34 +19,41 @@ using syncbn::Shape;
 template <class T> inline D centered(D x, D) { return x; }
 template <> inline D centered<double>(D x, D mean) { return x - mean; }
 
+template <class T> inline void add(D grad_y, D x, D mean, D& a, D& b) {
+    a = a + grad_y;
+    b = add_product<T>(grad_y, centered<T>(x, mean), b);
+}
+
+// Adds `count` segments of one channel, the first of them j.
+template <class T>
+inline void channel(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, Stretch j,
+                    int64_t count, int64_t c, double* sums) {
+    const D m = all<D>(mean[c]);
+    D a = all<D>(0), b = a, a2 = a, b2 = a;
+    for (; count > 0; --count, j.step()) {
+        const T *g = at<T>(grad_y, j.n, c, j.s), *p = at<T>(x, j.n, c, j.s);
+        const int64_t length = j.length();
+        int64_t i = 0;
+        for (; i + 2 * LANES <= length; i += 2 * LANES) {
+            add<T>(load<D>(g + i), load<D>(p + i), m, a, b);
+            add<T>(load<D>(g + i + LANES), load<D>(p + i + LANES), m, a2, b2);
+        }
+        if (i + LANES <= length) {
+            add<T>(load<D>(g + i), load<D>(p + i), m, a, b);
+            i += LANES;
+        }
+        if (i < length)  // the lanes beyond the end hold grad_y = 0
+            add<T>(load<D>(g + i, length - i), load<D>(p + i, length - i), m, a2, b2);
+    }
+    add_sums(a + a2, b + b2, sums + c, sums + syncbn::padded(shape.C) + c);
+}
+
 template <class T>
 void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
             double* sums) {
-    const int64_t per_plane = syncbn::segments(shape.S);
-    for (int64_t j = part.first; j < part.last; ++j) {
-        const int64_t n = j / per_plane, s = j % per_plane * syncbn::SEGMENT;
-        const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
-        for (int64_t c = part.c_first; c < part.c_last; ++c) {
-            const T *g = at<T>(grad_y, n, c, s), *p = at<T>(x, n, c, s);
-            const D m = all<D>(mean[c]);
-            D a[2] = {all<D>(0), all<D>(0)}, b[2] = {all<D>(0), all<D>(0)};
-            const auto add = [&](int k, D v, D w) {
-                a[k] = a[k] + v;
-                b[k] = add_product<T>(v, centered<T>(w, m), b[k]);
-            };
-            int64_t i = 0;
-            for (; i + 2 * LANES <= length; i += 2 * LANES) {
-                add(0, load<D>(g + i), load<D>(p + i));
-                add(1, load<D>(g + i + LANES), load<D>(p + i + LANES));
-            }
-            if (i + LANES <= length) {
-                add(0, load<D>(g + i), load<D>(p + i));
-                i += LANES;
-            }
-            if (i < length) add(1, load<D>(g + i, length - i), load<D>(p + i, length - i));  // beyond: grad_y = 0
-            add_sums(a[0] + a[1], b[0] + b[1], sums + c, sums + syncbn::padded(shape.C) + c);
-        }
-    }
+    each_stretch(shape, part, false, [&](Stretch j, int64_t count, int64_t c) {
+        channel<T>(shape, grad_y, x, mean, j, count, c, sums);
+    });
 }
 
 // Adds rows [r, r + count) to one column of blocks of 16 channels from c on.

@@ -3,10 +3,10 @@
 //
 // In: x, planes or rows, float16, bfloat16, float32, float64. Out: sums, float64 [2, padded(C)], zeroed by the caller.
 // Accumulated in float64: a square of a float32 is exact there.
-// Order: planes: a segment of at most SEGMENT elements goes to 32 lanes, as many as hide the latency of an addition,
-// which are then summed as a tree; segments are added in order. Rows: added to the channel in order. A channel's order
-// does not depend on [c_first, c_last), so threads may share out channels freely; the caller's chunks fix
-// [first, last).
+// Order: planes: a channel's segments, of at most SEGMENT elements, go one after the other to 32 lanes, as many as hide
+// the latency of an addition, which are then summed as a tree; of a far tensor each segment has a sum of its own, so
+// that memory is read in order. Rows: added to the channel in order. A channel's order does not depend on
+// [c_first, c_last), so threads may share out channels freely; the caller's chunks fix [first, last).
 // Reads each element once: 2, 4 or 8 bytes per element. Limits: none.
 #include "vector.hpp"
 
@@ -17,31 +17,36 @@ using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 
-template <class T> void planes(const Shape& shape, const Elements& x, const Part& part, double* sums) {
-    const int64_t per_plane = syncbn::segments(shape.S);
-    for (int64_t j = part.first; j < part.last; ++j) {
-        const int64_t n = j / per_plane, s = j % per_plane * syncbn::SEGMENT;
-        const int64_t length = shape.S - s < syncbn::SEGMENT ? shape.S - s : syncbn::SEGMENT;
-        for (int64_t c = part.c_first; c < part.c_last; ++c) {
-            const T* p = at<T>(x, n, c, s);
-            D a[2] = {all<D>(0), all<D>(0)}, b[2] = {all<D>(0), all<D>(0)};
-            const auto add = [&](int k, D v) {
-                a[k] = a[k] + v;
-                b[k] = add_product<T>(v, v, b[k]);
-            };
-            int64_t i = 0;
-            for (; i + 2 * LANES <= length; i += 2 * LANES) {
-                add(0, load<D>(p + i));
-                add(1, load<D>(p + i + LANES));
-            }
-            if (i + LANES <= length) {
-                add(0, load<D>(p + i));
-                i += LANES;
-            }
-            if (i < length) add(1, load<D>(p + i, length - i));
-            add_sums(a[0] + a[1], b[0] + b[1], sums + c, sums + syncbn::padded(shape.C) + c);
+template <class T> inline void add(D v, D& a, D& b) {
+    a = a + v;
+    b = add_product<T>(v, v, b);
+}
+
+// Adds `count` segments of one channel, the first of them j.
+template <class T>
+inline void channel(const Shape& shape, const Elements& x, Stretch j, int64_t count, int64_t c, double* sums) {
+    D a = all<D>(0), b = a, a2 = a, b2 = a;
+    for (; count > 0; --count, j.step()) {
+        const T* p = at<T>(x, j.n, c, j.s);
+        const int64_t length = j.length();
+        int64_t i = 0;
+        for (; i + 2 * LANES <= length; i += 2 * LANES) {
+            add<T>(load<D>(p + i), a, b);
+            add<T>(load<D>(p + i + LANES), a2, b2);
         }
+        if (i + LANES <= length) {
+            add<T>(load<D>(p + i), a, b);
+            i += LANES;
+        }
+        if (i < length) add<T>(load<D>(p + i, length - i), a2, b2);
     }
+    add_sums(a + a2, b + b2, sums + c, sums + syncbn::padded(shape.C) + c);
+}
+
+template <class T> void planes(const Shape& shape, const Elements& x, const Part& part, double* sums) {
+    each_stretch(shape, part, !shape.far, [&](Stretch j, int64_t count, int64_t c) {
+        channel<T>(shape, x, j, count, c, sums);
+    });
 }
 
 // Adds rows [r, r + count) to one column of blocks of 16 channels from c on.

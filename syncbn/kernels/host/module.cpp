@@ -103,7 +103,7 @@ bool read_momentum(PyObject* given, int64_t* tracked, double* momentum) {
     return true;
 }
 
-// normalize(x, y, wire, weight, bias, mean, invstd, running_mean, running_var, num_batches_tracked, momentum, eps,
+// normalize(x, y, wire, weight, bias, stats, running_mean, running_var, num_batches_tracked, momentum, eps,
 //           count_global, threads)
 PyObject* normalize(PyObject*, PyObject* const* args, Py_ssize_t n) {
     const char* const names[] = {"x", "y"};
@@ -113,39 +113,39 @@ PyObject* normalize(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Finalize f{};
     double* wire;
     int64_t *tracked, threads;
-    if (!expect(n, 14) || !arrange(args, names, 2, &k, e, &fits)) return nullptr;
+    if (!expect(n, 13) || !arrange(args, names, 2, &k, e, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
     if (!doubles(args[2], "wire", 2 * k.C + 1 + STATUS, &wire) || !values(args[3], "weight", k.C, &f.weight) ||
-        !values(args[4], "bias", k.C, &f.bias) || !doubles(args[5], "mean", k.C, &f.mean) ||
-        !doubles(args[6], "invstd", k.C, &f.invstd) || !values(args[7], "running_mean", k.C, &f.running.mean) ||
-        !values(args[8], "running_var", k.C, &f.running.var) || !counter(args[9], "num_batches_tracked", &tracked) ||
-        !number(args[11], &f.eps) || !number(args[12], &f.running.count_global) || !integer(args[13], &threads))
+        !values(args[4], "bias", k.C, &f.bias) || !doubles(args[5], "stats", 2 * k.C, &f.mean) ||
+        !values(args[6], "running_mean", k.C, &f.running.mean) || !values(args[7], "running_var", k.C, &f.running.var) ||
+        !counter(args[8], "num_batches_tracked", &tracked) || !number(args[10], &f.eps) ||
+        !number(args[11], &f.running.count_global) || !integer(args[12], &threads))
         return nullptr;
     if ((f.running.mean.data == nullptr) != (f.running.var.data == nullptr))
         return PyErr_Format(PyExc_ValueError, "running_mean and running_var must both be tensors or both be None");
-    if (f.running.mean.data != nullptr && !read_momentum(args[10], tracked, &f.running.momentum)) return nullptr;
-    f.wire = wire;
+    if (f.running.mean.data != nullptr && !read_momentum(args[9], tracked, &f.running.momentum)) return nullptr;
+    f.wire = wire, f.invstd = f.mean + k.C;
     WithoutGil released(k);
     run_normalize(k, e[0], e[1], k.C, f, threads);
     Py_RETURN_TRUE;
 }
 
-// backward_sums(grad_y, x, mean, invstd, wire, threads)
+// backward_sums(grad_y, x, stats, wire, threads)
 PyObject* backward_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    PyObject* const tensors[] = {n == 6 ? args[1] : nullptr, n == 6 ? args[0] : nullptr};
+    PyObject* const tensors[] = {n == 5 ? args[1] : nullptr, n == 5 ? args[0] : nullptr};
     const char* const names[] = {"x", "grad_y"};
     Shape k;
     Elements e[2];
     bool fits;
-    double *mean, *invstd, *wire;
+    double *stats, *wire;
     int64_t threads;
-    if (!expect(n, 6) || !arrange(tensors, names, 2, &k, e, &fits)) return nullptr;
+    if (!expect(n, 5) || !arrange(tensors, names, 2, &k, e, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
-    if (!doubles(args[2], "mean", k.C, &mean) || !doubles(args[3], "invstd", k.C, &invstd) ||
-        !doubles(args[4], "wire", 2 * k.C, &wire) || !integer(args[5], &threads))
+    if (!doubles(args[2], "stats", 2 * k.C, &stats) || !doubles(args[3], "wire", 2 * k.C, &wire) ||
+        !integer(args[4], &threads))
         return nullptr;
     WithoutGil released(k);
-    run_backward_sums(k, e[1], e[0], mean, invstd, threads, wire);
+    run_backward_sums(k, e[1], e[0], stats, stats + k.C, threads, wire);
     Py_RETURN_TRUE;
 }
 
@@ -165,23 +165,23 @@ PyObject* parameter_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Py_RETURN_NONE;
 }
 
-// backward_input(grad_y, x, grad_x, wire, weight, mean, invstd, count_global, threads)
+// backward_input(grad_y, x, grad_x, wire, weight, stats, count_global, threads)
 PyObject* backward_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    PyObject* const tensors[] = {n == 9 ? args[1] : nullptr, n == 9 ? args[0] : nullptr, n == 9 ? args[2] : nullptr};
+    PyObject* const tensors[] = {n == 8 ? args[1] : nullptr, n == 8 ? args[0] : nullptr, n == 8 ? args[2] : nullptr};
     const char* const names[] = {"x", "grad_y", "grad_x"};
     Shape k;
     Elements e[3];
     bool fits;
     Global g{};
-    double *wire, *mean, *invstd;
+    double *wire, *stats;
     int64_t threads;
-    if (!expect(n, 9) || !arrange(tensors, names, 3, &k, e, &fits)) return nullptr;
+    if (!expect(n, 8) || !arrange(tensors, names, 3, &k, e, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
     if (!doubles(args[3], "wire", 2 * k.C, &wire) || !values(args[4], "weight", k.C, &g.weight) ||
-        !doubles(args[5], "mean", k.C, &mean) || !doubles(args[6], "invstd", k.C, &invstd) ||
-        !number(args[7], &g.count_global) || !integer(args[8], &threads))
+        !doubles(args[5], "stats", 2 * k.C, &stats) || !number(args[6], &g.count_global) ||
+        !integer(args[7], &threads))
         return nullptr;
-    g.wire = wire, g.mean = mean, g.invstd = invstd;
+    g.wire = wire, g.mean = stats, g.invstd = stats + k.C;
     WithoutGil released(k);
     run_backward_input(k, e[1], e[0], e[2], g, threads);
     Py_RETURN_TRUE;

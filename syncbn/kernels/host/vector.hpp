@@ -186,6 +186,29 @@ struct Segment {
     }
 };
 
+// The segments of one channel, in order. Steps without a division.
+struct Stretch {
+    const syncbn::Shape& shape;
+    int64_t n, s;
+    Stretch(const syncbn::Shape& k, int64_t i)
+        : shape(k), n(i / syncbn::segments(k.S)), s(i % syncbn::segments(k.S) * syncbn::SEGMENT) {}
+    int64_t length() const { return least(syncbn::SEGMENT, shape.S - s); }
+    void step() {
+        if ((s += syncbn::SEGMENT) >= shape.S) s = 0, ++n;
+    }
+};
+
+// Calls channel(Stretch, count, c) over segments [first, last) of channels [c_first, c_last): `together`, all segments
+// of a channel at once, or one at a time.
+template <class Channel>
+inline void each_stretch(const syncbn::Shape& shape, const syncbn::Part& part, bool together, Channel channel) {
+    const int64_t count = together ? part.last - part.first : 1;
+    for (int64_t i = part.first; i < part.last; i += count) {
+        const Stretch j(shape, i);
+        for (int64_t c = part.c_first; c < part.c_last; ++c) channel(j, count, c);
+    }
+}
+
 template <class T> struct Storage { typedef T Type; };
 // Calls f with the storage type.
 template <class Call> inline void with_type(syncbn::DType dtype, Call f) {
