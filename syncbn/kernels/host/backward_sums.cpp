@@ -51,7 +51,7 @@ inline void channel(const Shape& shape, const Elements& grad_y, const Elements& 
 template <class T>
 void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
             double* sums) {
-    each_stretch(shape, part, false, [&](Stretch j, int64_t count, int64_t c) {
+    each_stretch(shape, part, 1, [&](Stretch j, int64_t count, int64_t c) {
         channel<T>(shape, grad_y, x, mean, j, count, c, sums);
     });
 }
@@ -62,7 +62,7 @@ inline void column(const Elements& grad_y, const Elements& x, const double* mean
                    int64_t count, int64_t c, Length... length) {
     D a[blocks], b[blocks], m[blocks];
     for (int k = 0; k < blocks; ++k) {
-        a[k] = load<D>(first + c + k * LANES), b[k] = load<D>(second + c + k * LANES);
+        a[k] = b[k] = all<D>(0);
         m[k] = load<D>(mean + c + k * LANES, length...);
     }
     const int64_t ahead = count * x.stride_s, ahead_y = count * grad_y.stride_s;
@@ -75,7 +75,7 @@ inline void column(const Elements& grad_y, const Elements& x, const double* mean
             b[k] = add_product<T>(v, centered<T>(load<D>(p, length...), m[k]), b[k]);
         }
     }
-    for (int k = 0; k < blocks; ++k) store(first + c + k * LANES, a[k]), store(second + c + k * LANES, b[k]);
+    for (int k = 0; k < blocks; ++k, c += LANES) add_to(first + c, a[k]), add_to(second + c, b[k]);
 }
 
 template <bool far, class T>

@@ -3,9 +3,9 @@
 //
 // In: x, planes or rows, float16, bfloat16, float32, float64. Out: sums, float64 [2, padded(C)], zeroed by the caller.
 // Accumulated in float64: a square of a float32 is exact there.
-// Order: planes: a channel's segments, of at most SEGMENT elements, go one after the other to 32 lanes, as many as hide
-// the latency of an addition, which are then summed as a tree; of a far tensor each segment has a sum of its own, so
-// that memory is read in order. Rows: added to the channel in order. A channel's order does not depend on
+// Order: planes: eight segments of a channel, each of at most SEGMENT elements, go one after the other to 32 lanes, as
+// many as hide the latency of an addition, which are then summed as a tree; the sums are added in order. Of a far tensor
+// each segment has a sum of its own, so that memory is read in order. Rows: those of a tile are added in order, then the tiles. A channel's order does not depend on
 // [c_first, c_last), so threads may share out channels freely; the caller's chunks fix [first, last).
 // Reads each element once: 2, 4 or 8 bytes per element. Limits: none.
 #include "vector.hpp"
@@ -44,7 +44,7 @@ inline void channel(const Shape& shape, const Elements& x, Stretch j, int64_t co
 }
 
 template <class T> void planes(const Shape& shape, const Elements& x, const Part& part, double* sums) {
-    each_stretch(shape, part, !shape.far, [&](Stretch j, int64_t count, int64_t c) {
+    each_stretch(shape, part, shape.far ? 1 : 8, [&](Stretch j, int64_t count, int64_t c) {
         channel<T>(shape, x, j, count, c, sums);
     });
 }
@@ -53,7 +53,7 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Part
 template <bool far, int blocks, class T, class... Length>
 inline void column(const Elements& x, double* first, double* second, Row r, int64_t count, int64_t c, Length... length) {
     D a[blocks], b[blocks];
-    for (int k = 0; k < blocks; ++k) a[k] = load<D>(first + c + k * LANES), b[k] = load<D>(second + c + k * LANES);
+    for (int k = 0; k < blocks; ++k) a[k] = b[k] = all<D>(0);
     const int64_t ahead = count * x.stride_s;
     for (; count > 0; --count, r.step()) {
         const T* p = at<T>(x, r.n, c, r.s);
@@ -64,7 +64,7 @@ inline void column(const Elements& x, double* first, double* second, Row r, int6
             b[k] = add_product<T>(v, v, b[k]);
         }
     }
-    for (int k = 0; k < blocks; ++k) store(first + c + k * LANES, a[k]), store(second + c + k * LANES, b[k]);
+    for (int k = 0; k < blocks; ++k, c += LANES) add_to(first + c, a[k]), add_to(second + c, b[k]);
 }
 
 template <bool far, class T> void rows(const Shape& shape, const Elements& x, const Part& part, double* sums) {

@@ -81,6 +81,7 @@ inline void streams_done() {
     _mm_sfence();
 #endif
 }
+inline void add_to(double* sums, D v) { store(sums, load<D>(sums) + v); }
 template <class P> inline P all(double x) { return Of<P>::all(x); }
 
 // sum + a * b where the product is exact, as that of two float32 numbers is in float64: the fused instruction then
@@ -151,14 +152,15 @@ struct Row {
 };
 
 // Rows are worked through in tiles that stay in the first-level cache, and a tile in columns of blocks of sixteen
-// channels, as many as have their numbers in registers. Steps on far tensors fetch the next tile meanwhile.
+// channels, as many as have their numbers in registers. Steps on far tensors fetch the next tile meanwhile. Sums are
+// made tile by tile, so the height of a tile depends on the shape alone, and a low tile loses less to rounding.
 constexpr int WIDE = SYNCBN_BYTES < 64 ? 1 : 4;
 
-// row_bytes: of all tensors read. Calls column(Blocks, Row, count, c) for every tile and its columns of whole blocks, and rest(Row, count, c, length)
-// for the fewer than sixteen channels that are left.
+// row_bytes: of all tensors read. Calls column(Blocks, Row, count, c) for every tile and its columns of whole blocks, and
+// rest(Row, count, c, length) for the fewer than sixteen channels that are left.
 template <int wide, class Column, class Rest>
 inline void each_tile(int64_t row_bytes, const syncbn::Shape& shape, const syncbn::Part& part, Column column, Rest rest) {
-    const int64_t tile = row_bytes > 2048 ? 8 : 16384 / row_bytes;
+    const int64_t tile = row_bytes > 2048 ? 8 : least(32, 16384 / row_bytes);
     for (int64_t first = part.first; first < part.last; first += tile) {
         const Row r(shape, first);
         const int64_t count = least(tile, part.last - first);
@@ -198,13 +200,13 @@ struct Stretch {
     }
 };
 
-// Calls channel(Stretch, count, c) over segments [first, last) of channels [c_first, c_last): `together`, all segments
-// of a channel at once, or one at a time.
+// Calls channel(Stretch, count, c) over segments [first, last) of channels [c_first, c_last), at most `together` segments
+// of a channel at once.
 template <class Channel>
-inline void each_stretch(const syncbn::Shape& shape, const syncbn::Part& part, bool together, Channel channel) {
-    const int64_t count = together ? part.last - part.first : 1;
-    for (int64_t i = part.first; i < part.last; i += count) {
+inline void each_stretch(const syncbn::Shape& shape, const syncbn::Part& part, int64_t together, Channel channel) {
+    for (int64_t i = part.first; i < part.last; i += together) {
         const Stretch j(shape, i);
+        const int64_t count = least(together, part.last - i);
         for (int64_t c = part.c_first; c < part.c_last; ++c) channel(j, count, c);
     }
 }
