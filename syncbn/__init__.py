@@ -14,6 +14,8 @@ A tour, in reading order:
     kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++
     transports/       the step across processes
     layer.py          the module; convert.py makes one of a torch batch norm, and back
+    renorm.py         batch renormalization: other kernels, with a corrected weight and bias
+    modes.py          freeze, unfreeze, no_sync; statistics.py has recalibrate, with recorder.py
     groups.py         what a module stores instead of a communicator
     agreement.py      verdicts that all ranks share; checks.py says what is checked
     world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
@@ -25,6 +27,8 @@ from syncbn import functional
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.groups import GroupSpec
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.modes import freeze, no_sync, unfreeze
+from syncbn.statistics import recalibrate
 from syncbn.world import World, init
 
 __version__ = "0.1.0"
@@ -35,7 +39,11 @@ __all__ = [
     "SyncBatchNorm",
     "World",
     "convert_sync_batchnorm",
+    "freeze",
     "functional",
     "init",
+    "no_sync",
+    "recalibrate",
     "revert_sync_batchnorm",
+    "unfreeze",
 ]

@@ -22,12 +22,13 @@ _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _BECOMES: dict[type, type] = {cls: cls.cls_to_become for cls in _LAZY}
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, group_size: int | None = None) -> nn.Module:
     """Makes every torch batch norm of a model a :class:`SyncBatchNorm`, in place.
 
     Args:
         module: a model, or one layer.
         process_group: the ranks to synchronise over; None keeps the group that a torch.nn.SyncBatchNorm has.
+        group_size: instead, the number of consecutive ranks to synchronise over, which must divide all ranks.
 
     Returns:
         ``module`` itself.
@@ -44,7 +45,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
         {name: reason for name, layer in found.items() if (reason := _obstacle(layer))},
         "SyncBatchNorm",
     )
-    spec = groups.specify(process_group)
+    spec = groups.specify_blocks(process_group, group_size)
     for layer in found.values():
         if isinstance(layer, SyncBatchNorm):
             layer.process_group = spec if spec is not None else layer.process_group
@@ -55,6 +56,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
         layer.process_group = spec if spec is not None else kept_group
         layer.converted_from = original
         layer._agreed_token = 0
+        layer._renorm = None
     return module
 
 
@@ -85,8 +87,8 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
         if original in _LAZY and not isinstance(layer, LazySyncBatchNorm):
             original = _BECOMES[original]  # it has seen its first input since it was converted
         spec = layer._group_spec
-        for attribute in ("_group_spec", "converted_from", "_agreed_token"):
-            del layer.__dict__[attribute]
+        for attribute in ("_group_spec", "converted_from", "_agreed_token", "_renorm", "frozen"):
+            layer.__dict__.pop(attribute, None)
         layer.__class__ = original  # type: ignore[assignment]
         if original is nn.SyncBatchNorm:
             layer.process_group = None if spec is None else groups.handle(spec)

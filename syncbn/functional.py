@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn import checks, groups, kernels, moments, transports
 from syncbn.moments import Running, Status
+from syncbn.renorm import RenormKernels, RenormLimits
 from syncbn.transports.base import AbstractTransport
 
 # An input that always requires a gradient: where any rank needs backward, every rank records it and joins.
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     transport: AbstractTransport
     grad_enabled: bool
     error: Exception | None
+    renorm: RenormLimits | None = None
 
 
 def sync_batch_norm(
@@ -93,12 +95,13 @@ def apply(
     running: Running | None,
     eps: float,
     transport: AbstractTransport,
+    renorm: RenormLimits | None = None,
 ) -> Tensor:
     """Runs the autograd function over a transport. See :func:`sync_batch_norm`."""
     error = checks.input_error(x, num_features)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
         x = torch.empty(0, num_features, device=checks.device_type(x))
-    call = Call(running, eps, transport, torch.is_grad_enabled(), error)
+    call = Call(running, eps, transport, torch.is_grad_enabled(), error, renorm)
     wanted = x.requires_grad or (weight is not None and weight.requires_grad)
     wanted = wanted or (bias is not None and bias.requires_grad)
     y: Tensor = _apply()(x, weight, bias, None if wanted else _ANCHOR, call)
@@ -117,6 +120,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor | None, call: Call
     ) -> Tensor:
         steps, transport = kernels.choose(x), call.transport
+        if call.renorm is not None:
+            steps = RenormKernels(steps, call.renorm)
         needs_grad = call.grad_enabled and anchor is None
         votes = moments.DTYPE_VOTES[x.dtype] if x.numel() else moments.NO_VOTE
         status = Status(call.error is not None, call.grad_enabled, needs_grad, *votes)

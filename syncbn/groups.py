@@ -20,14 +20,22 @@ class GroupSpec:
     """Some ranks of the job, and who connects them."""
 
     kind: str
-    """"mpi" or "torch"."""
+    """"mpi" or "torch"; "blocks", which every rank resolves to its own; "alone"."""
     ranks: tuple[int, ...]
     """The members, by their rank in the whole job."""
     label: str = ""
     """Tells apart two torch groups of the same ranks."""
+    size: int = 0
+    """Of blocks, the number of consecutive ranks in each."""
 
     def __str__(self) -> str:
+        if self.kind == "blocks":
+            return f"group of {self.size} consecutive ranks"
         return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
+
+
+ALONE = GroupSpec("alone", ())
+"""This process by itself, in any job."""
 
 
 _handles: dict[GroupSpec, Callable[[], Any | None]] = {}
@@ -57,6 +65,38 @@ def specify(group: Any) -> GroupSpec | None:
     # torch owns its groups, and one kept alive here would outlive destroy_process_group(). MPI's are kept.
     _handles[spec] = weakref.ref(group) if spec.kind == "torch" else lambda: group
     return spec
+
+
+def specify_blocks(group: Any, size: int | None) -> GroupSpec | None:
+    """Turns ``process_group`` or ``group_size``, of which one at most is given, into a specification.
+
+    Raises:
+        ValueError: if both are given, or ``size`` is not a number of ranks.
+    """
+    if size is None:
+        return specify(group)
+    if group is not None:
+        raise ValueError(
+            f"group_size and process_group exclude each other; received group_size={size} and a process_group. "
+            "Give the one that names the ranks."
+        )
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"group_size must be an integer >= 1; received {size!r}. None synchronises over every rank.")
+    return GroupSpec("blocks", (), size=size)
+
+
+def require_divisor(size: int, ranks: int, what: str) -> None:
+    """Raises unless groups of ``size`` use every rank.
+
+    Raises:
+        ValueError: with the sizes that do; on every rank, since all know the same two numbers.
+    """
+    if size < 1 or ranks % size:
+        divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
+        raise ValueError(
+            f"{what} needs a size that divides {ranks} ranks; received {size}. "
+            f"Choose one of {', '.join(map(str, divisors))}."
+        )
 
 
 def handle(spec: GroupSpec) -> Any | None:

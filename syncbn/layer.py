@@ -6,16 +6,17 @@ N batch, C channels, S product of the spatial dims, W ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncbn import agreement, checks, functional, groups, transports
+from syncbn import agreement, checks, functional, groups, renorm, transports
 from syncbn.groups import GroupSpec
 from syncbn.moments import Running
+from syncbn.renorm import RenormLimits
 from syncbn.transports.base import AbstractTransport
 
 
@@ -39,13 +40,17 @@ class SyncBatchNorm(_BatchNorm):
         device: where to create parameters and buffers.
         dtype: their dtype.
         bias: False leaves the bias out.
+        group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must
+            divide the number of all ranks.
+        renorm_limits: ``(r_max, d_max)`` of batch renormalization; None is batch normalization. See
+            :class:`syncbn.renorm.RenormLimits`.
 
     Shape:
         Input and output: (N, C, *spatial), with any number of spatial dims, N from 0.
 
     Communication:
         Training: one all-reduce of 2C + 8 float64 values in forward and one of 2C in backward, by every rank of
-        the group, also with an empty share. At the first training step of a layer one more of 4 W, which
+        the group, also with an empty share. At the first training step of a layer one more of 6 W, which
         compares its settings. Eval: none.
 
     Raises:
@@ -55,6 +60,10 @@ class SyncBatchNorm(_BatchNorm):
     Source:
         Ioffe and Szegedy 2015 (arXiv 1502.03167); the interface is that of torch.nn.SyncBatchNorm.
     """
+
+    frozen = False
+    """Whether the layer stays in eval whatever ``train()`` is told, see :func:`syncbn.freeze`."""
+    _renorm: RenormLimits | None = None
 
     def __init__(
         self,
@@ -68,9 +77,12 @@ class SyncBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        group_size: int | None = None,
+        renorm_limits: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.process_group = process_group
+        self.process_group = groups.specify_blocks(process_group, group_size)
+        self.renorm_limits = renorm_limits
         self.converted_from: type[_BatchNorm] | None = None
         self._agreed_token = 0
 
@@ -83,6 +95,19 @@ class SyncBatchNorm(_BatchNorm):
     def process_group(self, group: Any) -> None:
         self._group_spec = groups.specify(group)
 
+    @property
+    def renorm_limits(self) -> RenormLimits | None:
+        """``(r_max, d_max)`` of batch renormalization, or None. Assign other limits as training goes on."""
+        return self._renorm
+
+    @renorm_limits.setter
+    def renorm_limits(self, limits: tuple[float, float] | None) -> None:
+        self._renorm = renorm.checked(limits, self.track_running_stats)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; a frozen layer stays in eval."""
+        return super().train(mode and not self.frozen)
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises this rank's share, (N, C, *spatial), by the statistics of the global batch."""
         if not self.training:
@@ -94,7 +119,7 @@ class SyncBatchNorm(_BatchNorm):
         running = None
         if self.track_running_stats and mean is not None and var is not None:
             running = Running(mean, var, tracked, self.momentum)
-        return functional.apply(input, weight, bias, self.num_features, running, self.eps, transport)
+        return functional.apply(input, weight, bias, self.num_features, running, self.eps, transport, self._renorm)
 
     def _eval_forward(self, x: Tensor) -> Tensor:
         error = checks.input_error(x, self.num_features)
@@ -119,6 +144,7 @@ class SyncBatchNorm(_BatchNorm):
             "eps": self.eps,
             "momentum (-1 is None)": -1.0 if self.momentum is None else self.momentum,
             "track_running_stats": self.track_running_stats,
+            **(self._renorm or renorm.OFF)._asdict(),
         }
         remedy = "Build the same model on every rank."
         agreement.require_equal(settings, transport, checks.NAME, remedy)
@@ -144,6 +170,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         device: where to create parameters and buffers.
         dtype: their dtype.
         bias: False leaves the bias out.
+        group_size: the number of consecutive ranks to synchronise over.
+        renorm_limits: ``(r_max, d_max)`` of batch renormalization.
     """
 
     cls_to_become = SyncBatchNorm
@@ -159,9 +187,12 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        group_size: int | None = None,
+        renorm_limits: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.process_group = process_group
+        self.process_group = groups.specify_blocks(process_group, group_size)
+        self.renorm_limits = renorm_limits
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Takes ``num_features`` from the first input; in training a bad one on any rank is an error on all."""

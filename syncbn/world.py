@@ -12,7 +12,7 @@ from typing import SupportsIndex, TypeVar
 import torch
 from torch import Tensor, nn
 
-from syncbn import agreement, launchers, rendezvous, transports
+from syncbn import agreement, groups, launchers, rendezvous, transports
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
@@ -109,12 +109,7 @@ class World:
         Raises:
             ValueError: on every rank, if ``size`` does not divide the number of ranks.
         """
-        if size < 1 or self.size % size:
-            divisors = [d for d in range(1, self.size + 1) if self.size % d == 0]
-            raise ValueError(
-                f"World.subgroup(size) needs a size that divides {self.size} ranks; received {size}. "
-                f"Choose one of {', '.join(map(str, divisors))}."
-            )
+        groups.require_divisor(size, self.size, "World.subgroup(size)")
         return transports.adopt(self.transport.split(self.rank // size), self.device.type)
 
     def barrier(self) -> None:

@@ -15,11 +15,11 @@ import syncbn
 from syncbn import functional
 
 
-def test_the_constructor_is_torchs():
-    ours, theirs = (inspect.signature(c).parameters for c in (syncbn.SyncBatchNorm, nn.SyncBatchNorm))
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
-    assert [p.kind for p in ours.values()] == [p.kind for p in theirs.values()]
+def test_the_constructor_is_torchs_and_what_it_adds_is_off_and_by_keyword():
+    ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (syncbn.SyncBatchNorm, nn.SyncBatchNorm))
+    shared, added = ours[: len(theirs)], ours[len(theirs) :]
+    assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
+    assert [(p.default, p.kind) for p in added] == [(None, inspect.Parameter.KEYWORD_ONLY)] * len(added)
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}])

@@ -91,6 +91,11 @@ def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
     return transport.spec
 
 
+def discard(transport: AbstractTransport, device_type: str) -> None:
+    """Forgets a transport that :func:`adopt` kept."""
+    _live.pop((transport.spec, device_type), None)
+
+
 def explain(device_type: str = "cpu") -> Choice:
     """Says which transport ``process_group=None`` gets in this process, and why. Imports nothing."""
     override = os.environ.get(OVERRIDE, "auto")
@@ -122,6 +127,10 @@ def _everyone(device_type: str) -> AbstractTransport:
 
 def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
     """Finds the handle of a specification, or makes an equal group; outside any job a process is its own group."""
+    if spec.kind == "alone":
+        return SingleTransport(launchers.detect().rank)
+    if spec.kind == "blocks":
+        return _block(spec.size, device_type)
     handle = groups.handle(spec) or None  # a communicator that its owner has freed is false
     if spec.kind == "mpi":
         launch = launchers.detect()
@@ -142,6 +151,18 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
 
         handle = group_of(spec.ranks)
     return _torch(handle, device_type)
+
+
+def _block(size: int, device_type: str) -> AbstractTransport:
+    """Makes this rank's group of ``size`` consecutive ranks. Collective over every rank of the job."""
+    from syncbn import agreement
+
+    everyone = choose(None, device_type)
+    if everyone.size == 1:
+        return everyone
+    agreement.require_equal({"group_size": size}, everyone, "SyncBatchNorm", "Build the same model on every rank.")
+    groups.require_divisor(size, everyone.size, "group_size")
+    return everyone.split(everyone.rank // size)
 
 
 def _torch(group: Any, device_type: str) -> AbstractTransport:

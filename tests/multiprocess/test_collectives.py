@@ -59,7 +59,7 @@ def test_the_first_step_compares_settings_once(ranks, counting):
     x = torch.randn(3, C, requires_grad=True)
     layer(x).sum().backward()
     layer(x).sum().backward()
-    agreement = [] if ranks.size == 1 else [(4 * ranks.size, torch.float64)]
+    agreement = [] if ranks.size == 1 else [(6 * ranks.size, torch.float64)]
     ranks.check(counting.sent == [*agreement, FORWARD, BACKWARD, FORWARD, BACKWARD], f"{counting.sent}")
 
 
