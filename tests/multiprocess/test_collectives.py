@@ -36,8 +36,10 @@ class CountingTransport(AbstractTransport):
 
 @pytest.fixture
 def counting(ranks, monkeypatch):
-    transport = CountingTransport(ranks.transport)
-    monkeypatch.setattr("syncbn.transports.choose", lambda *_: transport)
+    transport, choose = CountingTransport(ranks.transport), syncbn.transports.choose
+    monkeypatch.setattr(
+        "syncbn.transports.choose", lambda spec, device="cpu": transport if spec is None else choose(spec, device)
+    )
     return transport
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import syncbn
 from syncbn import agreement
-from tests.multiprocess.test_collectives import CountingTransport
+from tests.multiprocess.test_collectives import counting  # noqa: F401
 
 pytestmark = pytest.mark.ranks(1)
 
@@ -181,12 +181,7 @@ def test_group_statistics_are_merged_over_all_ranks(ranks, rng):
     ranks.check_close(layer.running_var, everything(batches).var(1), 1e-12)
 
 
-def test_it_communicates_as_it_says(ranks, rng, monkeypatch):
-    counting = CountingTransport(ranks.transport)
-    choose = syncbn.transports.choose
-    monkeypatch.setattr(
-        "syncbn.transports.choose", lambda spec, device="cpu": counting if spec is None else choose(spec, device)
-    )
+def test_it_communicates_as_it_says(ranks, rng, counting):  # noqa: F811
     syncbn.recalibrate(wrecked(), data(ranks, rng)[ranks.rank])
     W = ranks.size
     settings = [6 * W] if W > 1 else []
