@@ -44,6 +44,11 @@ def device_type(x: object) -> str:
     return x.device.type if isinstance(x, Tensor) and not x.is_cpu else "cpu"
 
 
+def is_recorded(x: object) -> bool:
+    """Whether torch.jit.trace or torch.fx is at work: a check would become part of the recording, or fail."""
+    return bool(torch.jit.is_tracing()) or isinstance(x, torch.fx.Proxy)  # type: ignore[attr-defined, no-untyped-call]
+
+
 def raise_if_disagreed(
     count_global: float,
     status: Status,

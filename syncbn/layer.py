@@ -6,7 +6,7 @@ N batch, C channels, S product of the spatial dims, W ranks.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class SyncBatchNorm(_BatchNorm):
 
     frozen = False
     """Whether the layer stays in eval whatever ``train()`` is told, see :func:`syncbn.freeze`."""
-    _renorm: RenormLimits | None = None
+    _renorm = cast("RenormLimits | None", None)  # no annotation: TorchScript would evaluate it
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class SyncBatchNorm(_BatchNorm):
         return functional.apply(input, weight, bias, self.num_features, running, self.eps, transport, self._renorm)
 
     def _eval_forward(self, x: Tensor) -> Tensor:
-        error = checks.input_error(x, self.num_features)
+        error = None if checks.is_recorded(x) else checks.input_error(x, self.num_features)
         if error is not None:
             raise error
         local = self.running_mean is None  # no running statistics: those of this share, without communication
@@ -136,6 +136,12 @@ class SyncBatchNorm(_BatchNorm):
             self.momentum or 0.0,
             self.eps,
         )
+
+    def __prepare_scriptable__(self) -> SyncBatchNorm:
+        """Is called by torch.jit.script before it compiles."""
+        from syncbn.deployment import scriptable
+
+        return scriptable(self)
 
     def _agree_on_settings(self, transport: AbstractTransport) -> None:
         """Compares settings over the ranks, once: another C would give the wire another length."""
