@@ -47,7 +47,9 @@ def gather_notes(note: str, transport: AbstractTransport) -> list[str]:
     return [bytes(r).rstrip(b"\0").decode(errors="ignore") for r in rows]
 
 
-def require_equal(values: Mapping[str, float], transport: AbstractTransport, what: str, remedy: str) -> None:
+def require_equal(
+    values: Mapping[str, float], transport: AbstractTransport, what: str, remedy: str, *errors: Exception | None
+) -> None:
     """Raises on every rank unless the named numbers are the same on all.
 
     Args:
@@ -55,14 +57,19 @@ def require_equal(values: Mapping[str, float], transport: AbstractTransport, wha
         transport: the group.
         what: the subject of the message.
         remedy: its last sentence.
+        errors: one error of this rank or None, which rides along and comes first; or nothing, on every rank alike.
 
     Communication:
-        One all-reduce of W * len(values) float64 values, by every rank of the group.
+        One all-reduce of W * (len(values) + len(errors)) float64 values, by every rank of the group.
 
     Raises:
         ValueError: on every rank, with the values that differ and the ranks that hold them.
     """
-    table = gather(torch.tensor(list(values.values()), dtype=torch.float64), transport)
+    row = [*values.values(), *[float(error is not None) for error in errors]]
+    table = gather(torch.tensor(row, dtype=torch.float64), transport)
+    if errors and table[:, -1].any():
+        raise_gathered(errors[0], transport)
+    table = table[:, : len(values)]
     for name, column in zip(values, table.T.tolist(), strict=True):
         texts = [f"{v:.17g}" for v in column]  # compared as text: NaN is not equal to itself
         if len(set(texts)) > 1:

@@ -7,6 +7,9 @@ between ranks returns its error instead of raising it: the verdict travels with 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,9 @@ from syncbn.moments import DTYPES, Status
 from syncbn.transports.base import AbstractTransport
 
 NAME = "SyncBatchNorm"
+MAX_DIMS = 32
+"""What the compiled kernels take."""
+_STRIDED = torch.strided
 
 
 def input_error(x: object, num_features: int | None) -> Exception | None:
@@ -26,10 +32,21 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
         return TypeError(
             f"{NAME} needs a floating-point input ({names}); received {_name(x.dtype)}. Call x.float() first."
         )
-    if x.dim() < 2:
-        return ValueError(
-            f"{NAME} needs input.dim() >= 2, (N, C, *spatial); received shape {tuple(x.shape)}. "
+    if not 2 <= x.dim() <= MAX_DIMS:
+        remedy = (
             "Add a batch dimension with x.unsqueeze(0), or a channel dimension with x.unsqueeze(1)."
+            if x.dim() < 2
+            else "Join spatial dimensions with x.flatten(2)."
+        )
+        return ValueError(
+            f"{NAME} needs input.dim() >= 2, (N, C, *spatial), and at most {MAX_DIMS}; received {x.dim()}, "
+            f"shape {tuple(x.shape)}. {remedy}"
+        )
+    if x.layout is not _STRIDED or x.is_meta:
+        received = "a meta tensor" if x.is_meta else f"layout {x.layout}"
+        return TypeError(
+            f"{NAME} needs an input whose values are in memory, one after another; received {received}. "
+            "Call x.to_dense(), or make it on a device that holds data."
         )
     if num_features is not None and x.size(1) != num_features:
         return ValueError(
@@ -39,14 +56,43 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
     return None
 
 
+def parameter_error(parameters: Mapping[str, Tensor | None], x: object, num_features: int) -> Exception | None:
+    """Returns what is wrong with a weight, a bias or running statistics that a caller gave, or None."""
+    for name, p in parameters.items():
+        if p is None:
+            continue
+        if tuple(p.shape) != (num_features,) or not p.is_floating_point():
+            return ValueError(
+                f"{NAME} needs {name} of shape ({num_features},) and a floating dtype; received shape "
+                f"{tuple(p.shape)}, {_name(p.dtype)}. Make it with torch.ones({num_features}), for example."
+            )
+        if isinstance(x, Tensor) and p.device != x.device:
+            return ValueError(
+                f"{NAME} needs {name} on the device of the input, {x.device}; received {p.device}. Move it there."
+            )
+    return None
+
+
+def agreed_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
+    """Returns C as most of the tensors have it; where they tie, as the first does, and x last.
+
+    Every rank must send a wire of one length: a rank with one tensor of another width still finds the others' C.
+    """
+    widths = [p.numel() for p in parameters.values() if p is not None]
+    if isinstance(x, Tensor) and x.dim() >= 2:
+        widths.append(x.size(1))
+    return Counter(widths).most_common(1)[0][0] if widths else 1
+
+
 def device_type(x: object) -> str:
-    """Returns where an input lives; what is no tensor is refused later, together with the other ranks."""
-    return x.device.type if isinstance(x, Tensor) and not x.is_cpu else "cpu"
+    """Returns where an input lives; what holds no values is refused later, together with the other ranks."""
+    return x.device.type if isinstance(x, Tensor) and not x.is_cpu and not x.is_meta else "cpu"
 
 
 def is_recorded(x: object) -> bool:
-    """Whether torch.jit.trace or torch.fx is at work: a check would become part of the recording, or fail."""
-    return bool(torch.jit.is_tracing()) or isinstance(x, torch.fx.Proxy)  # type: ignore[attr-defined, no-untyped-call]
+    """Whether an input stands for others: in torch.jit.trace, in torch.fx, or on the meta device."""
+    tracing = bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or isinstance(x, torch.fx.Proxy) or (isinstance(x, Tensor) and x.is_meta)
 
 
 def raise_if_disagreed(

@@ -67,24 +67,25 @@ def sync_batch_norm(
 
     Communication:
         Forward: one all-reduce of 2C + 8 float64 values. Backward: one of 2C, by every rank of the group, also
-        by an empty share, whenever any rank needs a gradient. C, which is that of weight, bias or running_mean, or
-        of x where there is none of them, must be equal on all ranks: nothing compares it, as the layer does.
+        by an empty share, whenever any rank needs a gradient. C must be equal on all ranks: nothing compares it, as
+        the layer does. It is what most of weight, bias, running_mean, running_var and x say, else the first of them.
 
     Raises:
-        ValueError, TypeError: on every rank alike, if the input of any rank is wrong, if dtypes or gradient
-            modes differ, or if the group has one value per channel.
+        ValueError, TypeError: on every rank alike, if the input or a parameter of any rank is wrong, if dtypes or
+            gradient modes differ, or if the group has one value per channel.
 
     Source:
         Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1, over the batch of the group.
     """
-    given = [p.numel() for p in (weight, bias, running_mean) if p is not None]
-    C = given[0] if given else x.size(1)
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    C = checks.agreed_width(parameters, x)
+    error = checks.input_error(x, C) or checks.parameter_error(parameters, x, C)
     weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     transport = transports.choose(groups.specify(process_group), checks.device_type(x))
-    return apply(x, weight, bias, C, running, eps, transport)
+    return apply(x, weight, bias, C, running, eps, transport, error=error)
 
 
 def apply(
@@ -96,9 +97,10 @@ def apply(
     eps: float,
     transport: AbstractTransport,
     renorm: RenormLimits | None = None,
+    error: Exception | None = None,
 ) -> Tensor:
     """Runs the autograd function over a transport. See :func:`sync_batch_norm`."""
-    error = checks.input_error(x, num_features)
+    error = error or checks.input_error(x, num_features)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
         x = torch.empty(0, num_features, device=checks.device_type(x))
     call = Call(running, eps, transport, torch.is_grad_enabled(), error, renorm)

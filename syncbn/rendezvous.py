@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import socket
 from datetime import timedelta
@@ -15,6 +16,8 @@ from syncbn.launchers import Launch
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)
+# The agent's store outlives a process group, and would give a second one the addresses of the first.
+_connections = itertools.count()
 
 
 def connect_torch(launch: Launch) -> None:
@@ -26,7 +29,11 @@ def connect_torch(launch: Launch) -> None:
     atexit.register(_disconnect_torch)  # a gloo thread alive at exit can abort a process that did all its work
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if launch.name in ("torchrun", "env"):
-        dist.init_process_group(backend)
+        from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        store = PrefixStore(f"syncbn/{next(_connections)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         return
     address, store = _store(launch)
     if address == LOOPBACK:

@@ -66,10 +66,10 @@ class World:
             float32 for all others. By every rank.
 
         Raises:
-            ValueError: on every rank, if the models differ.
+            ValueError: on every rank, if the models differ, or a gradient of any rank is sparse.
         """
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._require_same_layout(parameters, "World.average_gradients")
+        self._require_same_layout(parameters, "World.average_gradients", _sparse_error(parameters))
         for pack in _by_dtype(parameters.values(), _wire_dtype):
             self._average(pack)
 
@@ -130,14 +130,14 @@ class World:
         """
         agreement.raise_together(error, self.transport)
 
-    def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str) -> None:
+    def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
         text = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
         layout = {
             "number of tensors": len(tensors),
             "number of values": sum(t.numel() for t in tensors.values()),
             "checksum of names, shapes and dtypes": zlib.crc32(text.encode()),
         }
-        agreement.require_equal(layout, self.transport, what, "Build the same model on every rank.")
+        agreement.require_equal(layout, self.transport, what, "Build the same model on every rank.", *errors)
 
     def _average(self, pack: list[nn.Parameter]) -> None:
         """All-reduces one pack: the gradients, and for each parameter whether it has one."""
@@ -194,6 +194,17 @@ def _device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _sparse_error(parameters: Mapping[str, nn.Parameter]) -> Exception | None:
+    """Returns what is wrong with gradients of this rank that are not dense, as nn.Embedding(sparse=True) makes them."""
+    found = [name for name, p in parameters.items() if p.grad is not None and p.grad.layout is not torch.strided]
+    if not found:
+        return None
+    return ValueError(
+        f"World.average_gradients needs dense gradients; received sparse ones of {', '.join(found)}. "
+        "Make the embedding with sparse=False."
+    )
 
 
 def _wire_dtype(tensor: Tensor) -> torch.dtype:

@@ -33,6 +33,18 @@ world.average_gradients(layer)
 sys.stdout.write(f"{world.rank} of {world.size} {world.transport.name} {layer.running_mean.item():g} {sys.argv[1:]}\\n")
 """
 
+# torch.distributed is connected, used and ended, three times.
+AGAIN = """
+import sys, torch, syncbn
+for i in range(3):
+    world = syncbn.init()
+    layer = syncbn.SyncBatchNorm(1, momentum=1.0)
+    layer(torch.arange(4.0).view(4, 1) + 10 * world.rank)
+    sys.stdout.write(f"{i} {world.transport.name} {layer.running_mean.item():g}\\n")
+    world.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
 # Rank 1 does something else while rank 0 waits for it in a forward all-reduce.
 STUCK = """
 import os, signal, sys, time, torch, syncbn
@@ -183,6 +195,15 @@ def test_a_launcher_starts_two_ranks_unless_told(program, launcher):
     done = processes.run(LAUNCH / launcher, program(TRAIN), limit=LIMIT, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_torch_distributed_may_be_ended_and_connected_again_under_torchrun(program, n):
+    """The agent keeps one store for all: without a name of its own each time, gloo finds the old addresses there."""
+    done = processes.torchrun(n, program(AGAIN), limit=LIMIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mean = 1.5 + 5 * (n - 1)
+    assert sorted(done.stdout.splitlines()) == sorted(f"{i} torch {mean:g}" for i in range(3) for _ in range(n))
 
 
 def test_mpirun_takes_options_with_its_command(program, tmp_path):

@@ -17,6 +17,13 @@ FAULTS = {
     "wrong C": (lambda: torch.zeros(2, 7, 3), ValueError, ["input.size(1) == num_features", "7", "num_features=5"]),
     "integers": (lambda: torch.zeros(2, 5, dtype=torch.int64), TypeError, ["floating-point", "int64", "x.float()"]),
     "complex": (lambda: torch.zeros(2, 5, dtype=torch.complex64), TypeError, ["floating-point", "complex64"]),
+    "sparse": (
+        lambda: torch.ones(2, 5).to_sparse(),
+        TypeError,
+        ["values are in memory", "torch.sparse_coo", "to_dense"],
+    ),
+    "meta": (lambda: torch.ones(2, 5, device="meta"), TypeError, ["values are in memory", "a meta tensor", "device"]),
+    "33 dims": (lambda: torch.ones(2, 5, *[1] * 31), ValueError, ["at most 32", "received 33", "x.flatten(2)"]),
     "no tensor": (lambda: [1.0, 2.0], TypeError, ["torch.Tensor", "list"]),
 }
 
@@ -98,6 +105,45 @@ def test_raise_together_tells_every_rank(ranks):
     ranks.world.raise_together(None)
 
 
+@pytest.mark.parametrize("wrong", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize(
+    ("make", "received"),
+    [
+        (lambda: torch.ones(7), "(7,)"),
+        (lambda: torch.ones(5, 1), "(5, 1)"),
+        (lambda: torch.ones(5, dtype=torch.int64), "int64"),
+    ],
+)
+def test_a_parameter_of_another_shape_on_one_rank_is_one_error(ranks, wrong, make, received):
+    given = {name: torch.ones(5) for name in ("weight", "bias", "running_mean", "running_var")}
+    if ranks.rank == ranks.size - 1:
+        given[wrong] = make()
+    before = given["running_mean"].clone()
+    parts = [f"rank {ranks.size - 1}", f"needs {wrong} of shape (5,) and a floating dtype", received]
+    ranks.raises(ValueError, lambda: functional.sync_batch_norm(good(), **given), *parts)
+    ranks.check_equal(given["running_mean"], before, "nothing moved")
+    functional.sync_batch_norm(good(), weight=torch.ones(5))
+
+
+def test_a_parameter_on_another_device_is_one_error(ranks):
+    weight = torch.ones(5, device="meta" if ranks.rank == 0 else "cpu")
+    parts = ["rank 0", "needs weight on the device of the input, cpu", "received meta"]
+    ranks.raises(ValueError, lambda: functional.sync_batch_norm(good(), weight=weight), *parts)
+
+
+@pytest.mark.parametrize("where", ["last", "all"])
+def test_sparse_gradients_are_one_error(ranks, where):
+    sparse = where == "all" or ranks.rank == ranks.size - 1
+    model = torch.nn.Embedding(6, 3, sparse=sparse)
+    model(torch.tensor([1, 2])).sum().backward()
+    who = f"rank {ranks.size - 1}" if where == "last" else "rank"
+    parts = [who, "needs dense gradients", "received sparse ones of weight", "sparse=False"]
+    ranks.raises(ValueError, lambda: ranks.world.average_gradients(model), *parts)
+    model.weight.grad = torch.ones(6, 3)
+    ranks.world.average_gradients(model)
+    ranks.check_equal(model.weight.grad, torch.ones(6, 3), "the next step works")
+
+
 @pytest.mark.ranks(2)
 def test_different_models_are_refused_by_world(ranks):
     model = torch.nn.Linear(3, 4 + (ranks.rank == 1))
@@ -159,7 +205,7 @@ def test_the_function_refuses_bad_input_together(ranks, fault):
 
 def test_eval_refuses_bad_input_too(ranks):
     layer = syncbn.SyncBatchNorm(5).eval()
-    for make, kind, parts in FAULTS.values():
+    for make, kind, parts in (FAULTS[fault] for fault in FAULTS if fault != "meta"):
         ranks.raises(kind, lambda make=make: layer(make()), *parts)
 
 
