@@ -85,7 +85,7 @@ class Recorder(AbstractTransport):
 def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
     """Lets layers normalise as in training and keep the moments of their inputs, and nothing else."""
     recorders: list[Recorder] = []
-    before = [(x, x.training, x.track_running_stats, x._group_spec, x._renorm) for x in layers]
+    before = [(layer, layer.training, layer.track_running_stats, layer._group_spec) for layer in layers]
     try:
         for i, layer in enumerate(layers):
             assert layer.running_mean is not None
@@ -95,14 +95,13 @@ def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
                 layer._agree_on_settings(transport)
             recorders.append(Recorder(transport, layer.num_features, str(i), device))
             layer._group_spec = transports.adopt(recorders[-1], device.type)
-            layer.training, layer.track_running_stats, layer._renorm = True, False, None
+            layer.training, layer.track_running_stats = True, False  # without them it does not renormalise either
         yield recorders
     finally:
         for recorder in recorders:
             transports.discard(recorder, recorder.mean.device.type)
-        for layer, training, tracks, spec, limits in before:
-            layer.training, layer.track_running_stats = training, tracks
-            layer._group_spec, layer._renorm = spec, limits
+        for layer, training, tracks, spec in before:
+            layer.training, layer.track_running_stats, layer._group_spec = training, tracks, spec
 
 
 def merge_ranks(recorders: list[Recorder], world: AbstractTransport, device: torch.device) -> None:

@@ -113,6 +113,30 @@ def test_renormalization_is_off_while_statistics_are_made(ranks, rng):
     ranks.check_equal(renormed[5].running_var, plain[5].running_var)
 
 
+def test_a_model_in_ddp_is_recalibrated_too(ranks, rng, torch_world):
+    """DDP broadcasts buffers at every call: a rank that has no batch left must call it as often."""
+    batches = data(ranks, rng)
+    model, plain = (syncbn.convert_sync_batchnorm(network()).eval() for _ in range(2))
+    syncbn.recalibrate(torch.nn.parallel.DistributedDataParallel(model), batches[ranks.rank])
+    syncbn.recalibrate(plain, batches[ranks.rank])
+    for name, value in plain.state_dict().items():
+        ranks.check_equal(model.state_dict()[name], value, name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, where dynamo is imported
+def test_a_compiled_model_is_recalibrated_too(ranks, rng):
+    batches = data(ranks, rng)
+    model, plain = (syncbn.convert_sync_batchnorm(network()).eval() for _ in range(2))
+    compiled = torch.compile(model, backend="eager")
+    x = batches[ranks.rank][0]
+    stale = compiled(x)
+    syncbn.recalibrate(compiled, batches[ranks.rank])
+    syncbn.recalibrate(plain, batches[ranks.rank])
+    ranks.check_equal(model[5].running_var, plain[5].running_var)
+    ranks.check_close(compiled(x), plain(x), 1e-12, "what was compiled before uses the new statistics")
+    ranks.check((compiled(x) - stale).abs().max() > 1e-3, "and they are others")
+
+
 def test_frozen_and_untracked_layers_are_left_alone(ranks, rng):
     model = nn.Sequential(wrecked(), wrecked(), syncbn.SyncBatchNorm(C, track_running_stats=False).double())
     syncbn.freeze(model[0])
