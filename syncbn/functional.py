@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn import checks, groups, kernels, moments, transports
+from syncbn import checks, groups, kernels, moments, recomputation, transports
 from syncbn.moments import Running, Status
 from syncbn.renorm import RenormKernels, RenormLimits
 from syncbn.transports.base import AbstractTransport
@@ -32,7 +32,9 @@ class Call(NamedTuple):
     transport: AbstractTransport
     grad_enabled: bool
     error: Exception | None
-    renorm: RenormLimits | None = None
+    renorm: RenormLimits | None
+    owner: Any
+    """The layer, where this forward may be one that activation checkpointing repeats; else None."""
 
 
 def sync_batch_norm(
@@ -85,7 +87,8 @@ def sync_batch_norm(
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     transport = transports.choose(groups.specify(process_group), checks.device_type(x))
-    return apply(x, weight, bias, C, running, eps, transport, error=error)
+    owner = next((t for t in (running_mean, weight, bias) if t is not None), recomputation.NOBODY)
+    return apply(x, weight, bias, C, running, eps, transport, owner, error=error)
 
 
 def apply(
@@ -96,6 +99,7 @@ def apply(
     running: Running | None,
     eps: float,
     transport: AbstractTransport,
+    owner: Any,
     renorm: RenormLimits | None = None,
     error: Exception | None = None,
 ) -> Tensor:
@@ -103,11 +107,16 @@ def apply(
     error = error or checks.input_error(x, num_features)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
         x = torch.empty(0, num_features, device=checks.device_type(x))
-    call = Call(running, eps, transport, torch.is_grad_enabled(), error, renorm)
+    grad_enabled = torch.is_grad_enabled()
+    checkpointed = recomputation.concerns(grad_enabled)
+    call = Call(running, eps, transport, grad_enabled, error, renorm, owner if checkpointed else None)
     wanted = x.requires_grad or (weight is not None and weight.requires_grad)
     wanted = wanted or (bias is not None and bias.requires_grad)
-    y: Tensor = _apply()(x, weight, bias, None if wanted else _ANCHOR, call)
-    return y
+    anchor = None if wanted else _ANCHOR
+    if not checkpointed:
+        return _apply()(x, weight, bias, anchor, call)
+    with recomputation.unseen():
+        return _apply()(x, weight, bias, anchor, call)
 
 
 def _apply() -> Callable[..., Tensor]:
@@ -129,20 +138,29 @@ class _SyncBatchNorm(torch.autograd.Function):
         status = Status(call.error is not None, call.grad_enabled, needs_grad, *votes)
 
         wire = steps.local_moments(x, status)
-        wire = transport.all_reduce(wire)
+        first = None  # under activation checkpointing, the forward that this one repeats, or that may be repeated
+        if call.owner is not None:
+            first = recomputation.first_call(call.owner, wire, call.error)
+        known = None if first is None else first.reduced
+        wire = transport.all_reduce(wire) if known is None else known
         count_global, status = steps.read_status(wire)
         checks.raise_if_disagreed(
             count_global, status, transport, x=x, error=call.error, grad_enabled=call.grad_enabled
         )
-        running = call.running if count_global > 0 else None
+        if first is not None and known is None:
+            recomputation.keep(call.owner, first, wire, steps)
+        elif first is not None and first.steps is not None:
+            steps = first.steps  # with the r and d of the first forward, whose running statistics have moved since
+        running = call.running if count_global > 0 and known is None else None
         y: Tensor
         y, stats = steps.normalize(x, wire, weight, bias, running, call.eps, count_global)
 
-        if not status.needs_grad:
+        # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
+        if not status.needs_grad and (status.grad_enabled or not call.grad_enabled):
             ctx.mark_non_differentiable(y)
         ctx.save_for_backward(x, weight)
         # Beside the saved tensors, at a fraction of their cost: nobody else can change the statistics.
-        ctx.state = steps, transport, stats, None if bias is None else bias.dtype
+        ctx.state = steps, transport, stats, None if bias is None else bias.dtype, first
         return y
 
     @staticmethod
@@ -153,7 +171,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             refused: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(_ANCHOR, *gradients)  # type: ignore[no-untyped-call]
             return refused
         x, weight = ctx.saved_tensors
-        steps, transport, stats, bias_dtype = ctx.state
+        steps, transport, stats, bias_dtype, _ = ctx.state
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
 
         wire = steps.backward_sums(grad_y, x, stats)

@@ -119,7 +119,9 @@ class SyncBatchNorm(_BatchNorm):
         running = None
         if self.track_running_stats and mean is not None and var is not None:
             running = Running(mean, var, tracked, self.momentum)
-        return functional.apply(input, weight, bias, self.num_features, running, self.eps, transport, self._renorm)
+        return functional.apply(
+            input, weight, bias, self.num_features, running, self.eps, transport, self, self._renorm
+        )
 
     def _eval_forward(self, x: Tensor) -> Tensor:
         error = None if checks.is_recorded(x) else checks.input_error(x, self.num_features)

@@ -94,13 +94,18 @@ class RenormKernels(AbstractKernels):
         eps: float,
         count_global: float,
     ) -> tuple[Tensor, BatchStats]:
-        """See :meth:`AbstractKernels.normalize`. Without ``running`` it is that of batch normalization."""
+        """See :meth:`AbstractKernels.normalize`.
+
+        Without ``running`` it is that of batch normalization, or, where activation checkpointing repeats a forward,
+        that of the first time.
+        """
         if running is not None:  # before they move: the correction is towards what earlier batches made of them
             mean, _, invstd = moments.finalize(wire, eps)
             running_invstd = (running.var.double() + eps).rsqrt_()
             r_max, d_max = self.limits
             self.r = running_invstd.div(invstd).clamp_(1.0 / r_max, r_max)
             self.d = mean.sub_(running.mean).mul_(running_invstd).clamp_(-d_max, d_max)
+        if self.d is not None:
             shift = self.d if weight is None else self.d * weight
             bias = shift if bias is None else shift + bias
         return self.inner.normalize(x, wire, self._scaled(weight), bias, running, eps, count_global)
