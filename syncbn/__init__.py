@@ -19,6 +19,7 @@ A tour, in reading order:
     groups.py         what a module stores instead of a communicator
     agreement.py      verdicts that all ranks share; checks.py says what is checked
     world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
+    recomputation.py  activation checkpointing; joining.py  ranks with fewer steps (announcing.py, empty_share.py)
     cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
                       bench_report.py; composite.py is what others do)
 """
@@ -26,6 +27,7 @@ A tour, in reading order:
 from syncbn import functional
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.groups import GroupSpec
+from syncbn.joining import join
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
 from syncbn.modes import freeze, no_sync, unfreeze
 from syncbn.statistics import recalibrate
@@ -42,6 +44,7 @@ __all__ = [
     "freeze",
     "functional",
     "init",
+    "join",
     "no_sync",
     "recalibrate",
     "revert_sync_batchnorm",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import agreement, groups, launchers, rendezvous, transports
+from syncbn.announcing import announced
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
@@ -51,6 +52,7 @@ class World:
                 for tensor, values in zip(pack, torch.split(flat, [t.numel() for t in pack]), strict=True):
                     tensor.copy_(values.view_as(tensor))
 
+    @announced
     def average_gradients(self, module: nn.Module) -> None:
         """Replaces every gradient of ``module`` by its mean over the ranks, as DistributedDataParallel does.
 
@@ -73,6 +75,7 @@ class World:
         for pack in _by_dtype(parameters.values(), _wire_dtype):
             self._average(pack)
 
+    @announced
     def loss_scale(self, count: int) -> float:
         """Returns what to multiply a mean loss by, before backward, where shares have different sizes.
 
@@ -116,6 +119,7 @@ class World:
         """Waits until every rank has come, without keeping a core busy."""
         self.transport.barrier()
 
+    @announced
     def raise_together(self, error: Exception | None) -> None:
         """Raises on every rank if any rank brings an error, so that nobody waits for a rank that has given up.
 

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""join(): a training loop that ends earlier on some ranks. Those that have finished follow with empty shares.
+
+N batch, W ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from syncbn import agreement, announcing, empty_share, transports
+from syncbn.announcing import Heard, Said
+from syncbn.empty_share import Call
+from syncbn.transports.base import AbstractTransport
+from syncbn.world import World
+
+KEPT = 64
+"""Forwards of a finished rank that wait for their backward."""
+
+
+@final
+class join:  # noqa: N801 - used as a statement, like contextlib.suppress
+    """Lets ranks make different numbers of training steps; those that have finished take part with weight zero.
+
+    Put it around the loop. A rank that leaves the loop runs the model on an empty share (N = 0) for every forward
+    that others still make, its backward with zero gradients, and its part of ``World.average_gradients``,
+    ``World.loss_scale`` and ``World.raise_together``, until all have left. Then parameters and buffers are copied
+    from a rank that made the most forwards.
+
+    Args:
+        model: the model whose forward is called in the loop, plain or in DistributedDataParallel.
+        throw_on_early_termination: raise on every rank as soon as one has finished while others go on.
+        empty: makes ``(args, kwargs)`` of an empty share from those of a forward. By default every tensor with
+            dims loses its first one's entries, and everything else stays.
+
+    Communication:
+        Entering: one comparison of 4 values a rank; at a process's first, one group of everyone is made.
+        In training, each forward, backward and each of the three calls of World: one all-reduce of 13 float64
+        values more, whether or not a rank has finished. Leaving: the same for every call that others still make,
+        and at the end one all-reduce of W values and, if numbers of steps differed, one ``World.broadcast``.
+
+    Raises:
+        RuntimeError: on every rank, if ranks that train make different calls, if one leaves by an exception
+            between two calls, or as ``throw_on_early_termination`` says.
+        ValueError: on every rank, at the first forward, if the model fails on an empty share.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        throw_on_early_termination: bool = False,
+        empty: Callable[[tuple[Any, ...], dict[str, Any]], Call] | None = None,
+    ) -> None:
+        self._model = model
+        self._inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._throw = throw_on_early_termination
+        self._empty = empty_share.of if empty is None else empty
+        self._example: Call | None = None
+        self._forwards = 0
+        self._waiting: dict[int, list[Tensor]] = {}
+        self._quiet = False  # following others, or trying the model
+        self._within = False  # a call of World, which may make others
+        self._inside = False  # between an announcement and the good end of what it announced
+        self._over = False  # all ranks know that it went wrong
+
+    def __enter__(self) -> Self:
+        if announcing.is_open():
+            raise RuntimeError(
+                "syncbn.join needs to be the only one that is open; received a second one inside the first. "
+                "Put one join around the outer loop."
+            )
+        everyone = transports.choose(None)
+        settings = {"throw_on_early_termination": self._throw, "number of parameters": len(list(self._params()))}
+        settings |= {"DistributedDataParallel": self._inner is not self._model}
+        agreement.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
+        self._transport = _own_group(everyone)
+        self._hooks = [
+            self._model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            self._model.register_forward_hook(self._after_forward),
+        ]
+        announcing.open_for(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._quiet = True
+        try:
+            if error is None:
+                self._follow()
+            elif isinstance(error, Exception) and not self._inside and not self._over:
+                # The others are on their way to their next announcement. This rank raises its own error.
+                with contextlib.suppress(RuntimeError, ValueError, TypeError):
+                    self._say(Said(None, error=RuntimeError(f"left syncbn.join with {error!r}")))
+        finally:
+            announcing.close()
+            for hook in self._hooks:
+                hook.remove()
+            self._waiting.clear()
+
+    # On ranks that train.
+
+    def enter(self, operation: str) -> bool:
+        """Announces a collective of World."""
+        if self._quiet or self._within:
+            return False
+        self._say(Said(operation))
+        self._within = self._inside = True
+        return True
+
+    def leave(self, *, well: bool = True) -> None:
+        """Notes that what was announced has ended; if well, an exception after it finds the others on their way."""
+        self._within, self._inside = False, not well
+
+    def _say(self, said: Said) -> Heard:
+        self._over = True
+        heard = announcing.announce(said, self._transport)
+        if self._throw and 0 < heard.finished < self._transport.size:
+            raise RuntimeError(
+                "syncbn.join(throw_on_early_termination=True) needs the same number of steps on every rank; received "
+                f"{heard.finished} of {self._transport.size} ranks that have finished while others go on. "
+                "Give every rank as many batches, or leave the option out."
+            )
+        self._over = False
+        return heard
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._quiet or not model.training:  # eval does not communicate
+            return
+        if torch._C._current_graph_task_id() != -1:
+            _refuse_reentrant_checkpoint()
+            return
+        error = None
+        with torch.no_grad():
+            self._example = self._empty(args, kwargs)
+        if self._forwards == 0:
+            error = empty_share.refusal(self._inner, self._example, self._hush)
+        flags = torch.is_grad_enabled() + 2 * getattr(model, "require_backward_grad_sync", True)
+        heard = self._say(Said("forward", self._forwards, flags, error=error))
+        self._share(heard)
+        self._inside = True
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._quiet or not model.training or torch._C._current_graph_task_id() != -1:
+            return output
+        outputs = empty_share.differentiable(output)
+        if outputs:
+            forward = _Forward(self, self._forwards)
+            noted = {id(t): forward.note(t) for t in outputs}
+            output = tree_map(lambda t: noted.get(id(t), t), output)
+        self._forwards += 1
+        self._inside = False
+        return output
+
+    def trains(self) -> bool:
+        """Whether this rank is still in the loop."""
+        return announcing.is_open(self) and not self._quiet
+
+    def before_backward(self, forward: int, used: list[bool]) -> None:
+        """Announces the backward of a forward, through the outputs that are used."""
+        fresh = all(p.grad is None or not p.grad.any() for p in self._params())
+        flags = sum(2**i for i, each in enumerate(used) if each)
+        error = None if forward >= self._forwards - KEPT else _too_old(self._forwards - forward)
+        self._say(Said("backward", forward, flags, fresh, error=error))
+        self._inside = True
+        torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+
+    def _params(self) -> Iterator[nn.Parameter]:
+        return (p for p in self._inner.parameters() if p.requires_grad)
+
+    @contextlib.contextmanager
+    def _hush(self) -> Iterator[None]:
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    def _share(self, heard: Heard) -> None:
+        if heard.needs_example:
+            self._example = empty_share.send(self._example, self._device, self._transport)
+
+    # On ranks that have finished.
+
+    def _follow(self) -> None:
+        """Does what the others do, with an empty share, until all have finished."""
+        follow = {"forward": self._follow_forward, "backward": self._follow_backward}
+        transport = transports.choose(None, self._device.type)
+        world = World(transport.rank, transport.size, 0, self._device, "join", transport)
+        own = self._forwards
+        while (heard := self._say(Said(None, needs_example=self._example is None))).operation is not None:
+            if heard.operation == "average_gradients":
+                world.average_gradients(self._inner)
+            elif heard.operation == "loss_scale":
+                world.loss_scale(0)
+            elif heard.operation == "raise_together":
+                world.raise_together(None)
+            else:
+                follow[heard.operation](heard)
+        made = agreement.gather(torch.tensor([float(own)], dtype=torch.float64), self._transport).flatten()
+        if made.min() < made.max():
+            world.broadcast(self._inner, int(made.argmax()))
+        if own < made.max():
+            self._inner.zero_grad()
+
+    def _follow_forward(self, heard: Heard) -> None:
+        self._share(heard)
+        assert self._example is not None
+        args, kwargs = self._example
+        with torch.set_grad_enabled(bool(heard.flags & 1)), self._no_sync(heard):
+            self._waiting[heard.forward] = empty_share.differentiable(self._model(*args, **kwargs))
+        self._waiting.pop(heard.forward - KEPT, None)
+
+    def _no_sync(self, heard: Heard) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self._model, DistributedDataParallel) and not heard.flags & 2:
+            return self._model.no_sync()
+        return contextlib.nullcontext()
+
+    def _follow_backward(self, heard: Heard) -> None:
+        if heard.forward not in self._waiting:
+            raise RuntimeError(_unfinished(heard.forward))
+        if heard.fresh:  # else a sum over several backwards is under way, of which this rank's part counts
+            self._inner.zero_grad()
+        outputs = self._waiting[heard.forward]
+        used = [y for i, y in enumerate(outputs) if heard.flags & 2**i]
+        torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
+
+
+class _Forward:
+    """The outputs of one forward, by weak references to their nodes: a graph must not hold itself."""
+
+    def __init__(self, joined: join, number: int) -> None:
+        self.joined, self.number = weakref.ref(joined), number
+        self.nodes: list[weakref.ref[Any]] = []
+        self.task = -1
+
+    def note(self, output: Tensor) -> Tensor:
+        """Returns a copy of an output whose backward comes before that of the model."""
+        noted: Tensor = _Output.apply(self, output)  # type: ignore[no-untyped-call]
+        self.nodes.append(weakref.ref(noted.grad_fn))
+        return noted
+
+    def before_backward(self) -> None:
+        """Announces a backward pass once, with the outputs that it comes through."""
+        joined, task = self.joined(), torch._C._current_graph_task_id()
+        if joined is None or not joined.trains() or task == self.task:
+            return
+        self.task = task
+        nodes = [node() for node in self.nodes]
+        joined.before_backward(
+            self.number, [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
+        )
+
+
+class _Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: _Forward, output: Tensor) -> Tensor:
+        ctx.noted = forward
+        return output.clone()  # a view could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        ctx.noted.before_backward()
+        return None, grad
+
+
+_groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()
+
+
+def _own_group(everyone: AbstractTransport) -> AbstractTransport:
+    """Makes, once, a group for announcements: none must meet a wire of a layer."""
+    if everyone not in _groups:
+        _groups[everyone] = everyone.split(0)
+    return _groups[everyone]
+
+
+def _refuse_reentrant_checkpoint() -> None:
+    """A forward of the whole model within backward: under hooks a repetition that stands for nothing, else backward."""
+    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        raise RuntimeError(
+            "syncbn.join needs to see the backward of the model; received a forward of it within backward, as "
+            "checkpoint(model, x, use_reentrant=True) makes. Pass use_reentrant=False, or checkpoint parts of it."
+        )
+
+
+def _too_old(age: int) -> Exception:
+    return RuntimeError(
+        f"syncbn.join needs the backward of a forward within the next {KEPT} forwards; received it after {age}. "
+        "Call backward earlier."
+    )
+
+
+def _unfinished(forward: int) -> str:
+    return (
+        f"syncbn.join needs a rank to leave the loop between two steps; received the backward of forward {forward} "
+        "from ranks that train, which this rank ran itself without a backward. Leave the loop before the forward."
+    )
