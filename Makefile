@@ -47,7 +47,7 @@ docs: $(VENV)/ready
 $(VENV)/ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) torch
-	$(BIN)/python $(INSTALL) -e ".[mpi,examples,test,docs,lint]"
+	$(BIN)/python $(INSTALL) -e ".[mpi,examples,test,wrappers,docs,lint]"
 	touch $@
 
 $(VENV)-mpich/ready: constraints.txt pyproject.toml

@@ -60,7 +60,7 @@ def test_every_example_says_how_to_run_it():
     assert named == {path.stem for path in EXAMPLES.glob("*.py")} - HELPERS
 
 
-@pytest.mark.parametrize(("command", "printed"), [p for p in promises() if "digits.py" not in p[0]])
+@pytest.mark.parametrize(("command", "printed"), [p for p in promises() if not re.search("digits|segm", p[0])])
 def test_an_example_prints_what_its_docstring_says(command, printed):
     done = run("bash", "-c", command)
     assert done.returncode == 0, done.stderr
@@ -82,6 +82,19 @@ def test_the_demo_prints_the_table_of_its_docstring_and_keeps_its_promise(tmp_pa
     for arm in ARMS:
         assert len(re.findall(rf"{arm}: 100%", done.stderr)) in (1, 2)  # tqdm may draw the last state twice
     assert "rank" not in done.stderr
+
+
+def test_the_segmentation_is_good_where_it_is_synchronised_and_only_there(tmp_path):
+    [(command, printed)] = [p for p in promises() if "segmentation.py" in p[0]]
+    done = run("bash", "-c", f"{command} --out {tmp_path}/segmentation.png")
+    assert done.returncode == 0, done.stderr
+    assert NUMBER.sub("#", done.stdout.replace(str(tmp_path), "out")).strip() == NUMBER.sub("#", printed)
+    rows = [
+        [float(n) for n in re.findall(r"\d\.\d+", line)] for line in done.stdout.splitlines() if "BatchNorm" in line
+    ]
+    assert min(rows[1]) > 0.85
+    assert min(rows[0]) < 0.3
+    assert (tmp_path / "segmentation.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize(("launcher", "n"), [("python", 1), ("torch", 2)])
