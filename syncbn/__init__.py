@@ -19,7 +19,8 @@ A tour, in reading order:
     groups.py         what a module stores instead of a communicator
     agreement.py      verdicts that all ranks share; checks.py says what is checked
     world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
-    recomputation.py  activation checkpointing; joining.py  ranks with fewer steps (announcing.py, empty_share.py)
+    recomputation.py  activation checkpointing: a forward that is repeated in backward
+    joining.py        join(): ranks with fewer steps (announcing.py, empty_share.py, outputs.py)
     cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
                       bench_report.py; composite.py is what others do)
 """

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from syncbn import agreement
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports.base import AbstractTransport
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-MOST_OUTPUTS = 24
 
 
 def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -31,22 +30,6 @@ def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
     cut_args, cut_kwargs = tree_map(cut, (args, kwargs))
     return cut_args, cut_kwargs
-
-
-def differentiable(output: Any) -> list[Tensor]:
-    """Returns the tensors of a model's output that require a gradient, each once.
-
-    Raises:
-        TypeError: if there is no tensor at all, or more than ``MOST_OUTPUTS`` that require a gradient.
-    """
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    found = list({id(t): t for t in tensors if t.requires_grad}.values())
-    if not tensors or len(found) > MOST_OUTPUTS:
-        raise TypeError(
-            f"syncbn.join needs 1 to {MOST_OUTPUTS} tensors in the output of the model, in tuples, lists or dicts; "
-            f"received {len(found)} in {type(output).__name__}. Return tensors, or register the type with torch.utils."
-        )
-    return found
 
 
 def refusal(model: nn.Module, call: Call, hush: Callable[[], AbstractContextManager[None]]) -> Exception | None:

@@ -15,9 +15,8 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
-from syncbn import agreement, announcing, empty_share, transports
+from syncbn import agreement, announcing, empty_share, outputs, transports
 from syncbn.announcing import Heard, Said
 from syncbn.empty_share import Call
 from syncbn.transports.base import AbstractTransport
@@ -154,11 +153,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._quiet or not model.training or torch._C._current_graph_task_id() != -1:
             return output
-        outputs = empty_share.differentiable(output)
-        if outputs:
-            forward = _Forward(self, self._forwards)
-            noted = {id(t): forward.note(t) for t in outputs}
-            output = tree_map(lambda t: noted.get(id(t), t), output)
+        output = outputs.noted(output, self, self._forwards)
         self._forwards += 1
         self._inside = False
         return output
@@ -219,7 +214,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         assert self._example is not None
         args, kwargs = self._example
         with torch.set_grad_enabled(bool(heard.flags & 1)), self._no_sync(heard):
-            self._waiting[heard.forward] = empty_share.differentiable(self._model(*args, **kwargs))
+            self._waiting[heard.forward] = outputs.differentiable(self._model(*args, **kwargs))
         self._waiting.pop(heard.forward - KEPT, None)
 
     def _no_sync(self, heard: Heard) -> contextlib.AbstractContextManager[None]:
@@ -232,47 +227,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             raise RuntimeError(_unfinished(heard.forward))
         if heard.fresh:  # else a sum over several backwards is under way, of which this rank's part counts
             self._inner.zero_grad()
-        outputs = self._waiting[heard.forward]
-        used = [y for i, y in enumerate(outputs) if heard.flags & 2**i]
+        used = [y for i, y in enumerate(self._waiting[heard.forward]) if heard.flags & 2**i]
         torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
-
-
-class _Forward:
-    """The outputs of one forward, by weak references to their nodes: a graph must not hold itself."""
-
-    def __init__(self, joined: join, number: int) -> None:
-        self.joined, self.number = weakref.ref(joined), number
-        self.nodes: list[weakref.ref[Any]] = []
-        self.task = -1
-
-    def note(self, output: Tensor) -> Tensor:
-        """Returns a copy of an output whose backward comes before that of the model."""
-        noted: Tensor = _Output.apply(self, output)  # type: ignore[no-untyped-call]
-        self.nodes.append(weakref.ref(noted.grad_fn))
-        return noted
-
-    def before_backward(self) -> None:
-        """Announces a backward pass once, with the outputs that it comes through."""
-        joined, task = self.joined(), torch._C._current_graph_task_id()
-        if joined is None or not joined.trains() or task == self.task:
-            return
-        self.task = task
-        nodes = [node() for node in self.nodes]
-        joined.before_backward(
-            self.number, [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
-        )
-
-
-class _Output(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, forward: _Forward, output: Tensor) -> Tensor:
-        ctx.noted = forward
-        return output.clone()  # a view could not be changed in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        ctx.noted.before_backward()
-        return None, grad
 
 
 _groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from syncbn import announcing, joining
 
 pytestmark = [
     pytest.mark.ranks(1),
@@ -335,6 +336,28 @@ def test_an_output_without_a_tensor_is_refused(ranks):
             model(torch.randn(3, 3))
 
     ranks.raises(TypeError, loop, "needs 1 to 24 tensors in the output", "0 in str")
+
+
+def test_a_backward_that_comes_too_late_is_refused(ranks):
+    model = syncbn.SyncBatchNorm(2)
+
+    def loop():
+        with syncbn.join(model):
+            first = model(torch.randn(4, 2))
+            for _ in range(joining.KEPT + 1):
+                model(torch.randn(4, 2))
+            first.mean().backward()
+
+    ranks.raises(RuntimeError, loop, "within the next 64 forwards", "Call backward earlier")
+
+
+def test_a_rank_that_leaves_before_its_backward_is_told(ranks):
+    """On that rank alone: the others are in backward by then."""
+    joined = syncbn.join(syncbn.SyncBatchNorm(2))
+    heard = announcing.Heard("backward", 7, 1, False, False, 1)
+    ranks.raises(
+        RuntimeError, lambda: joined._follow_backward(heard), "the backward of forward 7", "before the forward"
+    )
 
 
 @pytest.mark.parametrize("around", [True, False])
