@@ -17,7 +17,7 @@ from syncbn.transports.base import AbstractTransport
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
+T = TypeVar("T", bound="Connected")
 
 OPERATIONS = ("forward", "backward", "average_gradients", "loss_scale", "raise_together")
 _N = len(OPERATIONS)
@@ -89,10 +89,18 @@ def _raise_mismatch(said: Said, transport: AbstractTransport) -> None:
     )
 
 
+class Connected(Protocol):
+    """A World."""
+
+    @property
+    def transport(self) -> AbstractTransport:
+        """What connects everyone."""
+
+
 class Announces(Protocol):
     """What hears of a collective that is about to begin: an open `join`."""
 
-    def enter(self, operation: str) -> bool:
+    def enter(self, operation: str, transport: AbstractTransport) -> bool:
         """Announces, unless this happens within another operation; says whether it did."""
 
     def leave(self, *, well: bool) -> None:
@@ -123,7 +131,7 @@ def announced(method: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T,
 
     @functools.wraps(method)
     def call(self: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not _open or not _open[0].enter(method.__name__):
+        if not _open or not _open[0].enter(method.__name__, self.transport):
             return method(self, *args, **kwargs)
         well = False
         try:

@@ -84,6 +84,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         settings |= {"DistributedDataParallel": self._inner is not self._model}
         agreement.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
         self._transport = _own_group(everyone)
+        transport = transports.choose(None, self._device.type)
+        self._world = World(transport.rank, transport.size, 0, self._device, "join", transport)
         self._hooks = [
             self._model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
             self._model.register_forward_hook(self._after_forward),
@@ -110,10 +112,15 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     # On ranks that train.
 
-    def enter(self, operation: str) -> bool:
+    def enter(self, operation: str, transport: AbstractTransport) -> bool:
         """Announces a collective of World."""
         if self._quiet or self._within:
             return False
+        if transport is not self._world.transport:  # ranks that have finished would answer in another group
+            raise RuntimeError(
+                f"World.{operation} inside syncbn.join needs a World that connects everyone as the layers are; "
+                "received one made before that changed. Call syncbn.init() again, before the join."
+            )
         self._say(Said(operation))
         self._within = self._inside = True
         return True
@@ -191,9 +198,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
     def _follow(self) -> None:
         """Does what the others do, with an empty share, until all have finished."""
         follow = {"forward": self._follow_forward, "backward": self._follow_backward}
-        transport = transports.choose(None, self._device.type)
-        world = World(transport.rank, transport.size, 0, self._device, "join", transport)
-        own = self._forwards
+        own, world = self._forwards, self._world
         while (heard := self._say(Said(None, needs_example=self._example is None))).operation is not None:
             if heard.operation == "average_gradients":
                 world.average_gradients(self._inner)

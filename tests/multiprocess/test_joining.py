@@ -2,6 +2,7 @@
 """Ranks that make different numbers of steps: nobody hangs, and the result is one process's."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not match bucket view strides.*"),
     pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated:FutureWarning"),
 ]
+
+
+@pytest.fixture
+def world(ranks):
+    """Made now: tests before this one may have connected everyone anew."""
+    return syncbn.init()
+
 
 STEPS = {
     "rising": lambda W: [2 * r + 1 for r in range(W)],
@@ -67,7 +75,7 @@ def check_equal_to_one_process(ranks, model, steps):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_plain_model_ends_as_in_one_process(ranks, steps, set_to_none):
+def test_a_plain_model_ends_as_in_one_process(ranks, world, steps, set_to_none):
     steps = STEPS[steps](ranks.size)
     model = syncbn.convert_sync_batchnorm(network())
     optimizer = sgd(model)
@@ -75,8 +83,8 @@ def test_a_plain_model_ends_as_in_one_process(ranks, steps, set_to_none):
         for step in range(steps[ranks.rank]):
             x = batch(step, ranks.rank)
             optimizer.zero_grad(set_to_none=set_to_none)
-            (loss(model, x) * ranks.world.loss_scale(len(x))).backward()
-            ranks.world.average_gradients(model)
+            (loss(model, x) * world.loss_scale(len(x))).backward()
+            world.average_gradients(model)
             optimizer.step()
     check_equal_to_one_process(ranks, model, steps)
     ranks.check(model.training)
@@ -84,7 +92,7 @@ def test_a_plain_model_ends_as_in_one_process(ranks, steps, set_to_none):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}, {"static_graph": True}], ids=str)
-def test_ddp_ends_as_in_one_process(ranks, torch_world, steps, options):
+def test_ddp_ends_as_in_one_process(ranks, torch_world, world, steps, options):
     steps = STEPS[steps](ranks.size)
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(network()), **options)
     optimizer = sgd(model)
@@ -92,14 +100,14 @@ def test_ddp_ends_as_in_one_process(ranks, torch_world, steps, options):
         for step in range(steps[ranks.rank]):
             x = batch(step, ranks.rank)
             optimizer.zero_grad()
-            (loss(model, x) * torch_world.loss_scale(len(x))).backward()
+            (loss(model, x) * world.loss_scale(len(x))).backward()
             optimizer.step()
     check_equal_to_one_process(ranks, model.module, steps)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("no_sync", [True, False])
-def test_gradients_summed_over_two_batches_are_those_of_one_process(ranks, torch_world, wrapped, no_sync):
+def test_gradients_summed_over_two_batches_are_those_of_one_process(ranks, torch_world, world, wrapped, no_sync):
     """Rank 0 runs out between the two: what it has summed counts."""
     batches = [3 if ranks.rank == 0 else 4 + 2 * ranks.rank][0]
     whole = network()
@@ -111,7 +119,7 @@ def test_gradients_summed_over_two_batches_are_those_of_one_process(ranks, torch
             x = batch(step, ranks.rank)
             if step % 2 == 0:
                 optimizers[1].zero_grad()
-            scaled = ranks.world.loss_scale(len(x))
+            scaled = world.loss_scale(len(x))
             if wrapped and no_sync and step % 2 == 0:
                 with used.no_sync():
                     (loss(used, x) * scaled).backward()
@@ -119,7 +127,7 @@ def test_gradients_summed_over_two_batches_are_those_of_one_process(ranks, torch
                 (loss(used, x) * scaled).backward()
             if step % 2:
                 if not wrapped:
-                    ranks.world.average_gradients(model)
+                    world.average_gradients(model)
                 optimizers[1].step()
     for step in range(4 + 2 * (ranks.size - 1) if ranks.size > 1 else 3):
         counts = [3 if r == 0 else 4 + 2 * r for r in range(ranks.size)]
@@ -146,7 +154,7 @@ class TwoHeads(nn.Module):
 
 
 @pytest.mark.parametrize("used", ["a", "b", "both", "twice"])
-def test_only_the_outputs_that_a_loss_uses_go_backward(ranks, used):
+def test_only_the_outputs_that_a_loss_uses_go_backward(ranks, world, used):
     torch.manual_seed(0)
     model = TwoHeads()
     with syncbn.join(model):
@@ -159,11 +167,11 @@ def test_only_the_outputs_that_a_loss_uses_go_backward(ranks, used):
                 out["b"][0].relu_().pow(3).mean().backward(retain_graph=True)
             if used == "both":
                 (out["a"] * out["b"][0]).mean().backward()
-            ranks.world.average_gradients(model)
+            world.average_gradients(model)
     ranks.check(model.a.num_batches_tracked == ranks.size, f"{model.a.num_batches_tracked}")
 
 
-def test_forwards_without_gradients_and_in_eval_and_checkpointed_parts(ranks):
+def test_forwards_without_gradients_and_in_eval_and_checkpointed_parts(ranks, world):
     model = syncbn.convert_sync_batchnorm(network())
     with syncbn.join(model):
         for step in range(ranks.size - ranks.rank):
@@ -174,17 +182,17 @@ def test_forwards_without_gradients_and_in_eval_and_checkpointed_parts(ranks):
             model(x)
             model.train()
             checkpoint(model, x, use_reentrant=False).square().mean().backward()
-            ranks.world.average_gradients(model)
+            world.average_gradients(model)
     ranks.check(model[1].num_batches_tracked == 2 * ranks.size, f"{model[1].num_batches_tracked}")
 
 
-def test_it_may_be_entered_again(ranks):
+def test_it_may_be_entered_again(ranks, world):
     model = syncbn.convert_sync_batchnorm(network())
     for epoch in range(3):
         with syncbn.join(model):
             for step in range(1 + (ranks.rank + epoch) % ranks.size):
                 loss(model, batch(step, ranks.rank)).backward()
-                ranks.world.average_gradients(model)
+                world.average_gradients(model)
                 model.zero_grad()
     ranks.check(model[1].num_batches_tracked == 3 * ranks.size)
     loss(model, batch(0, ranks.rank)).backward()  # and nothing of it remains
@@ -231,12 +239,12 @@ def test_an_exception_between_two_steps_ends_all_ranks(ranks):
 
 
 @pytest.mark.ranks(2)
-def test_an_error_that_all_ranks_share_stays_theirs(ranks):
+def test_an_error_that_all_ranks_share_stays_theirs(ranks, world):
     model = syncbn.convert_sync_batchnorm(network())
 
     def refused():
         with syncbn.join(model):
-            ranks.world.raise_together(ValueError("no disk") if ranks.rank else None)
+            world.raise_together(ValueError("no disk") if ranks.rank else None)
 
     ranks.raises(ValueError, refused, "no disk")
 
@@ -358,6 +366,18 @@ def test_a_rank_that_leaves_before_its_backward_is_told(ranks):
     ranks.raises(
         RuntimeError, lambda: joined._follow_backward(heard), "the backward of forward 7", "before the forward"
     )
+
+
+@pytest.mark.ranks(2)
+def test_a_world_of_other_connections_is_refused(ranks, world):
+    model = syncbn.SyncBatchNorm(2)
+    other = dataclasses.replace(world, transport=world.transport.split(0))
+
+    def loop():
+        with syncbn.join(model):
+            other.average_gradients(model)
+
+    ranks.raises(RuntimeError, loop, "needs a World that connects everyone as the layers are")
 
 
 @pytest.mark.parametrize("around", [True, False])
