@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn import checks, groups, kernels, moments, transports
+from syncbn import checks, collective, differentiable, groups, kernels, moments, transports
 from syncbn.moments import Running, Status
 from syncbn.transports.base import AbstractTransport
 
@@ -43,6 +43,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     process_group: Any = None,
     num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalises x by the statistics of the batch of all ranks, as in training.
 
@@ -58,6 +59,8 @@ def sync_batch_norm(
         eps: added to the variance.
         process_group: None for every rank, a torch ProcessGroup, an mpi4py communicator, or a subgroup of a World.
         num_batches_tracked: int64 (), counted up where the running statistics move, or None.
+        mask: (N, *spatial) or (N, 1, *spatial), boolean or weights >= 0, or None. Where it is 0 a value counts in no
+            statistic and gets none of their gradient; it is normalised like the rest.
 
     Returns:
         y, of x's shape, dtype and layout. If no rank has a sample, an empty y, and the buffers untouched.
@@ -80,7 +83,11 @@ def sync_batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    transport = transports.choose(groups.specify(process_group), checks.device_type(x))
+    spec, where = groups.specify(process_group), checks.device_type(x)
+    if mask is not None or torch.compiler.is_compiling():
+        group = collective.key_of_spec(*collective.plain(spec), where)
+        return differentiable.batch_norm(x, mask, weight, bias, C, running, eps, group)
+    transport = transports.choose(spec, where)
     return apply(x, weight, bias, C, running, eps, transport)
 
 
@@ -130,18 +137,15 @@ class _SyncBatchNorm(torch.autograd.Function):
             ctx.mark_non_differentiable(y)
         ctx.save_for_backward(x, weight)
         # Beside the saved tensors, at a fraction of their cost: nobody else can change the statistics.
-        ctx.state = steps, transport, stats, None if bias is None else bias.dtype
+        ctx.state = steps, transport, stats, None if bias is None else bias.dtype, wire, call.eps
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = _SyncBatchNorm.backward(ctx, grad_y)
-            refused: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(_ANCHOR, *gradients)  # type: ignore[no-untyped-call]
-            return refused
+        if torch.is_grad_enabled():  # create_graph=True: the same wire, in operators that autograd differentiates again
+            return _differentiable_backward(ctx, grad_y)
         x, weight = ctx.saved_tensors
-        steps, transport, stats, bias_dtype = ctx.state
+        steps, transport, stats, bias_dtype, _, _ = ctx.state
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
 
         wire = steps.backward_sums(grad_y, x, stats)
@@ -154,22 +158,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Passes gradients on and refuses to be differentiated, also where grad_y is a constant.
-
-    torch's decorator of that purpose attaches its refusal only where grad_y itself requires a gradient: for a loss
-    that is linear in y a second derivative would be dropped in silence.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        del ctx, anchor
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, ...]:
-        del ctx, grad
-        raise RuntimeError(
-            f"{checks.NAME} needs to be differentiated once; received a second derivative, as of a gradient penalty. "
-            "Call model.eval() for it, or use a norm without batch statistics there."
-        )
+def _differentiable_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    _, transport, _, bias_dtype, wire, eps = ctx.state
+    needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = differentiable.gradients(
+        grad_y, x, None, weight, wire, eps, collective.key_of(transport), bias=bias_dtype, needs_x=needs_x
+    )
+    return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None
