@@ -3,7 +3,7 @@
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-A compiled graph holds no communicator, only a number: :func:`key_of_spec` gives a group specification one, and the
+A compiled graph holds no communicator, only a number: :func:`key_for` gives a group specification one, and the
 operator resolves it when it runs, as the layer does. Both operators have an ordered effect: collectives have no names,
 so branches that do not depend on each other must communicate in one order on every rank.
 """
@@ -27,24 +27,22 @@ _resolvers: list[Callable[[], AbstractTransport]] = []
 _keys: dict[object, int] = {}
 
 
-def plain(spec: GroupSpec | None) -> tuple[str, tuple[int, ...], str]:
-    """Returns a group specification as values that a compiler compares, for :func:`key_of_spec`."""
-    return ("", (), "") if spec is None else (spec.kind, spec.ranks, spec.label)
+def key_for(spec: GroupSpec | None, x: object) -> int:
+    """Returns the number of a group specification for reducing what comes from x, also while a graph is traced."""
+    where = x.device.type if isinstance(x, Tensor) else "cpu"
+    return _key_of_spec("", (), "", where) if spec is None else _key_of_spec(spec.kind, spec.ranks, spec.label, where)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def key_of_spec(kind: str, ranks: tuple[int, ...], label: str, device_type: str) -> int:
-    """Returns the number of a group specification in this process; an empty ``kind`` is every rank of the job.
-
-    Values, as :func:`plain` gives them: an object would be compared by identity, and every layer be compiled anew.
-    """
+def _key_of_spec(kind: str, ranks: tuple[int, ...], label: str, device_type: str) -> int:
+    """Takes values: an object would be compared by identity, and every layer of a model be compiled anew."""
     spec = GroupSpec(kind, ranks, label) if kind else None
     return _key((spec, device_type), lambda: transports.choose(spec, device_type))
 
 
 def key_of(transport: AbstractTransport) -> int:
     """Returns the number of a live transport in this process."""
-    return _key(transport.token, lambda: transport)
+    return _key(transport, lambda: transport)
 
 
 def _key(name: object, resolver: Callable[[], AbstractTransport]) -> int:
@@ -61,7 +59,7 @@ def all_reduce(wire: Tensor, anchor: Tensor | None, group: int) -> Tensor:
     Args:
         wire: float64 or float32, of the same shape on every rank.
         anchor: :data:`ANCHOR`, which makes every rank record the backward, or None.
-        group: a number that :func:`key_of` or :func:`key_of_spec` returned.
+        group: a number that :func:`key_of` or :func:`key_for` returned.
 
     Returns:
         A new tensor, with the same bits on every rank.
@@ -88,7 +86,7 @@ def all_reduce_moments(
         wire: float64 (2C + 8,), as :mod:`syncbn.moments` lays it out.
         agreed: int64 (), on CPU: the token of the group that has compared the layer's settings; None for no layer.
         mask: what the error about a mask is to describe.
-        group: a number that :func:`key_of` or :func:`key_of_spec` returned.
+        group: a number that :func:`key_of` or :func:`key_for` returned.
         fault: what is wrong with this rank's input, led by the letter of its kind, or nothing.
         settings: the layer's, as :func:`syncbn.checks.require_same_settings` compares them.
 

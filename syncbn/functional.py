@@ -83,11 +83,11 @@ def sync_batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    spec, where = groups.specify(process_group), checks.device_type(x)
+    spec = groups.specify(process_group)
     if mask is not None or torch.compiler.is_compiling():
-        group = collective.key_of_spec(*collective.plain(spec), where)
+        group = collective.key_for(spec, x)
         return differentiable.batch_norm(x, mask, weight, bias, C, running, eps, group)
-    transport = transports.choose(spec, where)
+    transport = transports.choose(spec, checks.device_type(x))
     return apply(x, weight, bias, C, running, eps, transport)
 
 

@@ -121,7 +121,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_features,
             running,
             self.eps,
-            collective.key_of_spec(*collective.plain(self._group_spec), checks.device_type(x)),
+            collective.key_for(self._group_spec, x),
             differentiable.Layer(self._agreed, self._settings()),
         )
 
