@@ -158,7 +158,7 @@ def raise_if_wire_disagrees(
     if own.faults:
         error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else _mask_values_error(mask)
     dtype = next((d for d in DTYPES if getattr(own, _name(d))), torch.float32)
-    samples = int(count_local) if math.isfinite(count_local) else 0  # where a mask holds NaN
+    samples = int(min(max(count_local, 0.0), 2.0**31)) if math.isfinite(count_local) else 0  # a mask may hold anything
     C = (wire.numel() - 1 - len(own)) // 2
     share = torch.empty(samples, C, dtype=dtype, device="meta")  # what is known of it: (N * S, C)
     raise_if_disagreed(count_global, status, transport, x=share, error=error, grad_enabled=bool(own.grad_enabled))
