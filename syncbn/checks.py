@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from syncbn import moments
+from syncbn import kernels, moments
 from syncbn.agreement import by_rank, gather_notes, raise_gathered, require_equal
 from syncbn.moments import DTYPES, Status
 from syncbn.transports.base import AbstractTransport
@@ -129,19 +129,14 @@ def describe(error: Exception | None) -> str:
     return ("T" if isinstance(error, TypeError) else "V") + str(error.args[0])
 
 
-def raise_if_wire_disagrees(
-    wire: Tensor,
-    local: tuple[float, Status],
-    transport: AbstractTransport,
-    *,
-    fault: str,
-    mask: Tensor | None,
+def raise_if_wires_disagree(
+    wire: Tensor, own: Tensor, transport: AbstractTransport, *, fault: str, mask: Tensor | None
 ) -> None:
     """Does what :func:`raise_if_disagreed` does where only wires are at hand, as inside an operator.
 
     Args:
         wire: float64 (2C + 8,), summed over the ranks.
-        local: count and status of this rank's own wire.
+        own: float64 (2C + 8,), what this rank gave.
         transport: the group.
         fault: :func:`describe` of what is wrong with this rank's input.
         mask: this rank's mask, for the error about its values.
@@ -152,16 +147,19 @@ def raise_if_wire_disagrees(
     Raises:
         ValueError, TypeError: on every rank of the group.
     """
-    count_global, status = moments.read_status(wire)
-    count_local, own = local
+    count_global, status = kernels.choose(wire).read_status(wire)
+    unanimous = status.faults == 0 and status.dtypes <= 1 and status.grad_enabled in (0, transport.size)
+    if unanimous and not 0 < count_global <= 1:
+        return
+    count_local, local = moments.read_status(own)
     error: Exception | None = None
-    if own.faults:
+    if local.faults:
         error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else _mask_values_error(mask)
-    dtype = next((d for d in DTYPES if getattr(own, _name(d))), torch.float32)
+    dtype = next((d for d in DTYPES if getattr(local, _name(d))), torch.float32)
     samples = int(min(max(count_local, 0.0), 2.0**31)) if math.isfinite(count_local) else 0  # a mask may hold anything
-    C = (wire.numel() - 1 - len(own)) // 2
+    C = (wire.numel() - 1 - len(local)) // 2
     share = torch.empty(samples, C, dtype=dtype, device="meta")  # what is known of it: (N * S, C)
-    raise_if_disagreed(count_global, status, transport, x=share, error=error, grad_enabled=bool(own.grad_enabled))
+    raise_if_disagreed(count_global, status, transport, x=share, error=error, grad_enabled=bool(local.grad_enabled))
 
 
 def _mask_values_error(mask: Tensor | None) -> Exception:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import checks, moments, transports
+from syncbn import checks, transports
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
@@ -30,7 +30,9 @@ _keys: dict[object, int] = {}
 def key_for(spec: GroupSpec | None, x: object) -> int:
     """Returns the number of a group specification for reducing what comes from x, also while a graph is traced."""
     where = x.device.type if isinstance(x, Tensor) else "cpu"
-    return _key_of_spec("", (), "", where) if spec is None else _key_of_spec(spec.kind, spec.ranks, spec.label, where)
+    kind, ranks, label = ("", (), "") if spec is None else (spec.kind, spec.ranks, spec.label)
+    key: int = _key_of_spec(kind, ranks, label, where)
+    return key
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -102,10 +104,9 @@ def all_reduce_moments(
     transport = _resolvers[group]()
     if agreed is not None and agreed.item() != transport.token:
         checks.require_same_settings(settings, transport)
-    local = moments.read_status(wire)
-    wire = transport.all_reduce(wire.clone())
-    checks.raise_if_wire_disagrees(wire, local, transport, fault=fault, mask=mask)
-    return wire, torch.tensor(transport.token, dtype=torch.int64, device="cpu")
+    summed = transport.all_reduce(wire.clone())
+    checks.raise_if_wires_disagree(summed, wire, transport, fault=fault, mask=mask)
+    return summed, torch.tensor(transport.token, dtype=torch.int64, device="cpu")
 
 
 @all_reduce.register_fake

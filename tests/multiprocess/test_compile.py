@@ -183,6 +183,7 @@ def test_disagreements_are_one_error_on_all(ranks):
 
 @pytest.mark.ranks(2)
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")  # it imports parts of torch that torch itself has deprecated
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_torchs_own_code_generator_equals_the_eager_model(ranks, rng):
     eager = Branches(None)
