@@ -60,7 +60,7 @@ def test_every_example_says_how_to_run_it():
     assert named == {path.stem for path in EXAMPLES.glob("*.py")} - HELPERS
 
 
-@pytest.mark.parametrize(("command", "printed"), [p for p in promises() if "digits.py" not in p[0]])
+@pytest.mark.parametrize(("command", "printed"), [p for p in promises() if not re.search("digits.py|wgan_gp.py", p[0])])
 def test_an_example_prints_what_its_docstring_says(command, printed):
     done = run("bash", "-c", command)
     assert done.returncode == 0, done.stderr
@@ -82,6 +82,31 @@ def test_the_demo_prints_the_table_of_its_docstring_and_keeps_its_promise(tmp_pa
     for arm in ARMS:
         assert len(re.findall(rf"{arm}: 100%", done.stderr)) in (1, 2)  # tqdm may draw the last state twice
     assert "rank" not in done.stderr
+
+
+@pytest.mark.parametrize(("launcher", "n"), [("mpi", 2), ("torch", 3), ("python", 1)])
+def test_the_gradient_penalty_is_that_of_one_process_and_samples_are_drawn(launcher, n, tmp_path):
+    """The program itself compares the first gradient; the losses repeat it, to rounding, on any number of processes."""
+    from matplotlib.image import imread
+
+    [(_, printed)] = [p for p in promises() if "wgan_gp.py" in p[0]]
+    done = launch(launcher, n, "examples/wgan_gp.py", "--steps", 100, "--out", tmp_path / "samples.png")
+    assert done.returncode == 0, done.stderr
+    lines = [text.splitlines()[:2] for text in (done.stdout, printed)]
+    assert [NUMBER.sub("#", line) for line in lines[0]] == [NUMBER.sub("#", line) for line in lines[1]]
+    numbers = [[float(n) for n in NUMBER.findall(" ".join(text))] for text in lines]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.1)
+    pixels = imread(tmp_path / "samples.png")
+    assert pixels.shape[:2] == (256, 640)
+    assert pixels[..., 0].std() > 0.1
+
+
+def test_the_gradient_penalty_fails_where_the_conversion_does_nothing():
+    program = "import syncbn, runpy, sys; syncbn.convert_sync_batchnorm = lambda model: model; sys.argv = sys.argv[1:]"
+    program += "; sys.path.insert(0, 'examples'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = mpirun(2, "-c", program, "examples/wgan_gp.py", "--steps", 1)
+    assert done.returncode == 2
+    assert "The critic's gradient is not that of one process" in done.stderr
 
 
 @pytest.mark.parametrize(("launcher", "n"), [("python", 1), ("torch", 2)])
