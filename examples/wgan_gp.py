@@ -5,13 +5,13 @@ The penalty differentiates the critic's slope, so its batch norm is differentiat
 process checks its critic against training on the whole batch in one process.
 
     $ NPROC=2 launch/mpirun.sh examples/wgan_gp.py
-    step    1: critic loss    7.45, wrong by less than 1e-12
-    step  100: critic loss    1.10
-    step  200: critic loss    0.18
-    step  300: critic loss   -0.46
+    step    1: critic loss    6.42, wrong by less than 1e-12
+    step  200: critic loss  -24.58
+    step  400: critic loss  -29.02
+    step  600: critic loss  -12.70
     samples: out/wgan_gp.png
 
-`python examples/wgan_gp.py` prints the same. Source: Gulrajani et al. 2017 (arXiv 1704.00028), who leave batch norm out
+`python examples/wgan_gp.py` starts with the same loss; later ones drift apart, as a game amplifies rounding. Source: Gulrajani et al. 2017 (arXiv 1704.00028), who leave batch norm out
 of the critic: with it the penalty is that of the batch, not of each sample alone. Here it shows that it can be done.
 """
 
@@ -43,7 +43,10 @@ def critic_loss(critic, real, fake, mix, total):
     between = (mix * real + (1 - mix) * fake).requires_grad_()
     (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     penalty = (slope.square().sum(1).add(1e-12).sqrt() - 1).square().sum()
-    return (critic(fake).sum() - critic(real).sum() + PENALTY * penalty) / total
+    of_fake, of_real = critic(torch.cat((fake, real))).chunk(
+        2
+    )  # one batch: each alone would be normalised to look alike
+    return (of_fake.sum() - of_real.sum() + PENALTY * penalty) / total
 
 
 def gradients_agree(world, critic, plain, batch, mine):
@@ -61,7 +64,7 @@ def train(world, args, images):
     syncbn.convert_sync_batchnorm(generator)
     rng = torch.Generator().manual_seed(1)  # the same numbers on every process, which takes its share of them
     mine = slice(args.batch * world.rank // world.size, args.batch * (world.rank + 1) // world.size)
-    of_generator, of_critic = (torch.optim.Adam(m.parameters(), 1e-3, (0.5, 0.9)) for m in (generator, critic))
+    of_generator, of_critic = (torch.optim.Adam(m.parameters(), 2e-3, (0.5, 0.9)) for m in (generator, critic))
 
     for step in range(1, args.steps + 1):
         for repeat in range(CRITIC_STEPS):
@@ -81,10 +84,11 @@ def train(world, args, images):
             world.average_gradients(critic)
             of_critic.step()
         of_generator.zero_grad()
-        (-critic(generator(noise[mine])).sum() * world.size / args.batch).backward()
+        scores = critic(torch.cat((generator(noise[mine]), real[mine])))
+        (-scores[: len(noise[mine])].sum() * world.size / args.batch).backward()
         world.average_gradients(generator)
         of_generator.step()
-        if step == 1 or step % 100 == 0:
+        if step == 1 or step % 200 == 0:
             value = world.transport.all_reduce(loss.detach().clone()).item()
             checked = f", wrong by less than {ROUNDING:.0e}" if step == 1 else ""
             if world.rank == 0:
@@ -109,7 +113,7 @@ def main():
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=at_least(1), default=300)
+    parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--batch", type=at_least(2), default=64, help="images a step, of all processes")
     parser.add_argument("--out", type=Path, default=Path("out/wgan_gp.png"))
     args = parse(world, parser)
