@@ -11,8 +11,9 @@ process checks its critic against training on the whole batch in one process.
     step  600: critic loss  -12.70
     samples: out/wgan_gp.png
 
-`python examples/wgan_gp.py` starts with the same loss; later ones drift apart, as a game amplifies rounding. Source: Gulrajani et al. 2017 (arXiv 1704.00028), who leave batch norm out
-of the critic: with it the penalty is that of the batch, not of each sample alone. Here it shows that it can be done.
+`python examples/wgan_gp.py` starts with the same loss; later ones drift apart, as a game amplifies rounding.
+Source: Gulrajani et al. 2017 (arXiv 1704.00028), who leave batch norm out of the critic: with it the penalty is that of
+the batch, not of each sample alone. Here it shows that it can be done.
 """
 
 import argparse

@@ -98,6 +98,12 @@ def test_the_gradient_penalty_is_that_of_one_process_and_samples_are_drawn(launc
     assert pixels[..., 0].std() > 0.1
 
 
+def test_the_timing_of_compiled_steps_prints_its_table():
+    done = python("benchmarks/compiled_digits.py", "--backend", "aot_eager", "--repeats", 2, "--batches", 8)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| +8 \|( +[\d.]+ \|){3}$", done.stdout, re.MULTILINE), done.stdout
+
+
 def test_the_gradient_penalty_fails_where_the_conversion_does_nothing():
     program = "import syncbn, runpy, sys; syncbn.convert_sync_batchnorm = lambda model: model; sys.argv = sys.argv[1:]"
     program += "; sys.path.insert(0, 'examples'); runpy.run_path(sys.argv[0], run_name='__main__')"
