@@ -186,6 +186,8 @@ def test_disagreements_are_one_error_on_all(ranks):
 @pytest.mark.filterwarnings("default")  # it imports parts of torch that torch itself has deprecated
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_torchs_own_code_generator_equals_the_eager_model(ranks, rng):
+    if ranks.size > 3:
+        pytest.skip("every rank compiles, and cores are few")
     eager = Branches(None)
     model = copy.deepcopy(eager)
-    track(ranks, compiled(model, backend="inductor"), eager, [2, 3, 4, 5][: ranks.size], rng, steps=2)
+    track(ranks, compiled(model, backend="inductor"), eager, [2, 3, 4][: ranks.size], rng, steps=2)
