@@ -10,6 +10,8 @@ A tour, in reading order:
 
     reference.py      the whole layer over the global batch, in one process: what the rest must equal
     functional.py     the autograd function: the picture above, step by step
+    differentiable.py the same in torch operators, for compilers, second derivatives and masks
+    collective.py     the all-reduce as a registered operator
     moments.py        what travels: sums of x and x * x, in float64
     kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++
     transports/       the step across processes

@@ -7,20 +7,23 @@ between ranks returns its error instead of raising it: the verdict travels with 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from syncbn.agreement import by_rank, gather_notes, raise_gathered
+from syncbn import kernels, moments
+from syncbn.agreement import by_rank, gather_notes, raise_gathered, require_equal
 from syncbn.moments import DTYPES, Status
+from syncbn.renorm import RenormLimits
 from syncbn.transports.base import AbstractTransport
 
 NAME = "SyncBatchNorm"
 MAX_DIMS = 32
 """What the compiled kernels take."""
 _STRIDED = torch.strided
+SETTINGS = ("num_features", "eps", "momentum (-1 is None)", "track_running_stats", *RenormLimits._fields)
 
 
 def input_error(x: object, num_features: int | None) -> Exception | None:
@@ -81,7 +84,36 @@ def agreed_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
     widths = [p.numel() for p in parameters.values() if p is not None]
     if isinstance(x, Tensor) and x.dim() >= 2:
         widths.append(x.size(1))
-    return Counter(widths).most_common(1)[0][0] if widths else 1
+    most = widths[0] if widths else 1
+    for width in widths:  # in the words that torch.compile knows
+        if widths.count(width) > widths.count(most):
+            most = width
+    return most
+
+
+def mask_error(mask: object, x: Tensor) -> Exception | None:
+    """Returns what is wrong with a mask of a good input x, but for its values, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        return TypeError(f"{NAME} needs a torch.Tensor as mask; received {type(mask).__name__}. Convert the mask.")
+    if mask.dtype.is_complex:
+        return TypeError(
+            f"{NAME} needs a mask of booleans or weights >= 0; received {_name(mask.dtype)}. Call mask.real first."
+        )
+    whole, spatial = tuple(x.shape), tuple(x.shape[2:])
+    if tuple(mask.shape) not in ((whole[0], *spatial), (whole[0], 1, *spatial)):
+        return ValueError(
+            f"{NAME} needs mask.shape == (N, *spatial) or (N, 1, *spatial); received {tuple(mask.shape)} for an input "
+            f"of shape {whole}. One weight counts for all channels."
+        )
+    if mask.requires_grad:
+        return ValueError(
+            f"{NAME} needs a mask without a gradient; received mask.requires_grad=True. Pass mask.detach()."
+        )
+    if mask.device != x.device:
+        return ValueError(f"{NAME} needs mask.device == input.device; received {mask.device} for {x.device}. Move it.")
+    return None
 
 
 def device_type(x: object) -> str:
@@ -134,13 +166,79 @@ def raise_if_disagreed(
             f"{NAME} needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever; "
             f"received {by_rank(notes, transport.ranks)}. Use torch.no_grad() on all ranks or on none, or model.eval()."
         )
-    if count_global == 1:
+    if 0 < count_global <= 1:  # with a mask, a sum of weights
         shapes = by_rank(gather_notes(f"shape {tuple(x.shape)}", transport), transport.ranks)
         raise ValueError(
-            f"{NAME} needs at least 2 values per channel in the group to estimate a variance; received 1 over "
-            f"{transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
+            f"{NAME} needs at least 2 values per channel in the group to estimate a variance; received "
+            f"{count_global:g} over {transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
             "Give each rank more samples or call model.eval()."
         )
+
+
+def describe(error: Exception | None) -> str:
+    """Turns an error into a text that a compiled graph can hold; nothing into nothing."""
+    if error is None:
+        return ""
+    return ("T" if isinstance(error, TypeError) else "V") + str(error.args[0])
+
+
+def raise_if_wires_disagree(
+    wire: Tensor, own: Tensor, transport: AbstractTransport, *, fault: str, mask: Tensor | None
+) -> None:
+    """Does what :func:`raise_if_disagreed` does where only wires are at hand, as inside an operator.
+
+    Args:
+        wire: float64 (2C + 8,), summed over the ranks.
+        own: float64 (2C + 8,), what this rank gave.
+        transport: the group.
+        fault: :func:`describe` of what is wrong with this rank's input.
+        mask: this rank's mask, for the error about its values.
+
+    Communication:
+        As :func:`raise_if_disagreed`.
+
+    Raises:
+        ValueError, TypeError: on every rank of the group.
+    """
+    count_global, status = kernels.choose(wire).read_status(wire)
+    unanimous = status.faults == 0 and status.dtypes <= 1 and status.grad_enabled in (0, transport.size)
+    if unanimous and not 0 < count_global <= 1:
+        return
+    count_local, local = moments.read_status(own)
+    error: Exception | None = None
+    if local.faults:
+        error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else _mask_values_error(mask)
+    dtype = next((d for d in DTYPES if getattr(local, _name(d))), torch.float32)
+    samples = int(min(max(count_local, 0.0), 2.0**31)) if math.isfinite(count_local) else 0  # a mask may hold anything
+    C = (wire.numel() - 1 - len(local)) // 2
+    share = torch.empty(samples, C, dtype=dtype, device="meta")  # what is known of it: (N * S, C)
+    raise_if_disagreed(count_global, status, transport, x=share, error=error, grad_enabled=bool(local.grad_enabled))
+
+
+def _mask_values_error(mask: Tensor | None) -> Exception:
+    assert mask is not None
+    values = mask.double()
+    return ValueError(
+        f"{NAME} needs finite mask values >= 0; received values from {values.nan_to_num().min().item():g} to "
+        f"{values.nan_to_num(posinf=torch.inf).max().item():g}, {int(values.isnan().sum())} of them NaN. "
+        "Use booleans, or weights that are never negative."
+    )
+
+
+def require_same_settings(settings: Sequence[float], transport: AbstractTransport) -> None:
+    """Compares the settings of a layer over the ranks: another C would give the wire another length.
+
+    Args:
+        settings: as :data:`SETTINGS` names them.
+        transport: the group.
+
+    Communication:
+        One all-reduce of 6 W float64 values, by every rank of the group.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    require_equal(dict(zip(SETTINGS, settings, strict=True)), transport, NAME, "Build the same model on every rank.")
 
 
 def _name(dtype: torch.dtype) -> str:

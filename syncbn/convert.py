@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import groups
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm, never_agreed
 
 _EAGER = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
@@ -55,8 +55,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, grou
         layer.__class__ = LazySyncBatchNorm if original in _LAZY else SyncBatchNorm
         layer.process_group = spec if spec is not None else kept_group
         layer.converted_from = original
-        layer._agreed_token = 0
-        layer._renorm = None
+        layer._agreed_token, layer._agreed, layer._renorm = 0, never_agreed(), None
     return module
 
 
@@ -87,7 +86,7 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
         if original in _LAZY and not isinstance(layer, LazySyncBatchNorm):
             original = _BECOMES[original]  # it has seen its first input since it was converted
         spec = layer._group_spec
-        for attribute in ("_group_spec", "converted_from", "_agreed_token", "_renorm", "frozen"):
+        for attribute in ("_group_spec", "converted_from", "_agreed_token", "_agreed", "_renorm", "frozen"):
             layer.__dict__.pop(attribute, None)
         layer.__class__ = original  # type: ignore[assignment]
         if original is nn.SyncBatchNorm:

@@ -6,6 +6,8 @@ torch.export, ONNX, torch.jit.trace and torch.fx follow the Python code and need
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +36,7 @@ class ScriptableSyncBatchNorm(SyncBatchNorm):
 
     __jit_unused_properties__ = ("process_group", "renorm_limits")
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 - TorchScript
         """Normalises by the running statistics where it is compiled, else as :class:`SyncBatchNorm` does."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.training:
@@ -46,4 +48,4 @@ class ScriptableSyncBatchNorm(SyncBatchNorm):
                 input, self.running_mean, self.running_var, self.weight, self.bias, local, 0.0, self.eps
             )
         else:  # TorchScript compiles what stands after a return, but not the branch that is not its own
-            return SyncBatchNorm.forward(self, input)
+            return SyncBatchNorm.forward(self, input, mask)

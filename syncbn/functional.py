@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn import checks, groups, kernels, moments, recomputation, transports
+from syncbn import checks, collective, differentiable, groups, kernels, moments, recomputation, transports
 from syncbn.moments import Running, Status
-from syncbn.renorm import RenormKernels, RenormLimits
+from syncbn.renorm import RenormKernels, RenormLimits, corrected
 from syncbn.transports.base import AbstractTransport
 
 # An input that always requires a gradient: where any rank needs backward, every rank records it and joins.
@@ -48,6 +48,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     process_group: Any = None,
     num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalises x by the statistics of the batch of all ranks, as in training.
 
@@ -63,6 +64,8 @@ def sync_batch_norm(
         eps: added to the variance.
         process_group: None for every rank, a torch ProcessGroup, an mpi4py communicator, or a subgroup of a World.
         num_batches_tracked: int64 (), counted up where the running statistics move, or None.
+        mask: (N, *spatial) or (N, 1, *spatial), boolean or weights >= 0, or None. Where it is 0 a value counts in no
+            statistic and gets none of their gradient; it is normalised like the rest.
 
     Returns:
         y, of x's shape, dtype and layout. If no rank has a sample, an empty y, and the buffers untouched.
@@ -86,8 +89,14 @@ def sync_batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    transport = transports.choose(groups.specify(process_group), checks.device_type(x))
+    spec = groups.specify(process_group)
     owner = next((t for t in (running_mean, weight, bias) if t is not None), recomputation.NOBODY)
+    if mask is not None or torch.compiler.is_compiling():
+        group = collective.key_for(spec, x)
+        return differentiable.batch_norm(
+            x, mask, weight, bias, C, running, eps, group, differentiable.Layer(owner=owner), error=error
+        )
+    transport = transports.choose(spec, checks.device_type(x))
     return apply(x, weight, bias, C, running, eps, transport, owner, error=error)
 
 
@@ -147,31 +156,28 @@ class _SyncBatchNorm(torch.autograd.Function):
         checks.raise_if_disagreed(
             count_global, status, transport, x=x, error=call.error, grad_enabled=call.grad_enabled
         )
-        if first is not None and known is None:
-            recomputation.keep(call.owner, first, wire, steps)
-        elif first is not None and first.steps is not None:
-            steps = first.steps  # with the r and d of the first forward, whose running statistics have moved since
+        if first is not None and isinstance(steps, RenormKernels):
+            steps.correction = first.correction  # the running statistics that it was made of have moved since
         running = call.running if count_global > 0 and known is None else None
         y: Tensor
         y, stats = steps.normalize(x, wire, weight, bias, running, call.eps, count_global)
+        if first is not None and known is None:
+            recomputation.keep(call.owner, first, wire, steps.correction if isinstance(steps, RenormKernels) else None)
 
         # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
         if not status.needs_grad and (status.grad_enabled or not call.grad_enabled):
             ctx.mark_non_differentiable(y)
         ctx.save_for_backward(x, weight)
         # Beside the saved tensors, at a fraction of their cost: nobody else can change the statistics.
-        ctx.state = steps, transport, stats, None if bias is None else bias.dtype, first
+        ctx.state = steps, transport, stats, None if bias is None else bias.dtype, first, wire, call.eps
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = _SyncBatchNorm.backward(ctx, grad_y)
-            refused: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(_ANCHOR, *gradients)  # type: ignore[no-untyped-call]
-            return refused
+        if torch.is_grad_enabled():  # create_graph=True: the same wire, in operators that autograd differentiates again
+            return _differentiable_backward(ctx, grad_y)
         x, weight = ctx.saved_tensors
-        steps, transport, stats, bias_dtype, _ = ctx.state
+        steps, transport, stats, bias_dtype, _, _, _ = ctx.state
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
 
         wire = steps.backward_sums(grad_y, x, stats)
@@ -184,25 +190,21 @@ class _SyncBatchNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Passes gradients on and refuses to be differentiated, also where grad_y is a constant.
-
-    torch's decorator of that purpose attaches its refusal only where grad_y itself requires a gradient: for a loss
-    that is linear in y a second derivative would be dropped in silence.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        del ctx, anchor
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, ...]:
-        del ctx, grad
-        raise RuntimeError(
-            f"{checks.NAME} needs to be differentiated once; received a second derivative, as of a gradient penalty. "
-            "Call model.eval() for it, or use a norm without batch statistics there."
-        )
+def _differentiable_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    steps, transport, _, bias_dtype, _, wire, eps = ctx.state
+    needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+    correction = steps.correction if isinstance(steps, RenormKernels) else None
+    effective = weight if correction is None else corrected(*correction, weight, None)[0]
+    grad_x, grad_weight, sum_grad_y = differentiable.gradients(
+        grad_y, x, None, effective, wire, eps, collective.key_of(transport), bias=torch.float64, needs_x=needs_x
+    )
+    assert sum_grad_y is not None
+    if correction is not None and grad_weight is not None:
+        r, d = correction
+        grad_weight = r * grad_weight + d * sum_grad_y
+    grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None and needs_weight else None
+    return grad_x, grad_weight, sum_grad_y.to(bias_dtype) if needs_bias else None, None, None
 
 
 _APPLY: Callable[..., Tensor] = super(torch.autograd.Function, _SyncBatchNorm).apply

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncbn import agreement, checks, functional, groups, renorm, transports
+from syncbn import agreement, checks, collective, differentiable, functional, groups, renorm, transports
 from syncbn.groups import GroupSpec
 from syncbn.moments import Running
 from syncbn.renorm import RenormLimits
@@ -84,7 +84,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = groups.specify_blocks(process_group, group_size)
         self.renorm_limits = renorm_limits
         self.converted_from: type[_BatchNorm] | None = None
-        self._agreed_token = 0
+        self._agreed_token, self._agreed = 0, never_agreed()
 
     @property
     def process_group(self) -> GroupSpec | None:
@@ -108,10 +108,19 @@ class SyncBatchNorm(_BatchNorm):
         """Sets the mode; a frozen layer stays in eval."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises this rank's share, (N, C, *spatial), by the statistics of the global batch."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalises this rank's share, (N, C, *spatial), by the statistics of the global batch.
+
+        Args:
+            input: (N, C, *spatial), N from 0.
+            mask: (N, *spatial) or (N, 1, *spatial), boolean or weights >= 0, or None where all counts. Where it is 0 a
+                value counts in no statistic and gets none of their gradient; it is normalised like the rest. In eval
+                it changes nothing.
+        """
         if not self.training:
-            return self._eval_forward(input)
+            return self._eval_forward(input, mask)
+        if torch.compiler.is_compiling():
+            return self._compiled_forward(input, mask)
         transport = transports.choose(self._group_spec, checks.device_type(input))
         if transport.token != self._agreed_token:
             self._agree_on_settings(transport)
@@ -119,12 +128,44 @@ class SyncBatchNorm(_BatchNorm):
         running = None
         if self.track_running_stats and mean is not None and var is not None:
             running = Running(mean, var, tracked, self.momentum)
+        if mask is not None:
+            group = collective.key_of(transport)
+            return differentiable.batch_norm(
+                input,
+                mask,
+                weight,
+                bias,
+                self.num_features,
+                running,
+                self.eps,
+                group,
+                differentiable.Layer(owner=self, renorm=self._renorm),
+            )
         return functional.apply(
             input, weight, bias, self.num_features, running, self.eps, transport, self, self._renorm
         )
 
-    def _eval_forward(self, x: Tensor) -> Tensor:
-        error = None if checks.is_recorded(x) else checks.input_error(x, self.num_features)
+    def _compiled_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Does the same in operators that a compiler sees; what depends on the other ranks happens when they run."""
+        running = None
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        return differentiable.batch_norm(
+            x,
+            mask,
+            self.weight,
+            self.bias,
+            self.num_features,
+            running,
+            self.eps,
+            collective.key_for(self._group_spec, x),
+            differentiable.Layer(self._agreed, self._settings(), renorm=self._renorm),
+        )
+
+    def _eval_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        error = None
+        if not checks.is_recorded(x):
+            error = checks.input_error(x, self.num_features) or checks.mask_error(mask, x)
         if error is not None:
             raise error
         local = self.running_mean is None  # no running statistics: those of this share, without communication
@@ -145,17 +186,17 @@ class SyncBatchNorm(_BatchNorm):
 
         return scriptable(self)
 
+    def _settings(self) -> tuple[float, ...]:
+        """Returns what ``checks.SETTINGS`` names."""
+        momentum = -1.0 if self.momentum is None else self.momentum
+        limits = self._renorm or renorm.OFF
+        return float(self.num_features), self.eps, momentum, float(self.track_running_stats), *limits
+
     def _agree_on_settings(self, transport: AbstractTransport) -> None:
-        """Compares settings over the ranks, once: another C would give the wire another length."""
-        settings = {
-            "num_features": self.num_features,
-            "eps": self.eps,
-            "momentum (-1 is None)": -1.0 if self.momentum is None else self.momentum,
-            "track_running_stats": self.track_running_stats,
-            **(self._renorm or renorm.OFF)._asdict(),
-        }
-        remedy = "Build the same model on every rank."
-        agreement.require_equal(settings, transport, checks.NAME, remedy)
+        """Compares settings over the ranks, once, also where a compiled graph has done it."""
+        if self._agreed.item() != transport.token:
+            checks.require_same_settings(self._settings(), transport)
+        self._agreed.fill_(transport.token)
         self._agreed_token = transport.token  # a number: it copies and pickles, and no later job has it
 
     @classmethod
@@ -211,6 +252,11 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         elif error is not None:
             raise error
         super().initialize_parameters(input)
+
+
+def never_agreed() -> Tensor:
+    """Makes what a compiled graph can read and write: int64 (), the token of the group that compared the settings."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from syncbn.kernels.base import AbstractKernels
 from syncbn.moments import STATUS_SLOTS
 
 MOST = 64
@@ -32,13 +31,13 @@ _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class FirstCall:
-    """One forward: the digest of this rank's wire and, once it is there, the wire of all ranks."""
+    """One forward: the digest of this rank's wire and, once they are there, the wire of all ranks, and r and d."""
 
     def __init__(self, wire: Tensor) -> None:
         self.count_local = float(wire[0])
         self.digest = _digest(wire)
         self.reduced: Tensor | None = None
-        self.steps: AbstractKernels | None = None
+        self.correction: tuple[Tensor, Tensor] | None = None
         self.repeated = False
 
 
@@ -98,13 +97,13 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
     return found[0]
 
 
-def keep(owner: Any, call: FirstCall, reduced: Tensor, steps: AbstractKernels) -> None:
+def keep(owner: Any, call: FirstCall, reduced: Tensor, correction: tuple[Tensor, Tensor] | None) -> None:
     """Keeps a first call: for as long as the caller does, and among the newest ``MOST`` in any case.
 
     The latter is for what no graph holds: a first forward under no_grad, and one whose output was dropped.
     Those that have been repeated go with the first forward after that.
     """
-    call.reduced, call.steps = reduced, steps
+    call.reduced, call.correction = reduced, correction
     calls = _calls.setdefault(owner, _Calls())
     calls.alive.add(call)
     calls.recent = [*(c for c in calls.recent if not c.repeated), call][-MOST:]

@@ -60,6 +60,28 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
     return RenormLimits(r_max, d_max)
 
 
+def correction(wire: Tensor, running: Running, eps: float, limits: RenormLimits) -> tuple[Tensor, Tensor]:
+    """Returns r and d, float64 (C,), of a batch and the running statistics that earlier batches made.
+
+    Args:
+        wire: float64 (2C + 8,), summed over the ranks.
+        running: before this batch moves it.
+        eps: added to both variances.
+        limits: of r and d.
+    """
+    mean, _, invstd = moments.finalize(wire, eps)
+    running_invstd = (running.var.double() + eps).rsqrt()
+    r = (running_invstd / invstd).clamp(1.0 / limits.r_max, limits.r_max)
+    d = ((mean - running.mean) * running_invstd).clamp(-limits.d_max, limits.d_max)
+    return r, d
+
+
+def corrected(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the weight and bias, float64 (C,), of the batch normalization that is equal."""
+    shift = d if weight is None else d * weight
+    return r if weight is None else r * weight, shift if bias is None else shift + bias
+
+
 @final
 class RenormKernels(AbstractKernels):
     """Other kernels with the weight and bias of batch renormalization. One for each call: it keeps r and d.
@@ -73,8 +95,7 @@ class RenormKernels(AbstractKernels):
 
     def __init__(self, inner: AbstractKernels, limits: RenormLimits) -> None:
         self.inner, self.limits = inner, limits
-        self.r: Tensor | None = None
-        self.d: Tensor | None = None
+        self.correction: tuple[Tensor, Tensor] | None = None
 
     def local_moments(self, x: Tensor, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
@@ -99,16 +120,11 @@ class RenormKernels(AbstractKernels):
         Without ``running`` it is that of batch normalization, or, where activation checkpointing repeats a forward,
         that of the first time.
         """
-        if running is not None:  # before they move: the correction is towards what earlier batches made of them
-            mean, _, invstd = moments.finalize(wire, eps)
-            running_invstd = (running.var.double() + eps).rsqrt_()
-            r_max, d_max = self.limits
-            self.r = running_invstd.div(invstd).clamp_(1.0 / r_max, r_max)
-            self.d = mean.sub_(running.mean).mul_(running_invstd).clamp_(-d_max, d_max)
-        if self.d is not None:
-            shift = self.d if weight is None else self.d * weight
-            bias = shift if bias is None else shift + bias
-        return self.inner.normalize(x, wire, self._scaled(weight), bias, running, eps, count_global)
+        if running is not None:
+            self.correction = correction(wire, running, eps, self.limits)
+        if self.correction is not None:
+            weight, bias = corrected(*self.correction, weight, bias)
+        return self.inner.normalize(x, wire, weight, bias, running, eps, count_global)
 
     def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
         """See :meth:`AbstractKernels.backward_sums`."""
@@ -118,17 +134,16 @@ class RenormKernels(AbstractKernels):
         self, wire: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """See :meth:`AbstractKernels.parameter_gradients`. grad_weight = r * sum_grad_y_xhat + d * sum_grad_y."""
-        if self.r is not None and self.d is not None:
+        if self.correction is not None:
+            r, d = self.correction
             sum_grad_y, sum_grad_y_xhat = wire.chunk(2)
-            wire = torch.cat((sum_grad_y, self.r * sum_grad_y_xhat + self.d * sum_grad_y))
+            wire = torch.cat((sum_grad_y, r * sum_grad_y_xhat + d * sum_grad_y))
         return self.inner.parameter_gradients(wire, weight, bias)
 
     def backward_input(
         self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
     ) -> Tensor:
         """See :meth:`AbstractKernels.backward_input`."""
-        return self.inner.backward_input(grad_y, x, wire, self._scaled(weight), stats)
-
-    def _scaled(self, weight: Tensor | None) -> Tensor | None:
-        """Returns r * weight."""
-        return weight if self.r is None else self.r if weight is None else self.r * weight
+        if self.correction is not None:
+            weight, _ = corrected(*self.correction, weight, None)
+        return self.inner.backward_input(grad_y, x, wire, weight, stats)

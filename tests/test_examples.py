@@ -60,7 +60,9 @@ def test_every_example_says_how_to_run_it():
     assert named == {path.stem for path in EXAMPLES.glob("*.py")} - HELPERS
 
 
-@pytest.mark.parametrize(("command", "printed"), [p for p in promises() if not re.search("digits|segm", p[0])])
+@pytest.mark.parametrize(
+    ("command", "printed"), [p for p in promises() if not re.search("digits.py|segmentation|wgan_gp.py", p[0])]
+)
 def test_an_example_prints_what_its_docstring_says(command, printed):
     done = run("bash", "-c", command)
     assert done.returncode == 0, done.stderr
@@ -95,6 +97,34 @@ def test_the_segmentation_is_good_where_it_is_synchronised_and_only_there(tmp_pa
     assert min(rows[1]) > 0.85
     assert min(rows[0]) < 0.3
     assert (tmp_path / "segmentation.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(("launcher", "n"), [("mpi", 2), ("torch", 3), ("python", 1)])
+def test_the_gradient_penalty_is_that_of_one_process_and_samples_are_drawn(launcher, n, tmp_path):
+    """The program itself compares the first gradient with that of one process."""
+    from matplotlib.image import imread
+
+    [(_, printed)] = [p for p in promises() if "wgan_gp.py" in p[0]]
+    done = launch(launcher, n, "examples/wgan_gp.py", "--steps", 20, "--out", tmp_path / "samples.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].strip() == printed.splitlines()[0]
+    pixels = imread(tmp_path / "samples.png")
+    assert pixels.shape[:2] == (256, 640)
+    assert pixels[..., 0].std() > 0.1
+
+
+def test_the_timing_of_compiled_steps_prints_its_table():
+    done = python("benchmarks/compiled_digits.py", "--backend", "aot_eager", "--repeats", 2, "--batches", 8)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| +8 \|( +[\d.]+ \|){3}$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_the_gradient_penalty_fails_where_the_conversion_does_nothing():
+    program = "import syncbn, runpy, sys; syncbn.convert_sync_batchnorm = lambda model: model; sys.argv = sys.argv[1:]"
+    program += "; sys.path.insert(0, 'examples'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = mpirun(2, "-c", program, "examples/wgan_gp.py", "--steps", 1)
+    assert done.returncode == 2
+    assert "The critic's gradient is not that of one process" in done.stderr
 
 
 @pytest.mark.parametrize(("launcher", "n"), [("python", 1), ("torch", 2)])

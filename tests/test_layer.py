@@ -100,15 +100,6 @@ def test_in_place_activation_after_it_is_allowed():
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [lambda y: y.square().sum(), lambda y: (y * torch.arange(3.0)).sum()])
-def test_a_second_derivative_is_refused_not_wrong(loss):
-    """Also of a loss that is linear in y, where grad_y is a constant."""
-    x = torch.randn(4, 3, requires_grad=True)
-    grad = torch.autograd.grad(loss(syncbn.SyncBatchNorm(3)(x)), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="SyncBatchNorm needs to be differentiated once"):
-        grad.square().sum().backward()
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_show(value):
     """As in torch: NaN for the channel, and the other channels untouched."""

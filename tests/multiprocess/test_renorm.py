@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Batch renormalization over all ranks is its definition over the global batch; with limits of (1, 0), batch norm."""
 
+import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import renorm
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C, counting, settled  # noqa: F401
+from tests.test_compile import compiled
 
 pytestmark = pytest.mark.ranks(1)
 
@@ -128,3 +132,70 @@ def test_useless_limits_are_refused(ranks, bad):
         lambda: syncbn.SyncBatchNorm(3, track_running_stats=False, renorm_limits=(3, 5)),
         "needs track_running_stats=True",
     )
+
+
+def _masked(layer, x):
+    return layer(x, mask=torch.ones(len(x), 4, dtype=torch.bool))
+
+
+def _checkpointed(layer, x):
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def _checkpointed_reentrant(layer, x):
+    return checkpoint(layer, x, use_reentrant=True)
+
+
+def _checkpointed_and_masked(layer, x):
+    return checkpoint(_masked, layer, x, use_reentrant=False)
+
+
+def _compiled(layer, x):
+    return compiled(layer)(x)
+
+
+WAYS = [_masked, _checkpointed, _checkpointed_reentrant, _checkpointed_and_masked, _compiled]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.strip("_"))
+def test_every_way_through_the_layer_is_renormalized(ranks, rng, way):
+    batch = batches.make((3 * ranks.size, 5, 4), rng, torch.float64)
+    mine = ranks.shares([3] * ranks.size)[ranks.rank]
+    results = []
+    for run in (lambda layer, x: layer(x), way):
+        layer, x = layer_with(batch, (1.3, 0.4)), batch.x[mine].clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own compiler has some
+            y = run(layer, x)
+        y.backward(batch.grad_y[mine])
+        results.append((y, x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var))
+    for plain, other in zip(*results, strict=True):
+        ranks.check_close(other, plain, 1e-6, way.__name__)
+
+
+def test_second_derivatives_hold_the_correction_constant(ranks, rng):
+    batch = batches.make((3 * ranks.size, 5, 4), rng, torch.float64)
+    mine = ranks.shares([3] * ranks.size)[ranks.rank]
+    once = layer_with(batch, (1.3, 0.4)).double()
+    twice = copy.deepcopy(once)
+    x, again = (batch.x[mine].clone().requires_grad_() for _ in range(2))
+    once(x).backward(batch.grad_y[mine])
+    y = twice(again)
+    got = torch.autograd.grad(y, (again, twice.weight, twice.bias), batch.grad_y[mine], create_graph=True)
+    for found, expected in zip(got, (x.grad, once.weight.grad, once.bias.grad), strict=True):
+        ranks.check_close(found, expected, 1e-12)
+    penalty = torch.autograd.grad(got[0].square().sum(), again)[0]
+    # The same with r and d as they were, written as batch norm with another weight.
+    exact = definition_of_penalty(batch, once)
+    ranks.check_close(penalty, exact[mine], 1e-9)
+
+
+def definition_of_penalty(batch, layer):
+    """The gradient of the squared gradient of the input, over the global batch in one process."""
+    mean, var = torch.linspace(-1.0, 2.0, 5), torch.linspace(0.5, 9.0, 5)
+    r = definition(batch, mean, var, (1.3, 0.4)).r
+    x = batch.x.double().requires_grad_()
+    weight = (r * layer.weight.detach()).double()
+    y = torch.nn.functional.batch_norm(x, None, None, weight, None, True)
+    (grad_x,) = torch.autograd.grad(y, x, batch.grad_y.double(), create_graph=True)
+    return torch.autograd.grad(grad_x.square().sum(), x)[0]
