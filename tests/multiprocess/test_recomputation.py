@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
 ]
 
-C = 5
+C = 7  # no wire has the length of the settings of 2, 3 or 4 ranks
 FORWARD, BACKWARD = 2 * C + 8, 2 * C
 
 
