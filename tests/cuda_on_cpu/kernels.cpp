@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The kernels' own source, compiled for a CPU: four steps, four storage types, two layouts.
+#include "kernels.hpp"
+
+#include "cuda.hpp"
+
+#include "backward_input.cu"
+#include "backward_sums.cu"
+#include "local_moments.cu"
+#include "normalize.cu"
+
+#define ONE(step, Arguments, T, Layout) \
+    {#step "<" #T ", " #Layout ">", [](const void* a) { step<T, Layout>(*static_cast<const Arguments*>(a)); }},
+#define TYPES(step, Arguments, Layout)                                                 \
+    ONE(step, Arguments, Float16, Layout) ONE(step, Arguments, BFloat16, Layout)       \
+    ONE(step, Arguments, float, Layout) ONE(step, Arguments, double, Layout)
+#define STEP(step, Arguments) TYPES(step, Arguments, Planes) TYPES(step, Arguments, Rows)
+
+const std::map<std::string, Kernel>& kernels() {
+    static const std::map<std::string, Kernel> all = {
+        STEP(local_moments, LocalMoments) STEP(normalize, Normalize)
+        STEP(backward_sums, BackwardSums) STEP(backward_input, BackwardInput)};
+    return all;
+}
