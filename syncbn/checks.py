@@ -90,6 +90,8 @@ def raise_if_disagreed(
             f"{transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
             "Give each rank more samples or call model.eval()."
         )
+    if error is not None:  # a GPU tells the others later, see kernels/cuda_verdict.py
+        raise error
 
 
 def _name(dtype: torch.dtype) -> str:

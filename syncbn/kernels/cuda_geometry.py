@@ -63,7 +63,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
     N, C, S = shape[0], shape[1], prod(shape[2:])
     if N * S == 0:
         columns, V = min(32, threads), 16 // itemsize
-        return Geometry("Rows", 0, C, 1, -(-C // (columns * V)), 1, 1, 16, (columns, 1))
+        return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
     if planes and C == 1:
@@ -87,22 +87,22 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], order: list[int]
 
 def _planes(N: int, C: int, S: int, itemsize: int, threads: int) -> Geometry:
     V = 16 // itemsize
-    pieces = N * -(-S // V)
-    lanes = min(threads, max(min(32, threads), _power_of_two(-(-pieces // STEPS))))
+    pieces = N * _ceil(S, V)
+    lanes = min(threads, max(min(32, threads), _power_of_two(_ceil(pieces, STEPS))))
     rows = threads // lanes
-    while rows > 1 and -(-C // rows) < FILLED:
+    while rows > 1 and _ceil(C, rows) < FILLED:
         rows //= 2
-    groups = -(-C // rows)
+    groups = _ceil(C, rows)
     blocks, per_block = _share(pieces, lanes, groups, BLOCKS_OF_PLANES)
     return Geometry("Planes", N, C, S, groups, blocks, per_block, S * itemsize, (lanes, rows))
 
 
 def _rows(N: int, C: int, itemsize: int, threads: int) -> Geometry:
     V = 16 // itemsize
-    columns = min(32, threads, _power_of_two(-(-C // V)))
+    columns = min(32, threads, _power_of_two(_ceil(C, V)))
     while True:
-        lanes = min(threads // columns, _power_of_two(-(-N // STEPS)))
-        groups = -(-C // (columns * V))
+        lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS)))
+        groups = _ceil(C, columns * V)
         blocks, per_block = _share(N, lanes, groups, BLOCKS_OF_ROWS)
         if columns <= 8 or groups * blocks >= FILLED:  # 8 columns: 128 bytes, a whole line
             return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
@@ -111,9 +111,13 @@ def _rows(N: int, C: int, itemsize: int, threads: int) -> Geometry:
 
 def _share(pieces: int, lanes: int, groups: int, most: int) -> tuple[int, int]:
     """Returns blocks a group and pieces a block: whole rounds of the lanes, at least STEPS of them if it can be."""
-    wanted = max(1, min(-(-most // groups), -(-pieces // (lanes * STEPS))))
-    per_block = -(-(-(-pieces // wanted)) // lanes) * lanes
-    return -(-pieces // per_block), per_block
+    wanted = max(1, min(_ceil(most, groups), _ceil(pieces, lanes * STEPS)))
+    per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
+    return _ceil(pieces, per_block), per_block
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _power_of_two(n: int) -> int:

@@ -115,7 +115,7 @@ class CupyLauncher(AbstractLauncher):
         self._refuse_capture(f"the first use of {kernel}")
         try:
             module = self._cupy.RawModule(
-                code=source(kernel.split("<")[0]), options=OPTIONS, name_expressions=(kernel,)
+                code=source(kernel.partition("<")[0]), options=OPTIONS, name_expressions=(kernel,)
             )
             function: int = module.get_function(kernel).kernel.ptr
         except Exception as error:
@@ -159,7 +159,7 @@ def explain_failure(kernel: str, error: Exception, cupy: Any) -> str:
         theirs = f"CuPy {cupy.__version__}, whose CUDA does not load: {unknown}"
     return (
         f"The GPU kernels need a CuPy that compiles for this GPU; received a failure at {kernel}, with {theirs} beside "
-        f'torch {torch.__version__} for CUDA {torch.version.cuda}. Install the pair that fits with: pip install '
+        f"torch {torch.__version__} for CUDA {torch.version.cuda}. Install the pair that fits with: pip install "
         f'"syncbn[cuda{major}]", and NVRTC with: pip install "nvidia-cuda-nvrtc{"" if int(major) > 12 else "-cu12"}"; '
         f"{REMEDY} The compiler said:\n{error}"
     )

@@ -60,7 +60,7 @@ def late_error(count: float, status: Status, what: str, ranks: int) -> Exception
     """Words a verdict for which nobody can be asked any more."""
     late = (
         f"This rank's input was {what}. Found late, as a GPU is not waited for: the output of that call was NaN, and "
-        "its running statistics were left alone. End all processes, or call World.check() after a step to be told there."
+        "its running statistics were left alone. End all processes; World.check() after a step tells at once."
     )
     if status.faults:
         return ValueError(

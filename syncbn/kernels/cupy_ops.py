@@ -98,7 +98,7 @@ class CupyKernels(AbstractKernels):
         if running is not None:
             tracked = running.num_batches_tracked
             momentum = -1.0 if running.momentum is None else running.momentum
-            if tracked is not None and (tracked.get_device() != x.get_device() or tracked.dtype != torch.int64):
+            if tracked is not None and (tracked.device != x.device or tracked.dtype != torch.int64):
                 raise ValueError(
                     f"num_batches_tracked must be int64 on {x.device}; received {tracked.dtype} on {tracked.device}. "
                     "Move the layer with layer.to(x.device)."
@@ -223,7 +223,7 @@ def _values(values: Tensor | None, x: Tensor) -> tuple[int, int, int]:
     """The fields of Values, for a vector that the kernel can reach."""
     if values is None:
         return _ABSENT
-    if values.get_device() != x.get_device() or values.shape != x.shape[1:2] or values.dtype not in CODES:
+    if values.device != x.device or values.shape != x.shape[1:2] or values.dtype not in CODES:
         raise ValueError(
             f"weight, bias and running statistics must be floating-point of shape ({x.size(1)},) on {x.device}; "
             f"received {values.dtype} {tuple(values.shape)} on {values.device}. Move the layer with layer.to(x.device)."
@@ -233,7 +233,6 @@ def _values(values: Tensor | None, x: Tensor) -> tuple[int, int, int]:
 
 def _like(grad_y: Tensor, x: Tensor) -> Tensor:
     """Returns grad_y in the dtype and layout of x: itself, if it is so."""
-    if grad_y.dtype == x.dtype and not grad_y.is_neg():
-        if grad_y.stride() == x.stride() or not x.numel():
-            return grad_y
+    if grad_y.dtype == x.dtype and not grad_y.is_neg() and (grad_y.stride() == x.stride() or not x.numel()):
+        return grad_y
     return torch.empty_like(x).copy_(grad_y)

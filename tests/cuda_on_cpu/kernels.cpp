@@ -16,6 +16,14 @@
     ONE(step, Arguments, float, Layout) ONE(step, Arguments, double, Layout)
 #define STEP(step, Arguments) TYPES(step, Arguments, Planes) TYPES(step, Arguments, Rows)
 
+extern "C" int argument_size(const char* step) {
+    const std::map<std::string, size_t> sizes = {{"local_moments", sizeof(LocalMoments)},
+                                                 {"normalize", sizeof(Normalize)},
+                                                 {"backward_sums", sizeof(BackwardSums)},
+                                                 {"backward_input", sizeof(BackwardInput)}};
+    return int(sizes.at(step));
+}
+
 const std::map<std::string, Kernel>& kernels() {
     static const std::map<std::string, Kernel> all = {
         STEP(local_moments, LocalMoments) STEP(normalize, Normalize)
