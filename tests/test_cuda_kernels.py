@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the GPU kernels promise beyond the contract of test_kernels.py, on a CPU: see cuda_on_cpu/cuda.hpp."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -12,7 +16,8 @@ from syncbn.kernels import cuda_geometry, cupy_ops
 from syncbn.kernels.cupy_ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Running, Status
-from tests.cuda_on_cpu import EmulatedLauncher
+from tests import processes
+from tests.cuda_on_cpu import CUDA, EmulatedLauncher, build
 
 TORCH = TorchKernels()
 EPS = 1e-5
@@ -239,3 +244,42 @@ def test_the_layer_trains_on_them_as_on_the_readable_ones(monkeypatch):
         results.append([leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def sanitized(kind, library):
+    """Runs the four steps on a build with one of gcc's sanitizers."""
+    found = subprocess.run(["gcc", f"-print-file-name=lib{kind[0]}san.so"], capture_output=True, text=True, check=True)
+    if not os.path.isabs(found.stdout.strip()):
+        pytest.skip(f"gcc has no lib{kind[0]}san here")
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "TSAN_OPTIONS": "exitcode=66"}
+    words = ("-m", "tests.cuda_on_cpu.steps", library)
+    return processes.python(*words, LD_PRELOAD=found.stdout.strip(), PYTHONMALLOC="malloc", limit=300, **options)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_the_sanitizers_find_nothing(kind):
+    done = sanitized(kind, build(f"-fsanitize={kind}"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "done\n"
+
+
+# What each line is for, and who notices when it is gone.
+BROKEN = {
+    "a barrier": ("thread", "reduce.cuh", "        __syncthreads();\n        if (!last)", "        if (!last)"),
+    "a fence": ("thread", "reduce.cuh", "        __threadfence();  // the sums", "        // the sums"),
+    "a bound": ("address", "storage.cuh", "i < length ? p[i] : T{}", "p[i]"),
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("missing", BROKEN)
+def test_the_sanitizers_find_a_kernel_without(missing, tmp_path):
+    kind, name, line, without = BROKEN[missing]
+    shutil.copytree(CUDA, tmp_path / "cuda")
+    text = (tmp_path / "cuda" / name).read_text()
+    assert line in text
+    (tmp_path / "cuda" / name).write_text(text.replace(line, without))
+    done = sanitized(kind, build(f"-fsanitize={kind}", cuda=tmp_path / "cuda"))
+    assert done.returncode != 0
+    assert f"{'Thread' if kind == 'thread' else 'Address'}Sanitizer: " in done.stderr

@@ -23,16 +23,16 @@ PROBLEMS = {1: "no such kernel", 2: "a barrier that not all threads reach", 3: "
 
 
 @cache
-def build(*more):
+def build(*more, cuda=CUDA):
     """Compiles kernels and machine; once for each content and set of flags on this host."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    sources = sorted([*HERE.glob("*.[ch]pp"), *CUDA.glob("*.cu*")])
+    sources = sorted([*HERE.glob("*.[ch]pp"), *cuda.glob("*.cu*")])
     key = hashlib.sha256(repr(more).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     library = Path(tempfile.gettempdir(), f"syncbn-cuda-on-cpu-{key}.so")
     if not library.exists():
         made = library.with_suffix(f".{id(library)}")
-        words = ["g++", *FLAGS, *QUIET, *more, f"-I{HERE}", f"-I{CUDA}", HERE / "kernels.cpp", HERE / "machine.cpp"]
+        words = ["g++", *FLAGS, *QUIET, *more, f"-I{HERE}", f"-I{cuda}", HERE / "kernels.cpp", HERE / "machine.cpp"]
         subprocess.run([*words, "-o", made], check=True, timeout=300)
         made.replace(library)
     return library
@@ -43,11 +43,11 @@ class EmulatedLauncher(AbstractLauncher):
 
     Args:
         seed: of the order of blocks and threads.
-        more: flags for the compiler.
+        library: what ``build`` made, if not of the sources as they are.
     """
 
-    def __init__(self, seed=0, more=()):
-        self.library = ctypes.CDLL(str(build(*more)))
+    def __init__(self, seed=0, library=None):
+        self.library = ctypes.CDLL(str(library or build()))
         self.seed, self.launches, self.box = seed, [], Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64))
         self.zeros = torch.zeros(4096, dtype=torch.int32)
 

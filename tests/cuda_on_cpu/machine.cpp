@@ -2,6 +2,7 @@
 // The fibres behind cuda.hpp, and the launch that tests call through ctypes.
 #include "cuda.hpp"
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -38,7 +39,7 @@ constexpr unsigned UNORDERED = 1;  // a switch by itself orders nothing
 
 struct Fibre {
     ucontext_t context;
-    std::vector<char> stack;
+    void* stack = nullptr;
     dim3 index;
     void* sanitizer;
     bool done;
@@ -50,7 +51,8 @@ struct Machine {
     void* scheduler_sanitizer;
     Fibre* running;
     const std::function<void()>* kernel;
-    char barrier, fence, end;  // addresses that stand for an order
+    std::vector<uint64_t> barriers;  // addresses that stand for an order: one a block,
+    uint64_t fence, end;             // one for all fences, one for the end of the launch
 };
 Machine* machine;
 
@@ -73,6 +75,22 @@ UNSEEN void resume(Fibre& fibre) {
     swapcontext(&machine->scheduler, &fibre.context);
 }
 
+UNSEEN void prepare(Fibre& fibre) {
+#ifdef __SANITIZE_THREAD__
+    if (fibre.stack != nullptr) munmap(fibre.stack, STACK);  // memory that the sanitizer takes for new
+    fibre.stack = nullptr;
+#endif
+    if (fibre.stack == nullptr)
+        fibre.stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack;
+    fibre.context.uc_stack.ss_size = STACK;
+    fibre.context.uc_link = nullptr;
+    makecontext(&fibre.context, body, 0);
+    fibre.sanitizer = __tsan_create_fiber(0);
+    fibre.done = false;
+}
+
 // Runs the threads of one block; false where some end while others wait.
 UNSEEN bool run_block(std::mt19937& random) {
     static std::vector<Fibre> fibres(256);
@@ -80,16 +98,8 @@ UNSEEN bool run_block(std::mt19937& random) {
     machine->scheduler_sanitizer = __tsan_get_current_fiber();
     std::vector<size_t> order(threads);
     for (size_t i = 0; i < threads; ++i) {
-        Fibre& f = fibres[i];
-        f.stack.resize(STACK);
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data();
-        f.context.uc_stack.ss_size = STACK;
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, body, 0);
-        f.index = dim3{unsigned(i % machine->block.x), unsigned(i / machine->block.x), 0};
-        f.sanitizer = __tsan_create_fiber(0);
-        f.done = false;
+        prepare(fibres[i]);
+        fibres[i].index = dim3{unsigned(i % machine->block.x), unsigned(i / machine->block.x), 0};
         order[i] = i;
     }
     size_t done = 0;
@@ -113,9 +123,10 @@ UNSEEN dim3 block_size() { return machine->block; }
 UNSEEN dim3 grid_size() { return machine->grid; }
 
 UNSEEN void synchronise() {
-    __tsan_release(&machine->barrier);
+    uint64_t* barrier = &machine->barriers[machine->place.x];
+    __tsan_release(barrier);
     leave();
-    __tsan_acquire(&machine->barrier);
+    __tsan_acquire(barrier);
 }
 
 UNSEEN void fence() {
@@ -136,6 +147,7 @@ extern "C" UNSEEN int launch(const char* name, unsigned grid, unsigned x, unsign
     now.grid = dim3{grid, 1, 1};
     now.block = dim3{x, y, 1};
     now.kernel = &kernel;
+    now.barriers.resize(grid);
     machine = &now;
     std::mt19937 random(seed);
     std::vector<unsigned> order(grid);
