@@ -30,6 +30,8 @@ def _nvrtc():
     found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
     if not found:
         pytest.skip("needs a CUDA compiler: nvcc on the PATH, or pip install nvidia-cuda-nvrtc")
+    for builtins in found[-1].parent.glob("libnvrtc-builtins.so.*"):  # which it would look for elsewhere
+        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(found[-1]))
 
 

@@ -107,7 +107,7 @@ class CupyLauncher(AbstractLauncher):
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
             self._local.keep = pointers
             self._local.argument = buffer, ctypes.addressof(pointers)
-            torch.zeros((), device="cuda")  # makes the device's context current in this thread
+            self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver wants a context in this thread
             return self._local.argument  # type: ignore[no-any-return]
 
     def _compile(self, kernel: str, device: int) -> int:
