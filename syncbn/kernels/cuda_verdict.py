@@ -30,7 +30,7 @@ class Mailbox:
     SIZE = 2 + len(STATUS_SLOTS)
 
     def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+        self.memory = memory
         self.address = memory.data_ptr()
         self._slots = (ctypes.c_double * self.SIZE).from_address(self.address)
         self._calls: list[tuple[int, str, int]] = [(0, "", 1)] * REMEMBERED

@@ -53,8 +53,6 @@ class CupyKernels(AbstractKernels):
 
     def local_moments(self, x: Tensor, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
-        if not self._on_host:
-            self._launcher.mailbox(x).look()
         x, plan = self._laid_out(x)
         C = plan.C
         wire = x.new_empty(2 * C + _ENDS, dtype=torch.float64)
@@ -71,8 +69,15 @@ class CupyKernels(AbstractKernels):
         return wire
 
     def read_status(self, wire: Tensor) -> tuple[float, Status]:
-        """See :meth:`AbstractKernels.read_status`. Where that would be a wait, the verdict is left to the device."""
-        return moments.read_status(wire) if self._on_host else _UNKNOWN
+        """See :meth:`AbstractKernels.read_status`. Where that would be a wait, the verdict is left to the device.
+
+        What it has found in earlier calls is raised here, and in backward_input: after the all-reduce, in which the
+        other ranks would wait for this one.
+        """
+        if self._on_host:
+            return moments.read_status(wire)
+        self._launcher.mailbox(wire).look()
+        return _UNKNOWN
 
     def normalize(
         self,
@@ -142,8 +147,6 @@ class CupyKernels(AbstractKernels):
     def _backward_sums(
         self, grad_y: Tensor, x: Tensor, stats: BatchStats, grad_weight: Tensor | None, grad_bias: Tensor | None
     ) -> Tensor:
-        if not self._on_host:
-            self._launcher.mailbox(x).look()
         x, plan = self._laid_out(x)
         grad_y = _like(grad_y, x)
         wire = stats.mean.new_empty(2 * plan.C)
@@ -169,6 +172,8 @@ class CupyKernels(AbstractKernels):
         self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
     ) -> Tensor:
         """See :meth:`AbstractKernels.backward_input`."""
+        if not self._on_host:
+            self._launcher.mailbox(x).look()
         dense, plan = self._laid_out(x)
         grad_x = torch.empty_like(dense)
         if plan.N:

@@ -3,6 +3,7 @@
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -31,7 +32,7 @@ def build(*more, cuda=CUDA):
     key = hashlib.sha256(repr(more).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     library = Path(tempfile.gettempdir(), f"syncbn-cuda-on-cpu-{key}.so")
     if not library.exists():
-        made = library.with_suffix(f".{id(library)}")
+        made = library.with_suffix(f".{os.getpid()}")
         words = ["g++", *FLAGS, *QUIET, *more, f"-I{HERE}", f"-I{cuda}", HERE / "kernels.cpp", HERE / "machine.cpp"]
         subprocess.run([*words, "-o", made], check=True, timeout=300)
         made.replace(library)
