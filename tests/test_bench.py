@@ -151,3 +151,11 @@ def test_over_mpi_the_layer_is_faster_than_the_composite():
             break
     assert best[0] > 2.5
     assert best[1] > 1.3
+
+
+def test_without_a_gpu_the_gpu_bench_says_so_and_fails(capsys, monkeypatch):
+    from syncbn import cli
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert "needs an NVIDIA GPU; torch finds none" in capsys.readouterr().err
