@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The transports of GPU tensors, with a GPU, an NCCL and an MPI that only take notes."""
 
+import dataclasses
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from syncbn import transports, world
+from syncbn import kernels, transports, world
 from syncbn.groups import GroupSpec
 from syncbn.transports import mpi_staged, nccl
 
@@ -189,3 +190,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(RuntimeError, match=r"local rank 2 with 2 GPUs.*NCCL refuses two ranks on one GPU"):
         world._device(2)
+
+
+def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):
+    place = world.init()
+    place.check()  # on a CPU nothing is outstanding
+    notes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: notes.append(("synchronize", device)))
+    monkeypatch.setattr(kernels, "look", lambda device: notes.append(("look", device)))
+    gpu = torch.device("cuda", 1)
+    dataclasses.replace(place, device=gpu).check()
+    assert notes == [("synchronize", gpu), ("look", gpu)]
