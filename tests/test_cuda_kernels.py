@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the GPU kernels promise beyond the contract of test_kernels.py, on a CPU: see cuda_on_cpu/cuda.hpp."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -54,6 +55,24 @@ def differing(a, b):
 def test_arguments_are_packed_as_the_structs_are(name):
     packed = getattr(cupy_ops, name.upper()).size
     assert EmulatedLauncher().library.argument_size(name.encode()) == packed <= 512
+
+
+def test_the_conversions_of_the_machine_are_those_of_torch():
+    library = EmulatedLauncher().library
+    bits = torch.arange(65536).to(torch.uint16)
+    wide = torch.empty(2, 65536)
+    library.widen_all(*(ctypes.c_void_p(row.data_ptr()) for row in wide))
+    steps = torch.tensor([0.25, 0.5, 0.75, 1.0])  # between neighbours, on the tie, beyond
+    for row, dtype in zip(wide, (torch.float16, torch.bfloat16), strict=True):
+        exact = bits.view(dtype).float()
+        assert torch.equal(row.nan_to_num(nan=7.0), exact.nan_to_num(nan=7.0))
+        finite = exact[exact.isfinite()].sort().values
+        between = finite[:-1, None] + finite.diff()[:, None] * steps
+        x = torch.cat((between.flatten(), torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, 65519.9, 65520.0, 1e-9])))
+        narrow = torch.empty(2, x.numel(), dtype=torch.uint16)
+        library.narrow_all(x.numel(), *(ctypes.c_void_p(t.data_ptr()) for t in (x, *narrow)))
+        for got, kind in zip(narrow, (torch.float16, torch.bfloat16), strict=True):
+            assert torch.equal(got, x.to(kind).view(torch.uint16)), (dtype, kind)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])

@@ -78,6 +78,7 @@ inline unsigned short float_to_half(float value) {
     const unsigned short sign = float_to_bits(value) >> 16 & 0x8000;
     const float size = fabsf(value);
     if (isnan(value)) return 0x7fff;
+    if (size == 0) return sign;
     if (size >= 65520.0f) return sign | 0x7c00;  // the midpoint to 2^16 rounds up
     int exponent;
     frexpf(size, &exponent);

@@ -24,6 +24,20 @@ extern "C" int argument_size(const char* step) {
     return int(sizes.at(step));
 }
 
+// Every half precision number widened, and numbers narrowed: cuda.hpp's own arithmetic wants a test too.
+extern "C" void widen_all(float* halves, float* bfloats) {
+    for (unsigned bits = 0; bits < 65536; ++bits) {
+        halves[bits] = half_to_float(static_cast<unsigned short>(bits));
+        bfloats[bits] = bfloat16_to_float(static_cast<unsigned short>(bits));
+    }
+}
+extern "C" void narrow_all(int count, const float* x, unsigned short* halves, unsigned short* bfloats) {
+    for (int i = 0; i < count; ++i) {
+        halves[i] = float_to_half(x[i]);
+        bfloats[i] = float_to_bfloat16(x[i]);
+    }
+}
+
 const std::map<std::string, Kernel>& kernels() {
     static const std::map<std::string, Kernel> all = {
         STEP(local_moments, LocalMoments) STEP(normalize, Normalize)
