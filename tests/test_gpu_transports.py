@@ -78,7 +78,7 @@ def test_nccl_sums_in_place_on_the_current_stream(library):
     assert library.notes[-1] == ("bcast", tensor.data_ptr(), 6, 1, 1, 103)
 
 
-def test_mpi_carries_ncclss_id_and_the_cpu_tensors(library):
+def test_mpi_carries_the_id_of_nccl_and_the_cpu_tensors(library):
     host = Host()
     transport = nccl.NcclTransport(host)
     assert library.notes == [("init", 2, tuple(range(-64, 64)), 0)]
