@@ -2,6 +2,7 @@
 # make demo     four processes train on real data, synchronized and not
 # make test     every test, on 1 to 4 processes
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
+# make gpu      on a machine with an NVIDIA GPU: every test on it, then the benchmark; needs no network
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -10,7 +11,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-one test-mpi test-torchrun test-mpich sanitize lint docs clean
+.PHONY: demo test test-one test-mpi test-torchrun test-mpich sanitize gpu lint docs clean
 
 demo: $(VENV)/ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
@@ -34,6 +35,10 @@ test-mpich: $(VENV)-mpich/ready
 
 sanitize: $(VENV)/ready
 	timeout 900 tests/sanitize.sh
+
+# With the machine's own Python, torch and CuPy.
+gpu:
+	launch/gpu.sh
 
 lint: $(VENV)/ready
 	ruff format --check .

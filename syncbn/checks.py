@@ -173,6 +173,8 @@ def raise_if_disagreed(
             f"{count_global:g} over {transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
             "Give each rank more samples or call model.eval()."
         )
+    if error is not None:  # a GPU tells the others later, see kernels/cuda_verdict.py
+        raise error
 
 
 def describe(error: Exception | None) -> str:

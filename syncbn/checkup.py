@@ -130,7 +130,7 @@ def _look_around(report: Report, launch: Launch) -> None:
         remedy = "Start fewer processes a host, or call syncbn.init(device='cpu')."
         report.complain(f"host {host} has more processes than GPUs ({gpus})", remedy)
     on_cpu = device.type == "cpu"
-    report.kernels, report.kernels_reason = kernels.explain() if on_cpu else ("torch", "a GPU; kernels are to come")
+    report.kernels, report.kernels_reason = kernels.explain() if on_cpu else kernels.explain_device()
     report.ranks = [Place(launch.rank, launch.local_rank, host, os.getpid(), str(device))]
 
 

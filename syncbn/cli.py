@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "doctor":
         status = doctor.run(limit=args.timeout, as_json=args.json)
+    elif args.device == "cuda":
+        from syncbn import bench_gpu
+
+        status = bench_gpu.run(repeats=args.repeats, output=args.output, shapes=tuple(args.shapes or bench_gpu.SHAPES))
     else:
         form = "json" if args.json else "csv" if args.csv else "table"
         shapes = tuple(args.shapes or bench_report.SHAPES)
@@ -104,6 +108,10 @@ def _add_bench(commands: Any) -> None:
         metavar="N,C,H,W",
         help="share of one process (default: those of a ResNet-50 at 2 images a process, and 2,64,8,8)",
     )
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one process, every dtype and layout"
+    )
+    command.add_argument("--output", metavar="FILE", help="with --device cuda: write the rows there, as JSON")
     command.add_argument("--dtype", choices=bench_report.DTYPES, default=defaults.dtype, help="(default: %(default)s)")
     command.add_argument("--channels-last", action="store_true", help="input in channels_last memory format")
     command.add_argument("--repeats", type=_at_least(1), default=defaults.repeats, help="(default: %(default)s)")

@@ -139,7 +139,8 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor | None, call: Call
     ) -> Tensor:
-        steps, transport = kernels.choose(x), call.transport
+        transport = call.transport
+        steps = kernels.choose(x) if x.is_cpu else kernels.on_device(x, transport)
         if call.renorm is not None:
             steps = RenormKernels(steps, call.renorm)
         needs_grad = call.grad_enabled and anchor is None
@@ -180,9 +181,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         steps, transport, stats, bias_dtype, _, _, _ = ctx.state
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
 
-        wire = steps.backward_sums(grad_y, x, stats)
-        grad_weight, grad_bias = steps.parameter_gradients(  # local, as DDP expects: it averages them
-            wire, weight.dtype if needs_weight else None, bias_dtype if needs_bias else None
+        wire, grad_weight, grad_bias = steps.backward_sums_and_gradients(  # local, as DDP expects: it averages them
+            grad_y, x, stats, weight.dtype if needs_weight else None, bias_dtype if needs_bias else None
         )
         wire = transport.all_reduce(wire)
 

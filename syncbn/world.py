@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from syncbn import agreement, groups, launchers, rendezvous, transports
 from syncbn.announcing import announced
 from syncbn.groups import GroupSpec
+from syncbn.kernels import cuda_verdict
 from syncbn.transports.base import AbstractTransport
 
 T = TypeVar("T", bound=Tensor)
@@ -32,7 +34,7 @@ class World:
     launcher: str
     """torchrun, openmpi, mpich, slurm, env or none."""
     transport: AbstractTransport
-    """What connects everyone; ``transport.name`` is single, mpi or torch."""
+    """What connects everyone; ``transport.name`` is single, mpi, nccl or torch."""
 
     def broadcast(self, module: nn.Module, root: int = 0) -> None:
         """Copies parameters and buffers of ``module`` from rank ``root`` to every rank.
@@ -119,6 +121,17 @@ class World:
         """Waits until every rank has come, without keeping a core busy."""
         self.transport.barrier()
 
+    def check(self) -> None:
+        """Waits for this process's GPU and raises what its layers have found wrong with their input.
+
+        A GPU is not waited for in a step, so its layers tell of bad input one call late, or more. After this call
+        nothing is outstanding. On a CPU there never is.
+
+        Raises:
+            ValueError, TypeError: as the layer's forward does on a CPU. On every rank that shares the layer's group.
+        """
+        cuda_verdict.check(self.device)
+
     @announced
     def raise_together(self, error: Exception | None) -> None:
         """Raises on every rank if any rank brings an error, so that nobody waits for a rank that has given up.
@@ -178,6 +191,8 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
     """
     launch = launchers.detect()
     where = _device(launch.local_rank) if device is None else torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # NCCL and the kernels take the current one
     if torch_distributed is None:
         torch_distributed = launch.size > 1 and not launch.speaks_mpi
     if torch_distributed:
@@ -191,12 +206,15 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return torch.device("cuda", 0)  # the launcher has given each process a GPU of its own
     if local_rank >= torch.cuda.device_count():
         raise RuntimeError(
             f"syncbn.init() needs a GPU for each process of a host; received local rank {local_rank} with "
-            f"{torch.cuda.device_count()} GPUs. Start fewer processes, or call syncbn.init(device='cpu')."
+            f"{torch.cuda.device_count()} GPUs. Start fewer processes, call syncbn.init(device='cpu'), or share a GPU "
+            "knowingly with syncbn.init(device='cuda:0'): then MPI through host memory, or gloo, connects the "
+            "processes, since NCCL refuses two ranks on one GPU."
         )
-    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 

@@ -137,7 +137,7 @@ def test_a_process_that_never_comes_is_named_within_the_limit():
     ("variables", "words"),
     [
         ({"RANK": 0, "WORLD_SIZE": "two"}, "the environment cannot be read: .*two"),
-        ({"SYNCBN_TRANSPORT": "pigeon"}, "must be one of auto, single, mpi, torch; received 'pigeon'"),
+        ({"SYNCBN_TRANSPORT": "pigeon"}, "must be one of auto, single, mpi, nccl, torch; received 'pigeon'"),
         ({"RANK": 0, "WORLD_SIZE": 2}, "could not connect the processes: .*MASTER_ADDR"),
     ],
 )

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from syncbn import kernels, moments, reference
+from syncbn.kernels.cupy_ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Running, Status
+from tests.cuda_on_cpu import EmulatedLauncher
 from tests.multiprocess.batches import LAYOUTS
 from tests.tolerances import FLOOR, error
 
@@ -16,10 +18,12 @@ SHAPES = [(5, 3), (4, 1, 7), (2, 5, 3, 4), (3, 17, 1, 1), (2, 64, 9, 5), (2, 3, 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["torch", "host"])
+@pytest.fixture(params=["torch", "host", "cuda on cpu"])
 def implementation(request):
     if request.param == "torch":
         return TorchKernels()
+    if request.param == "cuda on cpu":
+        return CupyKernels(EmulatedLauncher())
     pytest.importorskip("syncbn.kernels._host", reason="built without a compiler")
     return pytest.importorskip("syncbn.kernels.host_ops").HostKernels()
 

@@ -78,7 +78,7 @@ def test_the_override_wins(monkeypatch, name):
 def test_an_unknown_override_lists_the_choices(monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "carrier pigeon")
     monkeypatch.setattr("syncbn.transports._live", {})
-    with pytest.raises(ValueError, match="one of auto, single, mpi, torch; received 'carrier pigeon'"):
+    with pytest.raises(ValueError, match="one of auto, single, mpi, nccl, torch; received 'carrier pigeon'"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 
 

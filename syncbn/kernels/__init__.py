@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn.kernels.base import AbstractKernels
+from syncbn.transports.base import AbstractTransport
 
-__all__ = ["CHOICES", "AbstractKernels", "Choice", "choose", "explain"]
+if TYPE_CHECKING:
+    from syncbn.kernels.cuda_launch import CupyLauncher
+
+__all__ = ["CHOICES", "AbstractKernels", "Choice", "choose", "explain", "explain_device", "look", "on_device"]
 
 CHOICES = ("auto", "host", "torch")
 OVERRIDE = "SYNCBN_KERNELS"
@@ -22,19 +28,51 @@ PLAIN = (Tensor, Parameter)
 
 
 class Choice(NamedTuple):
-    """Which kernels CPU tensors get, and why."""
+    """Which kernels tensors get, and why."""
 
     name: str
     reason: str
 
 
 def choose(x: Tensor) -> AbstractKernels:
-    """Returns the kernels for a tensor, by its device.
+    """Returns the kernels for a CPU tensor.
 
-    A CPU tensor gets :class:`syncbn.kernels.host_ops.HostKernels`, where they were built, and any other
+    It gets :class:`syncbn.kernels.host_ops.HostKernels`, where they were built, and any other
     :class:`syncbn.kernels.torch_ops.TorchKernels`. ``SYNCBN_KERNELS`` is read once, at the first call.
     """
     return _cpu_kernels() if x.is_cpu and type(x) in PLAIN and not x.is_neg() else _torch_kernels()
+
+
+def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
+    """Returns the kernels for a tensor that is not on the CPU, in a group of ranks.
+
+    A CUDA tensor gets :class:`syncbn.kernels.cupy_ops.CupyKernels`, where CuPy is installed; without it the readable
+    kernels serve, and a warning says so once.
+    """
+    if not x.is_cuda or type(x) not in PLAIN or x.is_neg():
+        return _torch_kernels()
+    return _cuda_kernels(transport.size, transport.on_host)
+
+
+def look(device: torch.device) -> None:
+    """Raises what the kernels of a CUDA device have left for the host, if they have. Waits for nothing."""
+    if explain_device().name == "cupy":
+        _launcher().mailbox(torch.empty(0, device=device)).look()
+
+
+@cache
+def explain_device() -> Choice:
+    """Says which kernels CUDA tensors get in this process, and why. Does not import CuPy."""
+    if os.environ.get(OVERRIDE, "auto") == "torch":
+        return Choice("torch", f"{OVERRIDE}=torch")
+    if torch.version.cuda is None:
+        return Choice("torch", "this torch is not built for CUDA")
+    if importlib.util.find_spec("cupy") is None:
+        major = torch.version.cuda.split(".")[0]
+        return Choice(
+            "torch", f'CuPy is not installed; `pip install "syncbn[cuda{major}]"` makes it several times as fast'
+        )
+    return Choice("cupy", "CuPy compiles them at first use")
 
 
 @cache
@@ -88,3 +126,22 @@ def _torch_kernels() -> AbstractKernels:
     from syncbn.kernels.torch_ops import TorchKernels
 
     return TorchKernels()
+
+
+@cache
+def _cuda_kernels(ranks: int, on_host: bool) -> AbstractKernels:
+    choice = explain_device()
+    if choice.name == "torch":
+        if not choice.reason.startswith(OVERRIDE):
+            warnings.warn(f"syncbn runs on torch's operators for CUDA tensors: {choice.reason}", stacklevel=2)
+        return _torch_kernels()
+    from syncbn.kernels.cupy_ops import CupyKernels
+
+    return CupyKernels(_launcher(), ranks, on_host=on_host)
+
+
+@cache
+def _launcher() -> CupyLauncher:
+    from syncbn.kernels.cuda_launch import CupyLauncher
+
+    return CupyLauncher()

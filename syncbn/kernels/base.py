@@ -26,19 +26,21 @@ class BatchStats(NamedTuple):
     """Statistics of the global batch that backward needs."""
 
     values: Tensor
-    """float64 (2C,): ``[mean (C), invstd (C)]``, one tensor because allocating one costs as much as a small step."""
+    """float64 ``[mean (C), invstd (C)]``, and the count where only the device has it. One tensor: an allocation costs as
+    much as a small step."""
     count_global: float
     """Samples per channel in the global batch."""
 
     @property
     def mean(self) -> Tensor:
         """A view, float64 (C,)."""
-        return self.values.chunk(2)[0]
+        return self.values[: self.values.numel() // 2]
 
     @property
     def invstd(self) -> Tensor:
         """A view, float64 (C,)."""
-        return self.values.chunk(2)[1]
+        C = self.values.numel() // 2
+        return self.values[C : 2 * C]
 
 
 class AbstractKernels(ABC):
@@ -124,6 +126,13 @@ class AbstractKernels(ABC):
             None if weight is None else grad_weight.to(weight, copy=True),
             None if bias is None else grad_bias.to(bias, copy=True),
         )
+
+    def backward_sums_and_gradients(
+        self, grad_y: Tensor, x: Tensor, stats: BatchStats, weight: torch.dtype | None, bias: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Runs :meth:`backward_sums` and :meth:`parameter_gradients`; one kernel where that saves a launch."""
+        wire = self.backward_sums(grad_y, x, stats)
+        return wire, *self.parameter_gradients(wire, weight, bias)
 
     @abstractmethod
     def backward_input(

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import warnings
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -19,9 +19,12 @@ from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
 
+if TYPE_CHECKING:
+    from syncbn.transports.mpi import MPITransport
+
 __all__ = ["CHOICES", "AbstractTransport", "Choice", "adopt", "choose", "explain", "over_mpi"]
 
-CHOICES = ("auto", "single", "mpi", "torch")
+CHOICES = ("auto", "single", "mpi", "nccl", "torch")
 OVERRIDE = "SYNCBN_TRANSPORT"
 _HAS_DISTRIBUTED = dist.is_available()
 
@@ -67,7 +70,7 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
     return transport
 
 
-def over_mpi() -> AbstractTransport:
+def over_mpi(device_type: str = "cpu") -> AbstractTransport:
     """Resolves every rank of the MPI job, whatever the choice for training is. Collective at its first call.
 
     Raises:
@@ -82,7 +85,7 @@ def over_mpi() -> AbstractTransport:
             "mpirun and the library that mpi4py loaded belong to different MPI installations. "
             "Run `syncbn doctor`, and start with the mpirun of that library."
         )
-    return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())))
+    return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())), device_type)
 
 
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
@@ -106,7 +109,8 @@ def explain(device_type: str = "cpu") -> Choice:
     launch = launchers.detect()
     torch_world = _torch_world()
     if launch.size > 1 and launch.speaks_mpi and _mpi_agrees(launch.size, torch_world, device_type):
-        return Choice("mpi", f"a {device_type} tensor under {launch.name} ({launch.evidence})")
+        name = "mpi" if device_type == "cpu" or importlib.util.find_spec("cupy") is None else "nccl"
+        return Choice(name, f"a {device_type} tensor under {launch.name} ({launch.evidence})")
     if torch_world is not None:
         return Choice("torch", "torch.distributed is initialised")
     if launch.size == 1:
@@ -118,8 +122,8 @@ def _everyone(device_type: str) -> AbstractTransport:
     choice = explain(device_type)
     if choice.unsynchronized:
         warnings.warn(choice.unsynchronized, RuntimeWarning, stacklevel=5)
-    if choice.name == "mpi":
-        return over_mpi()
+    if choice.name in ("mpi", "nccl"):
+        return over_mpi(device_type)
     if choice.name == "torch":
         return _torch(None, device_type)
     return SingleTransport(launchers.detect().rank)
@@ -140,7 +144,8 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
 
         if handle is None:
             _check_ranks(spec, mpi.world().Get_rank(), mpi.world().Get_size())
-        return mpi.MPITransport(mpi.comm_of(spec.ranks) if handle is None else handle)
+        transport = mpi.MPITransport(mpi.comm_of(spec.ranks) if handle is None else handle)
+        return transport if device_type != "cuda" else _on_gpus(transport)
     if _torch_world() is None and launchers.detect().size == 1:
         return SingleTransport()
     if handle is None or not _torch_knows(handle):
@@ -163,6 +168,12 @@ def _block(size: int, device_type: str) -> AbstractTransport:
     agreement.require_equal({"group_size": size}, everyone, "SyncBatchNorm", "Build the same model on every rank.")
     groups.require_divisor(size, everyone.size, "group_size")
     return everyone.split(everyone.rank // size)
+
+
+def _on_gpus(transport: MPITransport) -> AbstractTransport:
+    from syncbn.transports.nccl import on_gpus
+
+    return on_gpus(transport, os.environ.get(OVERRIDE, "auto"))
 
 
 def _torch(group: Any, device_type: str) -> AbstractTransport:

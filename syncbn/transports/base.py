@@ -29,6 +29,8 @@ class AbstractTransport(ABC):
     """A number that this group has and no other of this or any other job; equal on all members."""
     spec: GroupSpec | None
     """What a module stores of this group. None for a process alone."""
+    on_host = False
+    """Whether all_reduce waits on the host for the sum of a GPU tensor, so that reading it costs no further wait."""
 
     @abstractmethod
     def all_reduce(self, wire: Tensor) -> Tensor:

@@ -53,12 +53,16 @@ class TorchTransport(AbstractTransport):
         return group
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`."""
+        """See :meth:`AbstractTransport.all_reduce`. NCCL takes the few CPU tensors of reports by way of the GPU."""
+        if wire.is_cpu and self.device_type != "cpu":
+            return wire.copy_(self.all_reduce(wire.to(self.device_type)))
         dist.all_reduce(wire, group=self.group)
         return wire
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that the backend need not know the dtype."""
+        if tensor.is_cpu and self.device_type != "cpu":
+            return tensor.copy_(self.broadcast(tensor.to(self.device_type), root))
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=self.ranks[root], group=self.group)
         return tensor
 

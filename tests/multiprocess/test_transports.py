@@ -10,22 +10,48 @@ from syncbn.transports.single import SingleTransport
 pytestmark = pytest.mark.ranks(1)
 
 
-@pytest.fixture(params=["single", "mpi", "torch"])
+@pytest.fixture(params=["single", "mpi", "staged mpi", "torch"])
 def transport(request, ranks):
     """Each implementation, over every rank of the run where it connects them."""
     if request.param == "single":
         yield SingleTransport()
-    elif request.param == "mpi":
+    elif "mpi" in request.param:
         if not launchers.detect().speaks_mpi:
             pytest.skip("no MPI job")
         from syncbn.transports import mpi
 
-        yield mpi.MPITransport(mpi.world())
+        yield mpi.MPITransport(mpi.world()) if request.param == "mpi" else staged(mpi.MPITransport(mpi.world()))
     else:
         request.getfixturevalue("torch_world")
         from syncbn.transports.torch_dist import TorchTransport
 
         yield TorchTransport(torch.distributed.group.WORLD)
+
+
+def staged(host):
+    """The transport of GPU tensors, for CPU tensors: through a copy in another place."""
+    from syncbn.transports.mpi_staged import AbstractStage, StagedTransport
+
+    class Copies(AbstractStage):
+        def to_host(self, tensor):
+            return tensor.clone().view(-1)
+
+        def to_device(self, host, tensor):
+            tensor.view(-1).copy_(host)
+
+    return StagedTransport(host, Copies(), "cpu")
+
+
+def test_mpi_sums_what_a_pointer_points_to(ranks):
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("no MPI job")
+    from syncbn.transports import mpi
+
+    transport = mpi.MPITransport(mpi.world())
+    for dtype in (torch.float32, torch.float64):
+        wire = torch.arange(5, dtype=dtype) + ranks.rank
+        transport.all_reduce_pointer(wire)
+        ranks.check_equal(wire, torch.arange(5, dtype=dtype) * ranks.size + sum(range(ranks.size)))
 
 
 def test_it_knows_its_members(ranks, transport):

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// backward_input: grad_x = ((x - mean) * -slope + grad_y - offset) * scale, where
+//     slope = invstd * sum_grad_y_xhat / count;  offset = sum_grad_y / count;  scale = invstd * weight.
+//
+// In: grad_y and x, both planes or both rows, of one dtype; wire, float64 [sum_grad_y (C), sum_grad_y_xhat (C)], summed
+// over the ranks; mean, invstd, float64 (C,); count, float64 (1,); weight of any floating dtype. Out: grad_x, of x's dtype.
+// A block owns a group of channels and some of its pieces, and forms the coefficients of its channels in float64,
+// rounded once to the type of elementwise arithmetic. It goes backwards, as normalize.cu does, and for the same reason.
+// No reduction. Reads two elements and writes one: 6, 12 or 24 bytes per element. Limits: none.
+#include "walk.cuh"
+
+struct BackwardInput {
+    Shape shape;
+    const void *grad_y, *x;
+    void* grad_x;
+    const double *wire, *mean, *invstd, *count;
+    Values weight;
+};
+
+template <class T, template <class> class Layout>
+__global__ void __launch_bounds__(MAX_THREADS, 2) backward_input(const BackwardInput a) {
+    typedef Layout<T> Walk;
+    typedef typename Compute<T>::Type Number;
+    constexpr int UNROLL = 2;
+    __shared__ Number coefficients[4][MAX_THREADS];
+    const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
+    const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
+    const Int first = place.group * Walk::channels();
+    const double count = *a.count < 1 ? 1 : *a.count;
+    for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
+        const Int c = first + i;
+        coefficients[0][i] = Number(a.mean[c]);
+        coefficients[1][i] = Number(-(a.invstd[c] * a.wire[a.shape.C + c] / count));
+        coefficients[2][i] = Number(a.wire[c] / count);
+        coefficients[3][i] = Number(a.invstd[c] * read(a.weight, c, 1));
+    }
+    __syncthreads();
+    Walk walk(a.shape, place);
+    Number k[4][Walk::CHANNELS];
+#pragma unroll
+    for (int i = 0; i < 4 * Walk::CHANNELS; ++i) {
+        const int which = i / Walk::CHANNELS, j = i % Walk::CHANNELS;
+        k[which][j] = j < walk.used() ? coefficients[which][Walk::slot() + j] : 0;
+    }
+    const T *grad_y = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
+    T* grad_x = static_cast<T*>(a.grad_x);
+    walk.to_last(a.shape, place);
+    for (int step = 0; step < walk.steps; step += UNROLL) {
+        Pack<T> gs[UNROLL], xs[UNROLL];
+        Int offsets[UNROLL];
+        int lengths[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            offsets[u] = walk.offset;
+            lengths[u] = step + u < walk.steps ? walk.length() : 0;
+            if (lengths[u] > 0) {
+                gs[u] = load(grad_y + offsets[u], lengths[u], int(a.shape.width));
+                xs[u] = load(x + offsets[u], lengths[u], int(a.shape.width));
+            }
+            walk.back();
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            if (lengths[u] == 0) continue;
+            Pack<T> result;
+#pragma unroll
+            for (int i = 0; i < Walk::V; ++i) {
+                const int j = i % Walk::CHANNELS;
+                const Number v = (widen(xs[u].at[i]) - k[0][j]) * k[1][j];
+                narrow((v + widen(gs[u].at[i]) - k[2][j]) * k[3][j], result.at + i);
+            }
+            store(grad_x + offsets[u], result, lengths[u], int(a.shape.width));
+        }
+    }
+}

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// backward_sums: wire = [sum_grad_y (C), sum_grad_y_xhat (C)], the sums over n, s of grad_y and of grad_y * xhat,
+//     xhat = (x - mean) * invstd; and, of this rank alone, grad_bias = sum_grad_y, grad_weight = sum_grad_y_xhat.
+//
+// float64 x: grad_y * (x - mean) is summed. Other x: grad_y * x, an exact product in float64, and mean * sum_grad_y is
+// taken off at the end, which loses mean / std * 1e-16, less than the variance did.
+// In: grad_y and x, both planes or both rows, of one dtype; mean, invstd, float64 (C,). Out: wire, float64 (2C,);
+// grad_weight and grad_bias of any floating dtype, or null.
+// Ownership and order: as in local_moments.cu. Deterministic. Reads each element of both once: 4, 8 or 16 bytes per
+// element. Limits: none.
+#include "reduce.cuh"
+
+struct BackwardSums {
+    Shape shape;
+    const void *grad_y, *x;
+    const double *mean, *invstd;
+    double* wire;
+    Values grad_weight, grad_bias;
+    Reduction reduction;
+};
+
+template <class T, template <class> class Layout>
+__global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSums a) {
+    typedef Layout<T> Walk;
+    constexpr int UNROLL = 2;
+    constexpr bool CENTERED = sizeof(T) == sizeof(double);
+    const Int C = a.shape.C;
+    const Place place(a.shape, blockIdx.x);
+    Walk walk(a.shape, place);
+    const T *grad_y = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
+    double sums[2][Walk::CHANNELS] = {}, mean[Walk::CHANNELS];
+#pragma unroll
+    for (int i = 0; i < Walk::CHANNELS; ++i) mean[i] = CENTERED && i < walk.used() ? a.mean[walk.c + i] : 0;
+    for (int step = 0; step < walk.steps; step += UNROLL) {
+        Pack<T> gs[UNROLL], xs[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            gs[u] = xs[u] = Pack<T>{};
+            if (step + u >= walk.steps) continue;
+            gs[u] = load(grad_y + walk.offset, walk.length(), int(a.shape.width));
+            xs[u] = load(x + walk.offset, walk.length(), int(a.shape.width));
+            walk.next();
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+            for (int i = 0; i < Walk::V; ++i) {  // behind the end grad_y is 0
+                const double g = widen(gs[u].at[i]), v = widen(xs[u].at[i]);
+                const int j = i % Walk::CHANNELS;
+                sums[0][j] += g;
+                sums[1][j] = fma(g, CENTERED ? v - mean[j] : v, sums[1][j]);
+            }
+    }
+    reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_grad_y, double sum_product) {
+        const double centered = CENTERED ? sum_product : sum_product - a.mean[c] * sum_grad_y;
+        const double sum_grad_y_xhat = centered * a.invstd[c];
+        a.wire[c] = sum_grad_y;
+        a.wire[C + c] = sum_grad_y_xhat;
+        write(a.grad_bias, c, sum_grad_y);
+        write(a.grad_weight, c, sum_grad_y_xhat);
+    });
+}

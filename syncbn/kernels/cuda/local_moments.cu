@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// local_moments: wire = [count, sum_x (C), sum_x2 (C), status (7)], sum_x = sum over n, s of x; sum_x2 = of x * x.
+//
+// In: x, planes or rows (walk.cuh), float16, bfloat16, float32 or float64; N may be 0. Out: wire, float64 (2C + 8,).
+// A block owns a group of channels and some of its pieces; a thread every lanes-th piece, one pack at a time.
+// Accumulated in float64: a square of a float32 is exact there, and fma only saves a rounding for float64.
+// Order: a thread's pieces in order, then reduce.cuh. Deterministic. Reads each element once: 2, 4 or 8 bytes per
+// element. Limits: none.
+#include "reduce.cuh"
+
+constexpr int STATUS = 7;  // counters in the tail of the forward wire, see moments.py
+
+struct LocalMoments {
+    Shape shape;
+    const void* x;
+    double* wire;
+    double count;
+    double status[STATUS];
+    Reduction reduction;
+};
+
+template <class T, template <class> class Layout>
+__global__ void __launch_bounds__(MAX_THREADS, 2) local_moments(const LocalMoments a) {
+    typedef Layout<T> Walk;
+    constexpr int UNROLL = 4;  // loads in flight
+    const Int C = a.shape.C;
+    const Place place(a.shape, blockIdx.x);
+    Walk walk(a.shape, place);
+    const T* x = static_cast<const T*>(a.x);
+    double sums[2][Walk::CHANNELS] = {};
+    for (int step = 0; step < walk.steps; step += UNROLL) {
+        Pack<T> packs[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            packs[u] = Pack<T>{};
+            if (step + u >= walk.steps) continue;
+            packs[u] = load(x + walk.offset, walk.length(), int(a.shape.width));
+            walk.next();
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+            for (int i = 0; i < Walk::V; ++i) {
+                const double v = widen(packs[u].at[i]);
+                const int j = i % Walk::CHANNELS;
+                sums[0][j] += v;
+                sums[1][j] = fma(v, v, sums[1][j]);
+            }
+    }
+    reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_x, double sum_x2) {
+        a.wire[1 + c] = sum_x;
+        a.wire[1 + C + c] = sum_x2;
+    });
+    if (blockIdx.x == 0 && threadIdx.x == 0 && threadIdx.y == 0) {
+        a.wire[0] = a.count;
+        for (int i = 0; i < STATUS; ++i) a.wire[1 + 2 * C + i] = a.status[i];
+    }
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Two float64 sums a channel: over the lanes of a block, then over the blocks of a group, always in the same order.
+//
+// Over lanes: a binary tree in shared memory. Over blocks: each writes its sums to `partials`, float64
+// [blocks, 2, C], and takes a ticket; the block with the last ticket adds them up, lane l those of blocks l, l + lanes,
+// ..., and then the lanes as before. Which block is last changes nothing. It sets the ticket back to 0 for the next
+// launch on the stream, also of a graph's replay. No atomic touches a sum: deterministic.
+#pragma once
+#include "walk.cuh"
+
+struct Reduction {
+    double* partials;   // [blocks, 2, C], unused where a group has one block
+    unsigned* tickets;  // [groups], 0 before and after every launch
+};
+
+// Adds up the lanes; the sums of lane 0 are then complete. lanes is a power of two.
+template <class Walk> __device__ inline void over_lanes(const Walk& walk, double (&sums)[2][Walk::CHANNELS], double* shared) {
+    const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 2 * Walk::CHANNELS; ++i) shared[i * threads + me] = sums[i / Walk::CHANNELS][i % Walk::CHANNELS];
+    for (int half = walk.lanes / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (walk.lane < half)
+#pragma unroll
+            for (int i = 0; i < 2 * Walk::CHANNELS; ++i)
+                shared[i * threads + me] += shared[i * threads + me + half * walk.apart];
+    }
+    // Lane 0 reads what it wrote itself.
+#pragma unroll
+    for (int i = 0; i < 2 * Walk::CHANNELS; ++i) sums[i / Walk::CHANNELS][i % Walk::CHANNELS] = shared[i * threads + me];
+}
+
+// Calls finish(c, first, second) once for each channel of the group, in the block that comes last.
+template <class Walk, class Finish>
+__device__ inline void reduce(const Shape& k, const Place& place, const Walk& walk, const Reduction& r,
+                              double (&sums)[2][Walk::CHANNELS], Finish finish) {
+    __shared__ double shared[2 * Walk::CHANNELS * MAX_THREADS];
+    __shared__ bool last;
+    over_lanes(walk, sums, shared);
+    const bool leader = walk.lane == 0;
+    if (k.blocks > 1) {
+        double* mine = r.partials + place.block * 2 * k.C + walk.c;
+        if (leader)
+#pragma unroll
+            for (int i = 0; i < Walk::CHANNELS; ++i)
+                if (i < walk.used()) mine[i] = sums[0][i], mine[k.C + i] = sums[1][i];
+        __threadfence();  // the sums are in memory before the ticket says so
+        __syncthreads();
+        if (threadIdx.x == 0 && threadIdx.y == 0) {
+            const unsigned ticket = atomicAdd(r.tickets + place.group, 1u);
+            last = ticket == unsigned(k.blocks - 1);
+            if (last) r.tickets[place.group] = 0;
+        }
+        __syncthreads();
+        if (!last) return;
+        __threadfence();
+#pragma unroll
+        for (int i = 0; i < Walk::CHANNELS; ++i) {
+            sums[0][i] = sums[1][i] = 0;
+            if (i >= walk.used()) continue;
+            const double* theirs = r.partials + walk.c + i;
+            for (Int b = walk.lane; b < k.blocks; b += walk.lanes) {
+                sums[0][i] += __ldcg(theirs + b * 2 * k.C);
+                sums[1][i] += __ldcg(theirs + b * 2 * k.C + k.C);
+            }
+        }
+        over_lanes(walk, sums, shared);
+    }
+    if (leader)
+#pragma unroll
+        for (int i = 0; i < Walk::CHANNELS; ++i)
+            if (i < walk.used()) finish(walk.c + i, sums[0][i], sums[1][i]);
+}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a tensor is shared out to the blocks and threads of a GPU: launch geometry, and nothing that computes.
+
+N batch, C channels, S product of the spatial dims, V elements in 16 bytes. ``cuda/walk.cuh`` says what a block and a
+thread then own. The geometry is a function of shape, strides and dtype alone, not of the GPU: so is the order of the
+sums, and with it every bit of the result.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+THREADS = 256
+"""In a block, at most; MAX_THREADS in cuda/storage.cuh."""
+STEPS = 4
+"""Packs that a thread should have before the work of a channel is shared out to one more block."""
+# Enough for 132 multiprocessors, several blocks each, also at C = 64. A block of rows leaves more partial sums.
+# Not tuned on a GPU yet.
+BLOCKS_OF_PLANES = 2048
+BLOCKS_OF_ROWS = 528
+FILLED = 264
+
+
+class Geometry(NamedTuple):
+    """One launch: the fields of ``Shape`` in ``cuda/walk.cuh``, and the block."""
+
+    layout: str
+    """Planes or Rows, the template argument."""
+    N: int
+    C: int
+    S: int
+    groups: int
+    blocks: int
+    """Blocks a group."""
+    per_block: int
+    """Pieces a block."""
+    unit: int
+    """Bytes from one place where packs begin anew to the next: what alignment needs of a shape."""
+    block: tuple[int, int]
+    """Threads (x, y)."""
+
+    @property
+    def grid(self) -> int:
+        """How many blocks work on elements."""
+        return self.groups * self.blocks
+
+
+@lru_cache(maxsize=4096)
+def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, threads: int = THREADS) -> Geometry | None:
+    """Lays out a tensor.
+
+    Args:
+        shape: (N, C, *spatial).
+        strides: in elements.
+        itemsize: bytes an element.
+        threads: the largest block, a power of two.
+
+    Returns:
+        The geometry; None where the tensor is neither contiguous nor channels_last and wants a copy.
+    """
+    N, C, S = shape[0], shape[1], prod(shape[2:])
+    if N * S == 0:
+        columns, V = min(32, threads), 16 // itemsize
+        return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
+    dims = range(len(shape))
+    planes = _is_dense(shape, strides, [*dims])
+    if planes and C == 1:
+        return _planes(1, 1, N * S, itemsize, threads)
+    if planes and S > 1:
+        return _planes(N, C, S, itemsize, threads)
+    if _is_dense(shape, strides, [0, *dims[2:], 1]):
+        return _rows(N * S, C, itemsize, threads)
+    return None
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], order: list[int]) -> bool:
+    """Whether the elements follow one another in memory with these dims from the slowest to the fastest."""
+    expected = 1
+    for d in reversed(order):
+        if shape[d] != 1 and strides[d] != expected:
+            return False
+        expected *= shape[d]
+    return True
+
+
+def _planes(N: int, C: int, S: int, itemsize: int, threads: int) -> Geometry:
+    V = 16 // itemsize
+    pieces = N * _ceil(S, V)
+    lanes = min(threads, max(min(32, threads), _power_of_two(_ceil(pieces, STEPS))))
+    rows = threads // lanes
+    while rows > 1 and _ceil(C, rows) < FILLED:
+        rows //= 2
+    groups = _ceil(C, rows)
+    blocks, per_block = _share(pieces, lanes, groups, BLOCKS_OF_PLANES)
+    return Geometry("Planes", N, C, S, groups, blocks, per_block, S * itemsize, (lanes, rows))
+
+
+def _rows(N: int, C: int, itemsize: int, threads: int) -> Geometry:
+    V = 16 // itemsize
+    columns = min(32, threads, _power_of_two(_ceil(C, V)))
+    while True:
+        lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS)))
+        groups = _ceil(C, columns * V)
+        blocks, per_block = _share(N, lanes, groups, BLOCKS_OF_ROWS)
+        if columns <= 8 or groups * blocks >= FILLED:  # 8 columns: 128 bytes, a whole line
+            return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
+        columns //= 2
+
+
+def _share(pieces: int, lanes: int, groups: int, most: int) -> tuple[int, int]:
+    """Returns blocks a group and pieces a block: whole rounds of the lanes, at least STEPS of them if it can be."""
+    wanted = max(1, min(_ceil(most, groups), _ceil(pieces, lanes * STEPS)))
+    per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
+    return _ceil(pieces, per_block), per_block
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()

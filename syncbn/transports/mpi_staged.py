@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MPI for GPU tensors: through pinned host memory, or by device pointer where MPI says that it takes one.
+
+Only the stream that made the tensor is waited for, by an event. The host waits for the sum in any case: it is MPI that
+sums. So a CUDA graph cannot hold it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from torch import Tensor
+
+from syncbn import mpi_probe
+from syncbn.transports.base import AbstractTransport
+
+if TYPE_CHECKING:
+    from syncbn.transports.mpi import MPITransport
+
+
+class AbstractStage(ABC):
+    """The way of a tensor to memory that MPI can read, and back."""
+
+    @abstractmethod
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Returns a host copy, complete when this returns."""
+
+    @abstractmethod
+    def to_device(self, host: Tensor, tensor: Tensor) -> None:
+        """Copies back what ``to_host`` returned, in the order of the current stream."""
+
+
+@final
+class PinnedStage(AbstractStage):
+    """Pinned memory, kept for each length and dtype, and an event."""
+
+    def __init__(self) -> None:
+        self._pinned: dict[tuple[int, torch.dtype], tuple[Tensor, torch.cuda.Event]] = {}
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """See :meth:`AbstractStage.to_host`."""
+        key = tensor.numel(), tensor.dtype
+        if key not in self._pinned:
+            memory = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+            self._pinned[key] = memory, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        host, event = self._pinned[key]
+        event.wait()  # another stream may still be reading the last sum
+        host.copy_(tensor.view(-1), non_blocking=True)
+        event.record()
+        event.synchronize()
+        return host
+
+    def to_device(self, host: Tensor, tensor: Tensor) -> None:
+        """See :meth:`AbstractStage.to_device`."""
+        tensor.view(-1).copy_(host, non_blocking=True)
+        self._pinned[host.numel(), host.dtype][1].record()
+
+
+@final
+class StagedTransport(AbstractTransport):
+    """MPI for tensors of one kind of device; CPU tensors go through it too, without a stage.
+
+    Args:
+        host: MPI for CPU tensors, over the same ranks.
+        stage: how a tensor comes to the host.
+        device_type: where the staged tensors live.
+    """
+
+    name = "mpi"
+    on_host = True
+
+    def __init__(self, host: MPITransport, stage: AbstractStage | None = None, device_type: str = "cuda") -> None:
+        self.host, self.device_type = host, device_type
+        self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
+        self.token, self.spec = host.token, host.spec
+        self._stage = PinnedStage() if stage is None else stage
+        self._direct = stage is None and takes_device_pointers()
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`."""
+        if wire.device.type != self.device_type:
+            return self.host.all_reduce(wire)
+        _refuse_capture()
+        if self._direct:
+            torch.cuda.current_stream(wire.device).synchronize()
+            return self.host.all_reduce_pointer(wire)
+        staged = self._stage.to_host(wire)
+        self.host.all_reduce(staged)
+        self._stage.to_device(staged, wire)
+        return wire
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """See :meth:`AbstractTransport.broadcast`."""
+        if tensor.device.type != self.device_type:
+            return self.host.broadcast(tensor, root)
+        _refuse_capture()
+        staged = self._stage.to_host(tensor)
+        self.host.broadcast(staged, root)
+        self._stage.to_device(staged, tensor)
+        return tensor
+
+    def split(self, color: int) -> AbstractTransport:
+        """See :meth:`AbstractTransport.split`."""
+        part = cast("MPITransport", self.host.split(color))
+        return StagedTransport(part, None if isinstance(self._stage, PinnedStage) else self._stage, self.device_type)
+
+    def barrier(self) -> None:
+        """See :meth:`AbstractTransport.barrier`."""
+        self.host.barrier()
+
+
+def takes_device_pointers() -> bool:
+    """Whether this MPI says of itself that it reads GPU memory: to one that does not, such a pointer is a segfault."""
+    return any(mpi_probe.takes_gpu_pointers(library) for library in mpi_probe.loaded_libraries())
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A CUDA graph cannot hold an all-reduce that the host takes part in; received a capture over MPI through "
+            "host memory. Use one GPU for each rank, with NCCL: through torch.distributed or syncbn's own over MPI."
+        )

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""NCCL through CuPy, for GPU tensors under mpirun where torch.distributed is not in use. MPI carries its id."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from torch import Tensor
+
+from syncbn import agreement
+from syncbn.transports.base import AbstractTransport
+from syncbn.transports.mpi_staged import StagedTransport
+
+if TYPE_CHECKING:
+    from syncbn.transports.mpi import MPITransport
+
+ID_BYTES = 128
+PIECE = 2**40
+"""A GPU's identity travels as float64 numbers, which are exact below 2^53."""
+
+
+@final
+class NcclTransport(AbstractTransport):
+    """An NCCL communicator of its own, on torch's current stream; CPU tensors go through MPI.
+
+    Args:
+        host: MPI over the same ranks. Each must have a GPU of its own, and it must be the current device.
+
+    Communication:
+        At creation one broadcast of 128 bytes over MPI, and NCCL's own.
+    """
+
+    name = "nccl"
+
+    def __init__(self, host: MPITransport) -> None:
+        nccl = _nccl()
+        self.host, self._nccl = host, nccl
+        self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
+        self.token, self.spec = host.token, host.spec
+        number = torch.zeros(ID_BYTES, dtype=torch.int8)
+        if self.rank == 0:
+            number = torch.tensor(nccl.get_unique_id(), dtype=torch.int8)
+        host.broadcast(number)
+        self._comm = nccl.NcclCommunicator(self.size, tuple(number.tolist()), self.rank)
+        self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`. The host waits for nothing; a CUDA graph can hold it."""
+        if wire.is_cpu:
+            return self.host.all_reduce(wire)
+        pointer, kind = wire.data_ptr(), self._dtypes[wire.dtype]
+        stream = torch._C._cuda_getCurrentRawStream(wire.get_device())
+        self._comm.allReduce(pointer, pointer, wire.numel(), kind, self._nccl.NCCL_SUM, stream)
+        return wire
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that NCCL need not know the dtype."""
+        if tensor.is_cpu:
+            return self.host.broadcast(tensor, root)
+        size = tensor.numel() * tensor.element_size()
+        stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
+        self._comm.bcast(tensor.data_ptr(), size, self._nccl.NCCL_INT8, root, stream)
+        return tensor
+
+    def split(self, color: int) -> AbstractTransport:
+        """See :meth:`AbstractTransport.split`."""
+        return NcclTransport(cast("MPITransport", self.host.split(color)))
+
+    def barrier(self) -> None:
+        """See :meth:`AbstractTransport.barrier`."""
+        self.host.barrier()
+
+
+def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
+    """Chooses for GPU tensors of an MPI group: NCCL where every rank can and has a GPU of its own, else host memory.
+
+    Args:
+        host: MPI over the ranks.
+        override: "nccl" or "mpi" demands one of them.
+
+    Communication:
+        One all-reduce of 5 W float64 values, so that all ranks choose alike.
+
+    Raises:
+        RuntimeError: on every rank, if NCCL is demanded and cannot be.
+    """
+    reason = problem()
+    row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64)
+    table = agreement.gather(row, host)
+    if not reason and table[:, 0].any():
+        reason = f"rank {host.ranks[int(table[:, 0].argmax())]} cannot load it"
+    if not reason and len({tuple(row) for row in table.tolist()}) < host.size:
+        reason = "NCCL refuses two ranks on one GPU, and some of these ranks share one"
+    if override == "nccl" and reason:
+        raise RuntimeError(
+            f"SYNCBN_TRANSPORT=nccl needs NCCL and a GPU of its own for each rank; {reason}. Start one process for "
+            "each GPU, or unset SYNCBN_TRANSPORT: MPI through host memory serves several ranks on one GPU."
+        )
+    return StagedTransport(host) if reason or override == "mpi" else NcclTransport(host)
+
+
+def problem() -> str:
+    """Says why CuPy's NCCL cannot be used; nothing if it can."""
+    if importlib.util.find_spec("cupy") is None:
+        return 'CuPy is not installed (pip install "syncbn[cuda13]", or [cuda12])'
+    try:
+        return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
+    except ImportError as error:
+        return f"CuPy does not load: {error}"
+
+
+def _nccl() -> Any:
+    """CuPy's NCCL, without its warning: ``problem`` says what is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cupy.cuda import nccl
+
+        return nccl
+
+
+def _identity() -> list[float]:
+    """The current GPU among all GPUs of all hosts, as four exact numbers."""
+    number = int(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).replace("-", ""), 16)
+    return [float(number // PIECE**power % PIECE) for power in range(4)]

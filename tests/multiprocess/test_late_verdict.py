@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The GPU kernels under several ranks, on a CPU: the same bits as one rank, and a verdict that comes late on all."""
+
+import pytest
+import torch
+
+import syncbn
+from syncbn import kernels
+from syncbn.kernels.cupy_ops import CupyKernels
+from tests.cuda_on_cpu import EmulatedLauncher
+from tests.multiprocess import batches
+
+pytestmark = pytest.mark.ranks(1)
+
+
+@pytest.fixture
+def on_gpu(ranks, monkeypatch):
+    """Gives CPU tensors the kernels of CUDA tensors, for a group of every rank."""
+    implementation = CupyKernels(EmulatedLauncher(seed=ranks.rank), ranks.size)
+    monkeypatch.setattr(kernels, "choose", lambda x: implementation)
+    return implementation
+
+
+@pytest.mark.parametrize("shares", batches.SHARES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_any_split_has_the_bits_of_one_rank(ranks, on_gpu, rng, monkeypatch, shares, layout):
+    sizes = batches.SHARES[shares](ranks.size)
+    batch = batches.make((sum(sizes), 7, 9, 6), rng)
+    mine = ranks.shares(sizes)[ranks.rank]
+    x, grad_y = (batches.LAYOUTS[layout](t) for t in (batch.x, batch.grad_y))
+    ours = batches.run(batches.ours(batch), x[mine], grad_y[mine])
+    monkeypatch.setattr(kernels, "choose", lambda x: CupyKernels(EmulatedLauncher()))
+    monkeypatch.setenv("SYNCBN_TRANSPORT", "single")
+    alone = batches.run(batches.ours(batch), x, grad_y)
+    monkeypatch.delenv("SYNCBN_TRANSPORT")
+    for name, actual, expected in [
+        ("y", ours.y, alone.y[mine]),
+        ("grad_x", ours.grad_x, alone.grad_x[mine]),
+        ("mean", ours.mean, alone.mean),
+        ("var", ours.var, alone.var),
+    ]:
+        ranks.check_equal(actual, expected, name)
+
+
+def test_a_wrong_input_on_one_rank_raises_there_at_once_and_on_the_others_later(ranks, on_gpu):
+    layer, last = syncbn.SyncBatchNorm(4), ranks.size - 1
+    layer(torch.randn(3, 4))
+    before = layer.running_mean.clone()
+    try:
+        y, error = layer(torch.randn(3, 5 if ranks.rank == last else 4)), ""
+    except ValueError as refused:
+        y, error = torch.full((1,), torch.nan), str(refused)
+    ranks.check(("num_features=4" in error) == (ranks.rank == last), error)
+    ranks.check(y.isnan().all().item(), "NaN, not a number that looks right")
+    ranks.check_equal(layer.running_mean, before)
+    try:
+        layer(torch.randn(3, 4))
+        late = ""
+    except ValueError as found:
+        late = str(found)
+    expected = "" if ranks.rank == last else f"1 of {ranks.size} ranks had a wrong one"
+    ranks.check(late == expected or (expected and expected in late), late)
+    ranks.check_equal(layer(torch.ones(3, 4)), torch.zeros(3, 4))  # and all are still in step
+
+
+def test_a_step_without_any_gradient_still_joins_backward_on_every_rank(ranks, on_gpu):
+    layer = syncbn.SyncBatchNorm(4).requires_grad_(ranks.rank > 0)
+    y = layer(torch.randn(3, 4))
+    ranks.check(y.requires_grad, "nobody asks another rank whether it records")
+    y.sum().backward()
+    ranks.check((layer.weight.grad is not None) == (ranks.rank > 0), "the gradients are as asked for")

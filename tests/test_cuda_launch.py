@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How CuPy is asked: a CuPy and a CUDA that only take notes."""
+
+import ctypes
+import struct
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from syncbn import kernels
+from syncbn.kernels import cuda_launch
+from syncbn.kernels.cuda_launch import CupyLauncher
+from syncbn.kernels.cuda_verdict import Mailbox
+
+LAYOUT, X = struct.Struct("=qd"), torch.zeros(3)
+
+
+class Notes:
+    """What was asked of CUDA, and what it says of itself."""
+
+    def __init__(self):
+        self.launches, self.compiled, self.devices = [], [], []
+        self.stream, self.capturing, self.capture, self.failure = 77, False, 5, None
+
+    def launch_kernel(self, function, *arguments):
+        *sizes, shared, stream, pointers, extra = arguments
+        address = ctypes.c_void_p.from_address(pointers).value
+        argument = LAYOUT.unpack(ctypes.string_at(address, LAYOUT.size))
+        self.launches.append((function, tuple(sizes[:3]), tuple(sizes[3:]), shared, stream, argument, extra))
+
+    def raw_module(self, code, options, name_expressions):
+        self.compiled.append((code, options, name_expressions))
+        if self.failure is not None:
+            raise self.failure
+        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=SimpleNamespace(ptr=len(name))))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    notes = Notes()
+    runtime = SimpleNamespace(setDevice=notes.devices.append, runtimeGetVersion=lambda: 13020)
+    cupy = ModuleType("cupy")
+    cupy.__version__, cupy.RawModule, cupy.cuda = "14.2.0", notes.raw_module, SimpleNamespace(runtime=runtime)
+    api = ModuleType("cupy_backends.cuda.api")
+    api.driver = SimpleNamespace(launchKernel=notes.launch_kernel)
+    for name, module in {"cupy": cupy, "cupy_backends": ModuleType("b"), "cupy_backends.cuda": ModuleType("c")}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api", api)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: notes.capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: notes.stream, raising=False)
+    monkeypatch.setattr(cuda_launch, "capture_id", lambda stream: notes.capture)
+    return notes
+
+
+def test_a_launch_passes_one_struct_on_the_current_stream(notes):
+    launcher = CupyLauncher()
+    for number in (3, 4):
+        launcher.launch("normalize<float, Rows>", 12, (32, 8), LAYOUT, (number, 0.5), X)
+    handle = len("normalize<float, Rows>")
+    assert notes.launches == [(handle, (12, 1, 1), (32, 8, 1), 0, 77, (n, 0.5), 0) for n in (3, 4)]
+    assert notes.devices == [-1], "a context, once a thread"
+
+
+def test_a_kernel_is_compiled_once_with_its_headers_and_without_contraction(notes):
+    launcher = CupyLauncher()
+    for _ in range(2):
+        launcher.launch("backward_sums<double, Planes>", 1, (1, 1), LAYOUT, (0, 0.0), X)
+    ((code, options, names),) = notes.compiled
+    assert code == cuda_launch.source("backward_sums")
+    assert options == ("--std=c++17", "--fmad=false")
+    assert names == ("backward_sums<double, Planes>",)
+
+
+def test_a_kernel_that_does_not_compile_says_what_to_install_and_what_the_compiler_said(notes):
+    notes.failure = OSError("libnvrtc.so.13: cannot open shared object file")
+    with pytest.raises(RuntimeError, match="cannot open shared object file") as caught:
+        CupyLauncher().launch("normalize<float, Rows>", 1, (1, 1), LAYOUT, (0, 0.0), X)
+    for part in (
+        "normalize<float, Rows>",
+        "CuPy 14.2.0 for CUDA 13.2",
+        'pip install "syncbn[cuda',
+        "nvidia-cuda-nvrtc",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_capture_that_holds_a_first_use_is_refused(notes):
+    launcher = CupyLauncher()
+    notes.capturing = True
+    with pytest.raises(RuntimeError, match="Run one training step, forward and backward, before the capture"):
+        launcher.launch("normalize<float, Rows>", 1, (1, 1), LAYOUT, (0, 0.0), X)
+    with pytest.raises(RuntimeError, match="a capture that contains the first training step"):
+        launcher.mailbox(X)
+    assert notes.compiled == []
+
+
+def test_no_two_streams_and_no_two_captures_share_tickets(notes):
+    launcher = CupyLauncher()
+    first = launcher.tickets(X, 10)
+    assert launcher.tickets(X, 10) is first
+    notes.stream = 78
+    assert launcher.tickets(X, 10) is not first
+    notes.capturing = True
+    captured = launcher.tickets(X, 10)
+    assert launcher.tickets(X, 20) is captured
+    notes.capture = 6
+    assert launcher.tickets(X, 10) is not captured
+    notes.capturing, notes.stream = False, 77
+    assert launcher.tickets(X, 10) is first
+    assert launcher.tickets(X, 5000).numel() >= 5000
+
+
+def test_the_mailbox_of_a_device_is_one(notes, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    launcher = CupyLauncher()
+    assert launcher.mailbox(X) is launcher.mailbox(X)
+
+
+def test_a_verdict_on_a_call_long_gone_names_no_input():
+    memory = torch.zeros(Mailbox.SIZE, dtype=torch.float64)
+    box = Mailbox(memory)
+    for _ in range(300):
+        box.number(X, 2)
+    memory[0], memory[1] = 1.0, 1.0
+    with pytest.raises(ValueError, match="an earlier input"):
+        box.look()
+    box.look()
+
+
+@pytest.mark.parametrize(
+    ("version", "cupy", "override", "expected"),
+    [
+        (None, True, "auto", ("torch", "not built for CUDA")),
+        ("13.0", False, "auto", ("torch", 'pip install "syncbn[cuda13]"')),
+        ("12.8", False, "auto", ("torch", 'pip install "syncbn[cuda12]"')),
+        ("13.0", True, "torch", ("torch", "SYNCBN_KERNELS=torch")),
+        ("13.0", True, "auto", ("cupy", "CuPy")),
+    ],
+)
+def test_the_device_kernels_are_chosen_and_explained(monkeypatch, version, cupy, override, expected):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setenv("SYNCBN_KERNELS", override)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if cupy else None)
+    choice = kernels.explain_device.__wrapped__()
+    assert choice.name == expected[0]
+    assert expected[1] in choice.reason
+
+
+def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
+    choice = kernels.Choice("torch", "CuPy is not installed")
+    monkeypatch.setattr(kernels, "explain_device", lambda: choice)
+    with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
+        assert kernels._cuda_kernels.__wrapped__(1, False).name == "torch"

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The transports of GPU tensors, with a GPU, an NCCL and an MPI that only take notes."""
+
+import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from syncbn import kernels, transports, world
+from syncbn.groups import GroupSpec
+from syncbn.transports import mpi_staged, nccl
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU."""
+
+    is_cpu = False
+
+    def get_device(self):
+        return 3
+
+
+class Host:
+    """MPI over some ranks that all send what this one sends, or rows that are given."""
+
+    rank, token, spec = 0, 9, GroupSpec("mpi", (0, 1))
+
+    def __init__(self, size=2, rows=None):
+        self.size, self.ranks, self.notes, self.rows = size, tuple(range(size)), [], rows
+
+    def all_reduce(self, wire):
+        self.notes.append(("all_reduce", wire.numel()))
+        return wire.copy_(torch.tensor(self.rows, dtype=wire.dtype)) if self.rows else wire
+
+    def broadcast(self, tensor, root=0):
+        self.notes.append(("broadcast", tensor.numel(), root))
+        return tensor
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """CuPy's NCCL."""
+    notes = []
+    module = ModuleType("nccl")
+    module.available, module.NCCL_SUM, module.NCCL_INT8, module.NCCL_FLOAT64, module.NCCL_FLOAT32 = True, 0, 1, 8, 7
+    module.get_unique_id = lambda: tuple(range(-64, 64))
+    module.notes = notes
+
+    class NcclCommunicator:
+        def __init__(self, *arguments):
+            notes.append(("init", *arguments))
+
+        def allReduce(self, *arguments):  # noqa: N802 - CuPy's name
+            notes.append(("allReduce", *arguments))
+
+        def bcast(self, *arguments):
+            notes.append(("bcast", *arguments))
+
+    module.NcclCommunicator = NcclCommunicator
+    monkeypatch.setattr(nccl, "_nccl", lambda: module)
+    monkeypatch.setattr(nccl, "problem", lambda: "")
+    monkeypatch.setattr(nccl, "_identity", lambda: [1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(mpi_staged, "takes_device_pointers", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    return module
+
+
+def test_nccl_sums_in_place_on_the_current_stream(library):
+    transport = nccl.NcclTransport(Host())
+    for dtype, code in ((torch.float64, 8), (torch.float32, 7)):
+        wire = torch.ones(6, dtype=dtype).as_subclass(OnGpu)
+        assert transport.all_reduce(wire) is wire
+        assert library.notes[-1] == ("allReduce", wire.data_ptr(), wire.data_ptr(), 6, code, 0, 103)
+    tensor = torch.ones(3, dtype=torch.bfloat16).as_subclass(OnGpu)
+    transport.broadcast(tensor, 1)
+    assert library.notes[-1] == ("bcast", tensor.data_ptr(), 6, 1, 1, 103)
+
+
+def test_mpi_carries_the_id_of_nccl_and_the_cpu_tensors(library):
+    host = Host()
+    transport = nccl.NcclTransport(host)
+    assert library.notes == [("init", 2, tuple(range(-64, 64)), 0)]
+    assert host.notes == [("broadcast", 128, 0)]
+    transport.all_reduce(torch.ones(4))
+    assert host.notes[-1] == ("all_reduce", 4)
+    assert (transport.token, transport.spec) == (9, host.spec)
+
+
+ALONE = [[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 2.0, 3.0, 5.0]]
+SHARED = [ALONE[0], ALONE[0]]
+WITHOUT = [ALONE[0], [1.0, 1.0, 2.0, 3.0, 5.0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "override", "name"),
+    [
+        (ALONE, "auto", "nccl"),
+        (ALONE, "nccl", "nccl"),
+        (ALONE, "mpi", "mpi"),
+        (SHARED, "auto", "mpi"),
+        (WITHOUT, "auto", "mpi"),
+    ],
+)
+def test_nccl_where_each_rank_has_it_and_a_gpu_of_its_own(library, rows, override, name):
+    assert nccl.on_gpus(Host(rows=rows), override).name == name
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [(SHARED, "NCCL refuses two ranks on one GPU"), (WITHOUT, "rank 1 cannot")]
+)
+def test_a_demand_for_nccl_that_cannot_be_met_is_refused_on_every_rank(library, rows, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        nccl.on_gpus(Host(rows=rows), "nccl")
+
+
+def test_a_gpus_identity_is_exact(monkeypatch):
+    uuid = "ffffffff-ffff-ffff-ffff-fffffffffffe"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    pieces = nccl._identity()
+    assert sum(int(piece) << (40 * power) for power, piece in enumerate(pieces)) == 2**128 - 2
+
+
+class Event:
+    """A CUDA event that takes notes."""
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def __getattr__(self, name):
+        return lambda: self.notes.append(name)
+
+
+def test_pinned_memory_waits_for_the_producing_stream_and_is_not_overwritten_too_soon(monkeypatch):
+    notes = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(notes))
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype) if pin_memory else None
+    )
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, other, non_blocking: notes.append("copy") or copy(self, other)
+    )
+    stage, tensor = mpi_staged.PinnedStage(), torch.arange(6.0).view(2, 3)
+    host = stage.to_host(tensor)
+    assert notes == ["wait", "copy", "record", "synchronize"]
+    host += 1
+    stage.to_device(host, tensor)
+    assert notes[4:] == ["copy", "record"]
+    assert torch.equal(tensor, torch.arange(1.0, 7.0).view(2, 3))
+    assert stage.to_host(tensor) is host, "kept"
+
+
+def test_a_capture_over_host_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    transport = mpi_staged.StagedTransport(Host(), Event([]), "cpu")
+    with pytest.raises(RuntimeError, match="A CUDA graph cannot hold an all-reduce that the host takes part in"):
+        transport.all_reduce(torch.ones(3))
+
+
+def test_cuda_tensors_under_mpi_ask_for_nccl_where_there_is_cupy(monkeypatch):
+    for name in ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
+    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
+    sys.modules["cupy"].__spec__ = SimpleNamespace()
+    assert transports.explain("cuda").name == "nccl"
+    assert transports.explain("cpu").name == "mpi"
+    sys.modules["cupy"].__spec__ = None
+    monkeypatch.setattr(transports.importlib.util, "find_spec", lambda name: None if name == "cupy" else object())
+    assert transports.explain("cuda").name == "mpi"
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "visible", "expected"), [(1, 2, "", 1), (0, 1, "", 0), (3, 1, "7", 0), (1, 2, "4,5", 1)]
+)
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus, visible, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert world._device(local_rank) == torch.device("cuda", expected)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(RuntimeError, match=r"local rank 2 with 2 GPUs.*NCCL refuses two ranks on one GPU"):
+        world._device(2)
+
+
+def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):
+    place = world.init()
+    place.check()  # on a CPU nothing is outstanding
+    notes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: notes.append(("synchronize", device)))
+    monkeypatch.setattr(kernels, "look", lambda device: notes.append(("look", device)))
+    gpu = torch.device("cuda", 1)
+    dataclasses.replace(place, device=gpu).check()
+    assert notes == [("synchronize", gpu), ("look", gpu)]
