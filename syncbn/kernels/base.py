@@ -26,8 +26,8 @@ class BatchStats(NamedTuple):
     """Statistics of the global batch that backward needs."""
 
     values: Tensor
-    """float64 ``[mean (C), invstd (C)]``, and the count where only the device has it. One tensor: an allocation costs as
-    much as a small step."""
+    """float64 ``[mean (C), invstd (C)]``, and the count where only the device has it. One tensor, since an allocation
+    costs as much as a small step."""
     count_global: float
     """Samples per channel in the global batch."""
 
