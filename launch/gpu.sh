@@ -31,10 +31,10 @@ part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says, and goes o
 # No configuration: of the test tools only pytest itself is needed.
 part 120 alone "$PYTHON" -m pytest -q -c /dev/null --rootdir . tests/gpu tests/test_kernels.py tests/test_cuda_launch.py
 for n in 2 3; do
-    command -v mpirun >/dev/null && part 60 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
-    part 60 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
+    command -v mpirun >/dev/null && part 45 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
+    part 45 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
 done
 command -v compute-sanitizer >/dev/null && part 90 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
-part 240 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
+part 200 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
 cat "$OUT/bench.log"
 exit $failed

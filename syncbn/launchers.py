@@ -20,6 +20,11 @@ class Launch(NamedTuple):
     """Whether importing MPI joins this job: a plain ``srun`` may start processes that MPI_Init cannot wire up."""
     evidence: str
     """The variable that gave it away."""
+    local_size: int = 1
+    """Processes on this host; as far as this one knows, which is at least itself and those before it."""
+
+
+MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -29,24 +34,32 @@ def detect(environ: Mapping[str, str] = os.environ) -> Launch:
     through srun is mpirun.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
-        return _read(environ, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return _read(environ, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "OMPI_COMM_WORLD_SIZE" in environ:
-        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        names = (f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
         return _read(environ, "openmpi", *names, speaks_mpi=True)
     if "PMI_SIZE" in environ and "MPI_LOCALRANKID" in environ:
-        return _read(environ, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", speaks_mpi=True)
+        return _read(environ, "mpich", *MPICH, speaks_mpi=True)
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         pmi = "PMIX_RANK" in environ or "PMI_RANK" in environ
         return _read(environ, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", speaks_mpi=pmi)
     if "PMI_SIZE" in environ:
-        return _read(environ, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", speaks_mpi=True)
+        return _read(environ, "mpich", *MPICH, speaks_mpi=True)
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _read(environ, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return _read(environ, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Launch("none", 0, 1, 0, speaks_mpi=False, evidence="")
 
 
 def _read(
-    environ: Mapping[str, str], name: str, rank: str, size: str, local_rank: str, *, speaks_mpi: bool = False
+    environ: Mapping[str, str],
+    name: str,
+    rank: str,
+    size: str,
+    local_rank: str,
+    local_size: str = "",
+    *,
+    speaks_mpi: bool = False,
 ) -> Launch:
     values = int(environ.get(rank, 0)), int(environ[size]), int(environ.get(local_rank, 0))
-    return Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}")
+    on_host = int(environ.get(local_size, values[2] + 1))
+    return Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}", local_size=on_host)

@@ -21,13 +21,14 @@ _connections = itertools.count()
 
 
 def connect_torch(launch: Launch) -> None:
-    """Initialises torch.distributed once, gloo and, where there is a GPU, NCCL; and ends it when Python exits."""
+    """Initialises torch.distributed once, with NCCL where each process has a GPU; and ends it when Python exits."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
     atexit.register(_disconnect_torch)  # a gloo thread alive at exit can abort a process that did all its work
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    own = torch.cuda.is_available() and not shares_gpus(launch)  # NCCL refuses two ranks on one GPU
+    backend = "cpu:gloo,cuda:nccl" if own else "gloo"
     if launch.name in ("torchrun", "env"):
         from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
@@ -39,6 +40,12 @@ def connect_torch(launch: Launch) -> None:
     if address == LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size)
+
+
+def shares_gpus(launch: Launch) -> bool:
+    """Whether a host has more processes than GPUs. One visible GPU each is what a launcher hands out."""
+    handed_out = torch.cuda.device_count() == 1 and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return launch.local_size > torch.cuda.device_count() and not handed_out
 
 
 def _disconnect_torch() -> None:

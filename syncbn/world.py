@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import operator
-import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -190,7 +189,7 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
             processes on a host than GPUs and no ``device`` is given.
     """
     launch = launchers.detect()
-    where = _device(launch.local_rank) if device is None else torch.device(device)
+    where = _device(launch) if device is None else torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # NCCL and the kernels take the current one
     if torch_distributed is None:
@@ -203,19 +202,18 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
     return World(transport.rank, transport.size, launch.local_rank, where, launch.name, transport)
 
 
-def _device(local_rank: int) -> torch.device:
+def _device(launch: launchers.Launch) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return torch.device("cuda", 0)  # the launcher has given each process a GPU of its own
-    if local_rank >= torch.cuda.device_count():
+    if rendezvous.shares_gpus(launch):  # on every rank of the host alike
         raise RuntimeError(
-            f"syncbn.init() needs a GPU for each process of a host; received local rank {local_rank} with "
-            f"{torch.cuda.device_count()} GPUs. Start fewer processes, call syncbn.init(device='cpu'), or share a GPU "
-            "knowingly with syncbn.init(device='cuda:0'): then MPI through host memory, or gloo, connects the "
+            f"syncbn.init() needs a GPU for each process of a host; received {launch.local_size} processes and "
+            f"{torch.cuda.device_count()} GPUs on the host of rank {launch.rank}. Start fewer processes, call "
+            "syncbn.init(device='cpu'), or share a GPU knowingly with syncbn.init(device='cuda:0'): then MPI "
+            "through host memory, or gloo, connects the "
             "processes, since NCCL refuses two ranks on one GPU."
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", launch.local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 def _sparse_error(parameters: Mapping[str, nn.Parameter]) -> Exception | None:

@@ -154,3 +154,13 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
     monkeypatch.setattr(kernels, "explain_device", lambda: choice)
     with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
         assert kernels._cuda_kernels.__wrapped__(1, False).name == "torch"
+
+
+def test_a_gpu_that_is_too_old_gets_torchs_operators(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    for capability, expected in (((7, 5), "torch"), ((8, 0), "cupy"), ((10, 0), "cupy")):
+        monkeypatch.setattr(kernels, "_capabilities", lambda capability=capability: [(9, 0), capability])
+        choice = kernels.explain_device.__wrapped__()
+        assert choice.name == expected
+        assert ("7.5" in choice.reason) == (expected == "torch")

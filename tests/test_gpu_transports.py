@@ -8,8 +8,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from syncbn import kernels, transports, world
+from syncbn import kernels, rendezvous, transports, world
 from syncbn.groups import GroupSpec
+from syncbn.launchers import Launch
 from syncbn.transports import mpi_staged, nccl
 
 
@@ -174,6 +175,11 @@ def test_cuda_tensors_under_mpi_ask_for_nccl_where_there_is_cupy(monkeypatch):
     assert transports.explain("cuda").name == "mpi"
 
 
+def launch(local_rank, local_size=0):
+    size = max(local_size, local_rank + 1)
+    return Launch("openmpi", local_rank, size, local_rank, speaks_mpi=True, evidence="", local_size=size)
+
+
 @pytest.mark.parametrize(
     ("local_rank", "gpus", "visible", "expected"), [(1, 2, "", 1), (0, 1, "", 0), (3, 1, "7", 0), (1, 2, "4,5", 1)]
 )
@@ -181,15 +187,17 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert world._device(local_rank) == torch.device("cuda", expected)
+    assert world._device(launch(local_rank)) == torch.device("cuda", expected)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(RuntimeError, match=r"local rank 2 with 2 GPUs.*NCCL refuses two ranks on one GPU"):
-        world._device(2)
+    assert not rendezvous.shares_gpus(launch(1, 2))
+    for local_rank in range(3):  # also on those that would have one
+        with pytest.raises(RuntimeError, match=r"3 processes and 2 GPUs.*NCCL refuses two ranks on one GPU"):
+            world._device(launch(local_rank, 3))
 
 
 def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):

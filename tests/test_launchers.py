@@ -33,3 +33,17 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_R
 )
 def test_detect(environ, expected):
     assert launchers.detect(environ)[:5] == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (OPENMPI, 2),  # itself and local rank 0
+        (OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        (MPICH | {"MPI_LOCALNRANKS": "4"}, 4),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, 2),
+        ({}, 1),
+    ],
+)
+def test_the_processes_of_this_host_are_counted(environ, expected):
+    assert launchers.detect(environ).local_size == expected

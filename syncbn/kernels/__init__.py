@@ -23,6 +23,8 @@ __all__ = ["CHOICES", "AbstractKernels", "Choice", "choose", "explain", "explain
 
 CHOICES = ("auto", "host", "torch")
 OVERRIDE = "SYNCBN_KERNELS"
+OLDEST = (8, 0)
+"""The compute capability that the kernels' own instructions ask for, bfloat16's above all."""
 PLAIN = (Tensor, Parameter)
 """Classes whose memory is what it seems; a subclass may be a stand-in without any."""
 
@@ -70,9 +72,20 @@ def explain_device() -> Choice:
     if importlib.util.find_spec("cupy") is None:
         major = torch.version.cuda.split(".")[0]
         return Choice(
-            "torch", f'CuPy is not installed; `pip install "syncbn[cuda{major}]"` makes it several times as fast'
+            "torch", f'CuPy is not installed; `pip install "syncbn[cuda{major}]"` brings it, and kernels for the GPU'
+        )
+    old = [capability for capability in _capabilities() if capability < OLDEST]
+    if old:
+        return Choice(
+            "torch",
+            f"the GPU kernels need compute capability {OLDEST[0]}.{OLDEST[1]}; this machine has a GPU of "
+            f"{old[0][0]}.{old[0][1]}. Hide it with CUDA_VISIBLE_DEVICES if there is a newer one",
         )
     return Choice("cupy", "CuPy compiles them at first use")
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
 
 
 @cache
