@@ -7,6 +7,7 @@ import torch
 import syncbn
 from syncbn import kernels
 from syncbn.kernels.cupy_ops import CupyKernels
+from syncbn.transports.single import SingleTransport
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.multiprocess import batches
 
@@ -30,9 +31,8 @@ def test_any_split_has_the_bits_of_one_rank(ranks, on_gpu, rng, monkeypatch, sha
     x, grad_y = (batches.LAYOUTS[layout](t) for t in (batch.x, batch.grad_y))
     ours = batches.run(batches.ours(batch), x[mine], grad_y[mine])
     monkeypatch.setattr(kernels, "choose", lambda x: CupyKernels(EmulatedLauncher()))
-    monkeypatch.setenv("SYNCBN_TRANSPORT", "single")
+    monkeypatch.setattr("syncbn.transports.choose", lambda *_: SingleTransport())
     alone = batches.run(batches.ours(batch), x, grad_y)
-    monkeypatch.delenv("SYNCBN_TRANSPORT")
     for name, actual, expected in [
         ("y", ours.y, alone.y[mine]),
         ("grad_x", ours.grad_x, alone.grad_x[mine]),
