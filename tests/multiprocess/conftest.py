@@ -9,6 +9,7 @@ import torch
 
 import syncbn
 from syncbn import agreement, launchers
+from tests.conftest import DEVICE
 
 
 class AgreedError(AssertionError):
@@ -63,7 +64,7 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks():
     """Every rank of this run, connected by the transport that the launcher gives."""
-    return Ranks(syncbn.init())
+    return Ranks(syncbn.init(device=None if DEVICE.type == "cpu" else DEVICE))
 
 
 @pytest.fixture
