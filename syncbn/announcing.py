@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, final
 
 import torch
 
@@ -87,6 +87,23 @@ def _raise_mismatch(said: Said, transport: AbstractTransport) -> None:
         "syncbn.join needs ranks that still train to make the same calls in the same order, on the same outputs, "
         f"under the same no_grad() and no_sync(); received {received}. Make every step alike on all ranks."
     )
+
+
+@final
+class Hook:
+    """A hook of an open `join` on its model. A copy of the model, or a saved one, is not in the join."""
+
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
+        self._method = method
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it communicates, where model is compiled and join is given model
+    def __call__(self, *args: Any) -> Any:
+        """Calls the method; a copy does nothing."""
+        return None if self._method is None else self._method(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        """Leaves the join behind: it holds live communicators."""
+        return Hook, ()
 
 
 class Connected(Protocol):

@@ -10,21 +10,23 @@ so branches that do not depend on each other must communicate in one order on ev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn import checks, transports
+from syncbn import checks, renorm, transports
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
 ANCHOR = torch.zeros((), requires_grad=True)
 """An input that always requires a gradient: where any rank needs backward, every rank records it and joins."""
 
-_resolvers: list[Callable[[], AbstractTransport]] = []
+_resolvers: dict[int, Callable[[], AbstractTransport]] = {}
 _keys: dict[object, int] = {}
+_numbers = itertools.count()
 
 
 def key_for(spec: GroupSpec | None, x: object) -> int:
@@ -46,10 +48,16 @@ def key_of(transport: AbstractTransport) -> int:
     return _key(transport, lambda: transport)
 
 
+def forget(transport: AbstractTransport) -> None:
+    """Ends the number of a transport, and lets go of it. No graph may still need it."""
+    if transport in _keys:
+        del _resolvers[_keys.pop(transport)]
+
+
 def _key(name: object, resolver: Callable[[], AbstractTransport]) -> int:
     if name not in _keys:
-        _keys[name] = len(_resolvers)
-        _resolvers.append(resolver)
+        _keys[name] = next(_numbers)
+        _resolvers[_keys[name]] = resolver
     return _keys[name]
 
 
@@ -80,7 +88,7 @@ def all_reduce_moments(
     group: int,
     fault: str,
     settings: Sequence[float],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums a forward wire over the ranks, and raises on all of them what its counters reveal.
 
     Args:
@@ -92,20 +100,33 @@ def all_reduce_moments(
         settings: the layer's, as :func:`syncbn.checks.require_same_settings` compares them.
 
     Returns:
-        The summed wire, and the token of the group, int64 ().
+        The summed wire, the token of the group, int64 (), and whether running statistics may move, bool (): not where
+        activation checkpointing repeats a compiled layer.
 
     Communication:
         One all-reduce of ``wire``, by every rank. Before it one of 6 W, where ``agreed`` is another group's token.
 
     Raises:
         ValueError, TypeError: on every rank of the group.
+        RuntimeError: where a compiled layer that renormalizes is repeated.
     """
     transport = _resolvers[group]()
+    repeated = agreed is not None and torch._C._current_graph_task_id() != -1
+    if repeated and tuple(settings[-2:]) != renorm.OFF:
+        raise RuntimeError(_RENORM_IS_REPEATED)
     if agreed is not None and agreed.item() != transport.token:
         checks.require_same_settings(settings, transport)
     summed = transport.all_reduce(wire.clone())
     checks.raise_if_wires_disagree(summed, wire, transport, fault=fault, mask=mask)
-    return summed, torch.tensor(transport.token, dtype=torch.int64, device="cpu")
+    token = torch.tensor(transport.token, dtype=torch.int64, device="cpu")
+    return summed, token, torch.tensor(not repeated, device=wire.device)
+
+
+_RENORM_IS_REPEATED = (
+    "A compiled SyncBatchNorm with renorm_limits needs its running statistics as they were in the first forward; "
+    "received a forward that activation checkpointing repeats, when they have moved. Leave the layer out of the "
+    "checkpointed part, or run it eagerly."
+)
 
 
 @all_reduce.register_fake
@@ -117,9 +138,10 @@ def _(wire: Tensor, anchor: Tensor | None, group: int) -> Tensor:
 @all_reduce_moments.register_fake
 def _(
     wire: Tensor, agreed: Tensor | None, mask: Tensor | None, group: int, fault: str, settings: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     del agreed, mask, group, fault, settings
-    return torch.empty_like(wire), torch.empty((), dtype=torch.int64, device="cpu")
+    token = torch.empty((), dtype=torch.int64, device="cpu")
+    return torch.empty_like(wire), token, wire.new_empty((), dtype=torch.bool)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -90,11 +90,11 @@ def _forward(
     grad_enabled = torch.is_grad_enabled()
     wire = local_moments(x.detach(), mask, fault=error is not None, grad_enabled=grad_enabled)
     first = recomputation.first_call(layer.owner, wire, error) if checkpointed else None
-    correction = None
+    correction, moves = None, None
     if first is not None and first.reduced is not None:
-        wire, running, correction = first.reduced, None, first.correction
+        wire, running, correction, group = first.reduced, None, first.correction, first.group
     else:
-        wire, token = collective.all_reduce_moments(
+        wire, token, moves = collective.all_reduce_moments(
             wire, layer.agreed, mask, group, checks.describe(error), layer.settings
         )
         if layer.agreed is not None:
@@ -102,15 +102,15 @@ def _forward(
         if layer.renorm is not None and running is not None:
             correction = renorm_correction(wire, running.mean, running.var, eps, *layer.renorm)
         if first is not None:
-            recomputation.keep(layer.owner, first, wire, correction)
+            recomputation.keep(layer.owner, first, wire, correction, group=group)
     if correction is not None:
         weight, bias = renorm.corrected(*correction, weight, bias)
     y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
         x, mask, weight, bias, collective.ANCHOR if grad_enabled else None, wire, eps, group, first
     )
-    if running is not None:
+    if running is not None and moves is not None:
         with torch.no_grad():
-            move_running(running, wire)
+            move_running(running, wire, moves)
     return y
 
 
@@ -236,11 +236,17 @@ def backward_input(
     return (grad_x * _channels(scale, x)).to(x.dtype)
 
 
-def move_running(running: Running, wire: Tensor) -> None:
-    """Moves the running statistics as :func:`syncbn.moments.update_running` does, without a look at the host."""
+def move_running(running: Running, wire: Tensor, moves: Tensor) -> None:
+    """Moves the running statistics as :func:`syncbn.moments.update_running` does, without a look at the host.
+
+    Args:
+        running: what moves.
+        wire: float64 (2C + 8,), summed over the ranks.
+        moves: bool (), whether to.
+    """
     mean, var, _ = moments.finalize(wire, 0.0)
     count = wire[0]
-    any_sample = count > 0
+    any_sample = (count > 0) & moves
     momentum: float | Tensor = 0.0 if running.momentum is None else running.momentum
     if running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(any_sample.to(torch.int64))

@@ -26,7 +26,10 @@ def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Makes the arguments of an empty share: every tensor with dims loses its entries, everything else stays."""
 
     def cut(value: Any) -> Any:
-        return value.new_empty(0, *value.shape[1:]) if isinstance(value, Tensor) and value.dim() else value
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        # A reentrant checkpoint takes part in backward only if its input wants a gradient.
+        return value.new_empty(0, *value.shape[1:]).requires_grad_(value.requires_grad)
 
     cut_args, cut_kwargs = tree_map(cut, (args, kwargs))
     return cut_args, cut_kwargs

@@ -152,6 +152,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         if call.owner is not None:
             first = recomputation.first_call(call.owner, wire, call.error)
         known = None if first is None else first.reduced
+        if first is not None and known is not None:
+            transport = first.group  # no_sync may have begun or ended since
         wire = transport.all_reduce(wire) if known is None else known
         count_global, status = steps.read_status(wire)
         checks.raise_if_disagreed(
@@ -163,7 +165,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         y: Tensor
         y, stats = steps.normalize(x, wire, weight, bias, running, call.eps, count_global)
         if first is not None and known is None:
-            recomputation.keep(call.owner, first, wire, steps.correction if isinstance(steps, RenormKernels) else None)
+            correction = steps.correction if isinstance(steps, RenormKernels) else None
+            recomputation.keep(call.owner, first, wire, correction, group=transport)
 
         # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
         if not status.needs_grad and (status.grad_enabled or not call.grad_enabled):

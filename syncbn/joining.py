@@ -15,9 +15,10 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
-from syncbn import agreement, announcing, empty_share, outputs, transports
-from syncbn.announcing import Heard, Said
+from syncbn import agreement, announcing, empty_share, groups, modes, outputs, transports
+from syncbn.announcing import Heard, Hook, Said
 from syncbn.empty_share import Call
 from syncbn.transports.base import AbstractTransport
 from syncbn.world import World
@@ -82,13 +83,16 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         everyone = transports.choose(None)
         settings = {"throw_on_early_termination": self._throw, "number of parameters": len(list(self._params()))}
         settings |= {"DistributedDataParallel": self._inner is not self._model}
+        settings |= {"number of lazy tensors": self._count_lazy()}
         agreement.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
+        self._refuse_lazy()
+        self._alone = self._which_are_alone()
         self._transport = _own_group(everyone)
         transport = transports.choose(None, self._device.type)
         self._world = World(transport.rank, transport.size, 0, self._device, "join", transport)
         self._hooks = [
-            self._model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
-            self._model.register_forward_hook(self._after_forward),
+            self._model.register_forward_pre_hook(Hook(self._before_forward), prepend=True, with_kwargs=True),
+            self._model.register_forward_hook(Hook(self._after_forward)),
         ]
         announcing.open_for(self)
         return self
@@ -152,7 +156,11 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             self._example = self._empty(args, kwargs)
         if self._forwards == 0:
             error = empty_share.refusal(self._inner, self._example, self._hush)
+        alone = self._which_are_alone()
+        if alone != self._alone and not all(alone):
+            error = error or ValueError(_NO_SYNC_OF_A_PART)
         flags = torch.is_grad_enabled() + 2 * getattr(model, "require_backward_grad_sync", True)
+        flags += 4 * (alone != self._alone)
         heard = self._say(Said("forward", self._forwards, flags, error=error))
         self._share(heard)
         self._inside = True
@@ -177,6 +185,20 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         self._say(Said("backward", forward, flags, fresh, error=error))
         self._inside = True
         torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+
+    def _which_are_alone(self) -> list[bool]:
+        """Says of each layer whether it is in ``syncbn.no_sync``."""
+        return [layer._group_spec == groups.ALONE for layer in modes.layers_of(self._inner)]
+
+    def _count_lazy(self) -> int:
+        return sum(map(is_lazy, (*self._inner.parameters(), *self._inner.buffers())))
+
+    def _refuse_lazy(self) -> None:
+        if lazy := self._count_lazy():
+            raise ValueError(
+                "syncbn.join needs a model whose lazy layers have seen an input, since a rank may finish without one; "
+                f"received {lazy} lazy tensors. Run one batch through the model first, on every rank."
+            )
 
     def _params(self) -> Iterator[nn.Parameter]:
         return (p for p in self._inner.parameters() if p.requires_grad)
@@ -222,10 +244,14 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             self._waiting[heard.forward] = outputs.differentiable(self._model(*args, **kwargs))
         self._waiting.pop(heard.forward - KEPT, None)
 
-    def _no_sync(self, heard: Heard) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._model, DistributedDataParallel) and not heard.flags & 2:
-            return self._model.no_sync()
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _no_sync(self, heard: Heard) -> Iterator[None]:
+        with contextlib.ExitStack() as both:
+            if isinstance(self._model, DistributedDataParallel) and not heard.flags & 2:
+                both.enter_context(self._model.no_sync())
+            if heard.flags & 4:
+                both.enter_context(modes.no_sync(self._inner))
+            yield
 
     def _follow_backward(self, heard: Heard) -> None:
         if heard.forward not in self._waiting:
@@ -235,6 +261,11 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         used = [y for i, y in enumerate(self._waiting[heard.forward]) if heard.flags & 2**i]
         torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
 
+
+_NO_SYNC_OF_A_PART = (
+    "syncbn.no_sync inside syncbn.join needs the whole model, or finished ranks would not know which layers to follow; "
+    "received a part of it. Call no_sync(model), or put no_sync of a part around the join."
+)
 
 _groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()
 

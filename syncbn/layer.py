@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncbn import agreement, checks, collective, differentiable, functional, groups, renorm, transports
+from syncbn import agreement, checks, collective, differentiable, functional, groups, recomputation, renorm, transports
 from syncbn.groups import GroupSpec
 from syncbn.moments import Running
 from syncbn.renorm import RenormLimits
@@ -122,7 +122,7 @@ class SyncBatchNorm(_BatchNorm):
         if torch.compiler.is_compiling():
             return self._compiled_forward(input, mask)
         transport = transports.choose(self._group_spec, checks.device_type(input))
-        if transport.token != self._agreed_token:
+        if transport.token != self._agreed_token and not recomputation.repeats(self):
             self._agree_on_settings(transport)
         weight, bias, mean, var, tracked = _held(self)
         running = None
@@ -243,8 +243,9 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.process_group = groups.specify_blocks(process_group, group_size)
         self.renorm_limits = renorm_limits
 
-    def initialize_parameters(self, input: Tensor) -> None:
+    def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Takes ``num_features`` from the first input; in training a bad one on any rank is an error on all."""
+        del mask  # forward looks at it
         error = checks.input_error(input, None)
         if self.training:
             transport = transports.choose(self._group_spec, checks.device_type(input))

@@ -79,11 +79,12 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: inside, on this rank alone, for a share of one value per channel: nobody waits for it there.
     """
-    before = [(layer, layer._group_spec, layer._agreed_token) for layer in layers_of(model)]
+    before = [(layer, layer._group_spec, layer._agreed_token, layer._agreed.clone()) for layer in layers_of(model)]
     try:
-        for layer, _, _ in before:
+        for layer, *_ in before:
             layer._group_spec, layer._agreed_token = groups.ALONE, 0
         yield
     finally:
-        for layer, spec, token in before:
+        for layer, spec, token, agreed in before:
             layer._group_spec, layer._agreed_token = spec, token
+            layer._agreed.copy_(agreed)  # or a compiled graph would compare settings again, on this rank alone

@@ -66,6 +66,11 @@ class Forward:
         if joined is None or not joined.trains() or task == self.task:
             return
         self.task = task
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "syncbn.join needs a backward that ranks which have finished can follow; received create_graph=True, "
+                "and they cannot know what second derivative comes of it. Take second derivatives outside the join."
+            )
         nodes = [node() for node in self.nodes]
         joined.before_backward(
             self.number, [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]

@@ -38,6 +38,8 @@ class FirstCall:
         self.digest = _digest(wire)
         self.reduced: Tensor | None = None
         self.correction: tuple[Tensor, Tensor] | None = None
+        self.group: Any = None
+        """What reduced the wire, a transport or its number: backward goes there, wherever the layer is by then."""
         self.repeated = False
 
 
@@ -80,9 +82,9 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
     Raises:
         RuntimeError: on this rank, in a recomputation that matches no first call, or several that differ.
     """
-    calls = _calls.get(owner)
-    if _graph_task() == -1 or calls is None or not calls.alive:
-        return FirstCall(wire)  # nothing was left: a forward in backward that is not a recomputation
+    if not repeats(owner):
+        return FirstCall(wire)  # also in backward, where nothing was left: it repeats nothing
+    calls = _calls[owner]
     if error is not None:
         raise error
     digest = _digest(wire)
@@ -97,13 +99,19 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
     return found[0]
 
 
-def keep(owner: Any, call: FirstCall, reduced: Tensor, correction: tuple[Tensor, Tensor] | None) -> None:
+def repeats(owner: Any) -> bool:
+    """Whether a forward that runs now can only be the repetition of an earlier one."""
+    calls = _calls.get(owner)
+    return _graph_task() != -1 and calls is not None and len(calls.alive) > 0
+
+
+def keep(owner: Any, call: FirstCall, reduced: Tensor, correction: tuple[Tensor, Tensor] | None, *, group: Any) -> None:
     """Keeps a first call: for as long as the caller does, and among the newest ``MOST`` in any case.
 
     The latter is for what no graph holds: a first forward under no_grad, and one whose output was dropped.
     Those that have been repeated go with the first forward after that.
     """
-    call.reduced, call.correction = reduced, correction
+    call.reduced, call.correction, call.group = reduced, correction, group
     calls = _calls.setdefault(owner, _Calls())
     calls.alive.add(call)
     calls.recent = [*(c for c in calls.recent if not c.repeated), call][-MOST:]

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from syncbn import moments, transports
+from syncbn import collective, moments, transports
 from syncbn.groups import GroupSpec
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports.base import AbstractTransport
@@ -100,6 +100,7 @@ def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
     finally:
         for recorder in recorders:
             transports.discard(recorder, recorder.mean.device.type)
+            collective.forget(recorder)
         for layer, training, tracks, spec in before:
             layer.training, layer.track_running_stats, layer._group_spec = training, tracks, spec
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from syncbn import agreement, transports
+from syncbn import agreement, announcing, transports
 from syncbn.layer import SyncBatchNorm
 from syncbn.modes import layers_of
 from syncbn.recorder import Recorder, merge_ranks, recording
@@ -55,6 +55,11 @@ def recalibrate(
         ValueError, TypeError, RuntimeError: on every rank alike, if the model has no such layer, the layers
             differ, a rank has no batch at all, or a loader or a batch fails on some rank.
     """
+    if announcing.is_open():
+        raise RuntimeError(
+            f"{NAME} needs every rank, and ranks that have finished in syncbn.join do not follow it; received a call "
+            "inside syncbn.join. Call it after the join."
+        )
     layers = [layer for layer in layers_of(model) if layer.track_running_stats and not layer.frozen]
     mean = layers[0].running_mean if layers else None
     device = torch.device("cpu") if mean is None else mean.device
@@ -138,7 +143,7 @@ def _commit(layers: list[SyncBatchNorm], recorders: list[Recorder]) -> None:
 
 
 def _write(layer: SyncBatchNorm, recorder: Recorder) -> None:
-    if recorder.count < 2:  # no batch came by
+    if recorder.count <= 1:  # no batch came by; with masks it is a sum of weights
         return
     assert layer.running_mean is not None
     assert layer.running_var is not None

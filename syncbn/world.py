@@ -147,7 +147,8 @@ class World:
         agreement.raise_together(error, self.transport)
 
     def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
-        text = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
+        # torch.compile puts _orig_mod into the names; a compiled model is the same model.
+        text = repr([(name.replace("_orig_mod.", ""), tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
         layout = {
             "number of tensors": len(tensors),
             "number of values": sum(t.numel() for t in tensors.values()),
