@@ -10,7 +10,6 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-out/gpu}
 WHEELS=${WHEELS:-}
 mkdir -p "$OUT"
-
 "$PYTHON" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU; torch finds none")' || exit 1
 if [ -n "$WHEELS" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl || exit 1
