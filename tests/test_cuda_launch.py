@@ -157,6 +157,7 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
 
 
 def test_a_gpu_that_is_too_old_gets_torchs_operators(monkeypatch):
+    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     for capability, expected in (((7, 5), "torch"), ((8, 0), "cupy"), ((10, 0), "cupy")):
