@@ -2,7 +2,7 @@
 # make demo     four processes train on real data, synchronized and not
 # make test     every test, on 1 to 4 processes
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
-# make gpu      on a machine with an NVIDIA GPU: every test on it, then the benchmark; needs no network
+# make gpu      on a machine with an NVIDIA GPU: the tests that want it, then the benchmark; needs no network
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin

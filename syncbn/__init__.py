@@ -13,7 +13,7 @@ A tour, in reading order:
     differentiable.py the same in torch operators, for compilers, second derivatives and masks
     collective.py     the all-reduce as a registered operator
     moments.py        what travels: sums of x and x * x, in float64
-    kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++
+    kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++, cuda/ for GPUs
     transports/       the step across processes
     layer.py          the module; convert.py makes one of a torch batch norm, and back
     renorm.py         batch renormalization: other kernels, with a corrected weight and bias
@@ -24,7 +24,8 @@ A tour, in reading order:
     recomputation.py  activation checkpointing: a forward that is repeated in backward
     joining.py        join(): ranks with fewer steps (announcing.py, empty_share.py, outputs.py)
     cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
-                      bench_report.py; composite.py is what others do)
+                      bench_report.py; composite.py is what others do; bench_parts.py and bench_memory.py say
+                      where a step's time and memory go; bench_gpu.py)
 """
 
 from syncbn import functional

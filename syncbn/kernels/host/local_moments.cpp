@@ -5,8 +5,9 @@
 // Accumulated in float64: a square of a float32 is exact there.
 // Order: planes: eight segments of a channel, each of at most SEGMENT elements, go one after the other to 32 lanes, as
 // many as hide the latency of an addition, which are then summed as a tree; the sums are added in order. Of a far tensor
-// each segment has a sum of its own, so that memory is read in order. Rows: those of a tile are added in order, then the tiles. A channel's order does not depend on
-// [c_first, c_last), so threads may share out channels freely; the caller's chunks fix [first, last).
+// each segment has a sum of its own, so that memory is read in order. Rows: those of a tile are added in order, then
+// the tiles. A channel's order does not depend on [c_first, c_last), so threads may share out channels freely; the
+// caller's chunks fix [first, last).
 // Reads each element once: 2, 4 or 8 bytes per element. Limits: none.
 #include "vector.hpp"
 
