@@ -21,7 +21,7 @@ class Notes:
     """What was asked of CUDA, and what it says of itself."""
 
     def __init__(self):
-        self.launches, self.compiled, self.devices = [], [], []
+        self.launches, self.compiled, self.devices, self.ratio = [], [], [], 2
         self.stream, self.capturing, self.capture, self.failure = 77, False, 5, None
 
     def launch_kernel(self, function, *arguments):
@@ -41,6 +41,7 @@ class Notes:
 def notes(monkeypatch):
     notes = Notes()
     runtime = SimpleNamespace(setDevice=notes.devices.append, runtimeGetVersion=lambda: 13020)
+    runtime.deviceGetAttribute = lambda attribute, device: {(87, -1): notes.ratio}[attribute, device]
     cupy = ModuleType("cupy")
     cupy.__version__, cupy.RawModule, cupy.cuda = "14.2.0", notes.raw_module, SimpleNamespace(runtime=runtime)
     api = ModuleType("cupy_backends.cuda.api")
@@ -85,6 +86,15 @@ def test_a_kernel_that_does_not_compile_says_what_to_install_and_what_the_compil
         "nvidia-cuda-nvrtc",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("ratio", "slow"), [(2, False), (4, False), (32, True), (64, True)])
+def test_the_driver_says_whether_float64_is_slow(notes, ratio, slow):
+    notes.ratio = ratio
+    launcher = CupyLauncher()
+    assert launcher.slow_float64(X) is slow
+    notes.ratio = 66 - ratio
+    assert launcher.slow_float64(X) is slow, "asked once for each device"
 
 
 def test_a_capture_that_holds_a_first_use_is_refused(notes):

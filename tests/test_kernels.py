@@ -18,12 +18,12 @@ SHAPES = [(5, 3), (4, 1, 7), (2, 5, 3, 4), (3, 17, 1, 1), (2, 64, 9, 5), (2, 3, 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["torch", "host", "cuda on cpu"])
+@pytest.fixture(params=["torch", "host", "cuda on cpu", "cuda on cpu, slow float64"])
 def implementation(request):
     if request.param == "torch":
         return TorchKernels()
-    if request.param == "cuda on cpu":
-        return CupyKernels(EmulatedLauncher())
+    if request.param.startswith("cuda on cpu"):
+        return CupyKernels(EmulatedLauncher(slow="slow" in request.param))
     pytest.importorskip("syncbn.kernels._host", reason="built without a compiler")
     return pytest.importorskip("syncbn.kernels.host_ops").HostKernels()
 

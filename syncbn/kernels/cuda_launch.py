@@ -20,6 +20,10 @@ from torch import Tensor
 from syncbn.kernels.cuda_verdict import Mailbox
 
 OPTIONS = ("--std=c++17", "--fmad=false")  # fused by the compiler, an element's bits would depend on its place
+FLOAT32_TO_FLOAT64 = 87
+"""cudaDevAttrSingleToDoublePrecisionPerfRatio: float32 operations in the time of a float64 one."""
+EXPANSION_PAYS = 8
+"""It is 2 on A100, H100 and B200, 32 or 64 on GeForce, A10, L4 and L40; an expansion is 13 to 22 float32 operations."""
 REMEDY = "SYNCBN_KERNELS=torch runs torch's own operators instead."
 
 
@@ -42,6 +46,10 @@ class AbstractLauncher(ABC):
         """
 
     @abstractmethod
+    def slow_float64(self, x: Tensor) -> bool:
+        """Whether the device of x adds in float64 so slowly that float32 expansions are faster (``cuda/sum.cuh``)."""
+
+    @abstractmethod
     def tickets(self, x: Tensor, groups: int) -> Tensor:
         """Returns uint32 (>= groups,), 0 between launches, which no other stream and no other graph uses."""
 
@@ -59,6 +67,7 @@ class CupyLauncher(AbstractLauncher):
         from cupy_backends.cuda.api import driver
 
         self._cupy, self._driver = cupy, driver
+        self._slow: dict[int, bool] = {}
         self._functions: dict[tuple[str, int], int] = {}
         self._tickets: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._mailboxes: dict[int, Mailbox] = {}
@@ -77,6 +86,14 @@ class CupyLauncher(AbstractLauncher):
         layout.pack_into(buffer, 0, *values)
         stream = torch._C._cuda_getCurrentRawStream(device)
         self._driver.launchKernel(function, grid, 1, 1, *block, 1, 0, stream, pointers, 0)
+
+    def slow_float64(self, x: Tensor) -> bool:
+        """See :meth:`AbstractLauncher.slow_float64`. The driver knows how many units of each kind there are."""
+        device = x.get_device()
+        if device not in self._slow:
+            ratio = self._cupy.cuda.runtime.deviceGetAttribute(FLOAT32_TO_FLOAT64, device)
+            self._slow[device] = ratio > EXPANSION_PAYS
+        return self._slow[device]
 
     def tickets(self, x: Tensor, groups: int) -> Tensor:
         """See :meth:`AbstractLauncher.tickets`. A capture gets its own: a graph may run beside the stream."""

@@ -9,6 +9,7 @@ copied, once a step.
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import Any, final
 
 import torch
@@ -22,6 +23,7 @@ from syncbn.kernels.cuda_launch import AbstractLauncher
 from syncbn.moments import DTYPES, STATUS_SLOTS, Running, Status
 
 NAMES = dict(zip(DTYPES, ("Float16", "BFloat16", "float", "double"), strict=True))
+REDUCTIONS = ("local_moments", "backward_sums")
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ENDS = 1 + len(STATUS_SLOTS)
 # The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq.
@@ -208,13 +210,18 @@ class CupyKernels(AbstractKernels):
     def _run(
         self, step: str, x: Tensor, plan: Geometry, layout: struct.Struct, values: tuple[Any, ...], more: int = 0
     ) -> None:
-        kernel = _kernel_name(step, x.dtype, plan.layout)
+        kernel = kernel_name(step, x.dtype, plan.layout, self._launcher.slow_float64(x))
         grid = more + (plan.grid if plan.N or step != "normalize" else 0)
         self._launcher.launch(kernel, grid, plan.block, layout, values, x)
 
 
-def _kernel_name(step: str, dtype: torch.dtype, layout: str) -> str:
-    return f"{step}<{NAMES[dtype]}, {layout}>"
+@cache
+def kernel_name(step: str, dtype: torch.dtype, layout: str, slow_float64: bool) -> str:
+    """Returns the instance of a template by the name that the launcher compiles it under."""
+    if step not in REDUCTIONS:
+        return f"{step}<{NAMES[dtype]}, {layout}>"
+    arithmetic = "Expansion" if slow_float64 and dtype != torch.float64 else "Float64"
+    return f"{step}<{NAMES[dtype]}, {layout}, {arithmetic}>"
 
 
 def _shape(plan: Geometry, pointers: int) -> tuple[int, ...]:

@@ -45,9 +45,11 @@ class EmulatedLauncher(AbstractLauncher):
     Args:
         seed: of the order of blocks and threads.
         library: what ``build`` made, if not of the sources as they are.
+        slow: whether to say that float64 is slow here.
     """
 
-    def __init__(self, seed=0, library=None):
+    def __init__(self, seed=0, library=None, *, slow=False):
+        self.slow = slow
         self.library = ctypes.CDLL(str(library or build()))
         self.seed, self.launches, self.box = seed, [], Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64))
         self.zeros = torch.zeros(4096, dtype=torch.int32)
@@ -59,6 +61,9 @@ class EmulatedLauncher(AbstractLauncher):
         status = self.library.launch(kernel.encode(), grid, *block, packed, self.seed)
         assert status == 0, f"{kernel}: {PROBLEMS[status]}"
         assert not self.zeros.any(), "tickets are given back"
+
+    def slow_float64(self, x):
+        return self.slow
 
     def tickets(self, x, groups):
         assert groups <= self.zeros.numel()

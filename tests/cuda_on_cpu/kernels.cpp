@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The kernels' own source, compiled for a CPU: four steps, four storage types, two layouts.
+// The kernels' own source, compiled for a CPU: four steps, four storage types, two layouts, two sums.
 #include "kernels.hpp"
 
 #include "cuda.hpp"
@@ -9,12 +9,16 @@
 #include "local_moments.cu"
 #include "normalize.cu"
 
-#define ONE(step, Arguments, T, Layout) \
-    {#step "<" #T ", " #Layout ">", [](const void* a) { step<T, Layout>(*static_cast<const Arguments*>(a)); }},
-#define TYPES(step, Arguments, Layout)                                                 \
-    ONE(step, Arguments, Float16, Layout) ONE(step, Arguments, BFloat16, Layout)       \
-    ONE(step, Arguments, float, Layout) ONE(step, Arguments, double, Layout)
+#define ONE(step, Arguments, ...) \
+    {#step "<" #__VA_ARGS__ ">", [](const void* a) { step<__VA_ARGS__>(*static_cast<const Arguments*>(a)); }},
+#define SHORT(step, Arguments, ...)                                                        \
+    ONE(step, Arguments, Float16, __VA_ARGS__) ONE(step, Arguments, BFloat16, __VA_ARGS__) \
+    ONE(step, Arguments, float, __VA_ARGS__)
+#define TYPES(step, Arguments, ...) SHORT(step, Arguments, __VA_ARGS__) ONE(step, Arguments, double, __VA_ARGS__)
 #define STEP(step, Arguments) TYPES(step, Arguments, Planes) TYPES(step, Arguments, Rows)
+#define SUMS(step, Arguments)                                                          \
+    TYPES(step, Arguments, Planes, Float64) TYPES(step, Arguments, Rows, Float64)      \
+    SHORT(step, Arguments, Planes, Expansion) SHORT(step, Arguments, Rows, Expansion)
 
 extern "C" int argument_size(const char* step) {
     const std::map<std::string, size_t> sizes = {{"local_moments", sizeof(LocalMoments)},
@@ -22,6 +26,17 @@ extern "C" int argument_size(const char* step) {
                                                  {"backward_sums", sizeof(BackwardSums)},
                                                  {"backward_input", sizeof(BackwardInput)}};
     return int(sizes.at(step));
+}
+
+// One thread's sums of x and of x * y, in each arithmetic: sums[arithmetic][2].
+extern "C" void add_up(int count, const float* x, const float* y, double* sums) {
+    Float64<float> native[2];
+    Expansion<float> expansion[2];
+    for (int i = 0; i < count; ++i) {
+        native[0].add(x[i]), native[1].add_product(x[i], y[i]);
+        expansion[0].add(x[i]), expansion[1].add_product(x[i], y[i]);
+    }
+    for (int i = 0; i < 2; ++i) sums[i] = native[i].value(), sums[2 + i] = expansion[i].value();
 }
 
 // Every half precision number widened, and numbers narrowed: cuda.hpp's own arithmetic wants a test too.
@@ -40,7 +55,7 @@ extern "C" void narrow_all(int count, const float* x, unsigned short* halves, un
 
 const std::map<std::string, Kernel>& kernels() {
     static const std::map<std::string, Kernel> all = {
-        STEP(local_moments, LocalMoments) STEP(normalize, Normalize)
-        STEP(backward_sums, BackwardSums) STEP(backward_input, BackwardInput)};
+        SUMS(local_moments, LocalMoments) STEP(normalize, Normalize)
+        SUMS(backward_sums, BackwardSums) STEP(backward_input, BackwardInput)};
     return all;
 }

@@ -19,16 +19,18 @@ struct BackwardSums {
     Reduction reduction;
 };
 
-template <class T, template <class> class Layout>
+template <class T, template <class> class Layout, template <class> class Sum>
 __global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSums a) {
     typedef Layout<T> Walk;
-    constexpr int UNROLL = 2;
+    typedef typename Compute<T>::Type Number;
+    constexpr int UNROLL = sizeof(Sum<T>[Walk::CHANNELS]) > 128 ? 1 : 2;
     constexpr bool CENTERED = sizeof(T) == sizeof(double);
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
     Walk walk(a.shape, place);
     const T *grad_y = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
-    double sums[2][Walk::CHANNELS] = {}, mean[Walk::CHANNELS];
+    Sum<T> sums[2][Walk::CHANNELS];
+    Number mean[Walk::CHANNELS];
 #pragma unroll
     for (int i = 0; i < Walk::CHANNELS; ++i) mean[i] = CENTERED && i < walk.used() ? a.mean[walk.c + i] : 0;
     for (int step = 0; step < walk.steps; step += UNROLL) {
@@ -45,10 +47,10 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSu
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {  // behind the end grad_y is 0
-                const double g = widen(gs[u].at[i]), v = widen(xs[u].at[i]);
+                const Number g = widen(gs[u].at[i]), v = widen(xs[u].at[i]);
                 const int j = i % Walk::CHANNELS;
-                sums[0][j] += g;
-                sums[1][j] = fma(g, CENTERED ? v - mean[j] : v, sums[1][j]);
+                sums[0][j].add(g);
+                sums[1][j].add_product(g, CENTERED ? v - mean[j] : v);
             }
     }
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_grad_y, double sum_product) {

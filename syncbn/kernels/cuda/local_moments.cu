@@ -3,7 +3,7 @@
 //
 // In: x, planes or rows (walk.cuh), float16, bfloat16, float32 or float64; N may be 0. Out: wire, float64 (2C + 8,).
 // A block owns a group of channels and some of its pieces; a thread every lanes-th piece, one pack at a time.
-// Accumulated in float64: a square of a float32 is exact there, and fma only saves a rounding for float64.
+// Accumulated in float64, where a square of a float32 is exact, or in what loses no more (sum.cuh).
 // Order: a thread's pieces in order, then reduce.cuh. Deterministic. Reads each element once: 2, 4 or 8 bytes per
 // element. Limits: none.
 #include "reduce.cuh"
@@ -19,15 +19,15 @@ struct LocalMoments {
     Reduction reduction;
 };
 
-template <class T, template <class> class Layout>
+template <class T, template <class> class Layout, template <class> class Sum>
 __global__ void __launch_bounds__(MAX_THREADS, 2) local_moments(const LocalMoments a) {
     typedef Layout<T> Walk;
-    constexpr int UNROLL = 4;  // loads in flight
+    constexpr int UNROLL = sizeof(Sum<T>[Walk::CHANNELS]) > 128 ? 1 : 4;  // loads in flight: sums need registers too
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
     Walk walk(a.shape, place);
     const T* x = static_cast<const T*>(a.x);
-    double sums[2][Walk::CHANNELS] = {};
+    Sum<T> sums[2][Walk::CHANNELS];
     for (int step = 0; step < walk.steps; step += UNROLL) {
         Pack<T> packs[UNROLL];
 #pragma unroll
@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) local_moments(const LocalMomen
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
-                const double v = widen(packs[u].at[i]);
+                const auto v = widen(packs[u].at[i]);
                 const int j = i % Walk::CHANNELS;
-                sums[0][j] += v;
-                sums[1][j] = fma(v, v, sums[1][j]);
+                sums[0][j].add(v);
+                sums[1][j].add_product(v, v);
             }
     }
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_x, double sum_x2) {

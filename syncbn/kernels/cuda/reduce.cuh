@@ -6,6 +6,7 @@
 // ..., and then the lanes as before. Which block is last changes nothing. It sets the ticket back to 0 for the next
 // launch on the stream, also of a graph's replay. No atomic touches a sum: deterministic.
 #pragma once
+#include "sum.cuh"
 #include "walk.cuh"
 
 struct Reduction {
@@ -31,11 +32,15 @@ template <class Walk> __device__ inline void over_lanes(const Walk& walk, double
 }
 
 // Calls finish(c, first, second) once for each channel of the group, in the block that comes last.
-template <class Walk, class Finish>
+template <class Walk, class Sum, class Finish>
 __device__ inline void reduce(const Shape& k, const Place& place, const Walk& walk, const Reduction& r,
-                              double (&sums)[2][Walk::CHANNELS], Finish finish) {
+                              const Sum (&of_thread)[2][Walk::CHANNELS], Finish finish) {
     __shared__ double shared[2 * Walk::CHANNELS * MAX_THREADS];
     __shared__ bool last;
+    double sums[2][Walk::CHANNELS];
+#pragma unroll
+    for (int i = 0; i < Walk::CHANNELS; ++i)
+        sums[0][i] = of_thread[0][i].value(), sums[1][i] = of_thread[1][i].value();
     over_lanes(walk, sums, shared);
     const bool leader = walk.lane == 0;
     if (k.blocks > 1) {
