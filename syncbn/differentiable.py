@@ -63,7 +63,10 @@ def batch_norm(
         That of the layer: 2C + 8 float64 values forward and 2C backward, whatever the mask. Where autograd records,
         every rank joins backward, also where no rank has anything that requires a gradient.
     """
-    error = error or checks.input_error(x, num_features) or checks.mask_error(mask, x)
+    if error is None:  # not `or`: the compiler of torch 2.11 knows no truth of an exception
+        error = checks.input_error(x, num_features)
+    if error is None:
+        error = checks.mask_error(mask, x)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
         x, mask = torch.empty(0, num_features, device=checks.device_type(x)), None
     mask = None if mask is None else mask.detach().reshape(x.size(0), 1, *x.shape[2:])
@@ -281,7 +284,8 @@ class _Normalize(torch.autograd.Function):
             y = y + _channels(bias, x)
         ctx.save_for_backward(x, mask, weight, wire)
         ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
-        return y.to(x.dtype)
+        # Not `to` where it would be y again: torch 2.11 then compiles a backward that gets no gradient.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

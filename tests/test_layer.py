@@ -13,18 +13,20 @@ from torch import nn
 
 import syncbn
 from syncbn import functional
+from tests.multiprocess import batches
 
 
 def test_the_constructor_is_torchs_and_what_it_adds_is_off_and_by_keyword():
     ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (syncbn.SyncBatchNorm, nn.SyncBatchNorm))
     shared, added = ours[: len(theirs)], ours[len(theirs) :]
     assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
-    assert [(p.default, p.kind) for p in added] == [(None, inspect.Parameter.KEYWORD_ONLY)] * len(added)
+    assert all(p.default is (True if p.name == "bias" else None) for p in added)  # torch 2.11 has no bias=
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in added)
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}])
 def test_attributes_and_state_are_torchs(options):
-    ours, theirs = syncbn.SyncBatchNorm(4, **options), nn.SyncBatchNorm(4, **options)
+    ours, theirs = syncbn.SyncBatchNorm(4, **options), batches.torchs(nn.SyncBatchNorm, 4, **options)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "process_group", "_version"):
         assert getattr(ours, name) == getattr(theirs, name)
@@ -38,6 +40,25 @@ def test_it_is_a_batch_norm_but_not_torchs_sync_batch_norm():
     layer = syncbn.SyncBatchNorm(4)
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
     assert not isinstance(layer, nn.SyncBatchNorm)
+
+
+def test_reset_parameters_starts_anew():
+    for options in ({}, {"bias": False}, {"affine": False}, {"track_running_stats": False}):
+        layer, fresh = syncbn.SyncBatchNorm(4, **options), syncbn.SyncBatchNorm(4, **options)
+        for value in layer.state_dict().values():
+            value.fill_(7)
+        layer.reset_parameters()
+        for name, value in fresh.state_dict().items():
+            assert torch.equal(layer.state_dict()[name], value), (options, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"affine": False}])
+def test_a_lazy_layer_becomes_the_layer_that_its_first_input_asks_for(options):
+    layer = syncbn.LazySyncBatchNorm(**options)
+    layer(torch.randn(5, 4))
+    assert type(layer) is syncbn.SyncBatchNorm
+    assert layer.state_dict().keys() == syncbn.SyncBatchNorm(4, **options).state_dict().keys()
+    assert layer.extra_repr() == syncbn.SyncBatchNorm(4, **options).extra_repr()
 
 
 def test_device_and_dtype_are_used():

@@ -64,9 +64,16 @@ def exact(batch):
 
 def torch_layer(dims, C, **options):
     """torch's own layer for an input of this many dims."""
-    return {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[dims](
-        C, **options
-    )
+    kind = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[dims]
+    return torchs(kind, C, **options)
+
+
+def torchs(kind, C, *, bias=True, **options):
+    """A batch norm of torch, of which those of torch 2.11 cannot be told to leave out the bias."""
+    layer = kind(C, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return layer
 
 
 def ours(batch, **options):
