@@ -20,9 +20,8 @@ struct BackwardSums {
 };
 
 template <class T, template <class> class Layout>
-__global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSums a) {
+__global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_sums(const BackwardSums a) {
     typedef Layout<T> Walk;
-    constexpr int UNROLL = 2;
     constexpr bool CENTERED = sizeof(T) == sizeof(double);
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
@@ -31,14 +30,15 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSu
     double sums[2][Walk::CHANNELS] = {}, mean[Walk::CHANNELS];
 #pragma unroll
     for (int i = 0; i < Walk::CHANNELS; ++i) mean[i] = CENTERED && i < walk.used() ? a.mean[walk.c + i] : 0;
-    for (int step = 0; step < walk.steps; step += UNROLL) {
+    in_batches<T, 2>(walk.steps, a.shape.width, [&](auto access, int step) {
+        typedef decltype(access) A;
+        constexpr int UNROLL = A::PACKS;
         Pack<T> gs[UNROLL], xs[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            gs[u] = xs[u] = Pack<T>{};
-            if (step + u >= walk.steps) continue;
-            gs[u] = load(grad_y + walk.offset, walk.length(), int(a.shape.width));
-            xs[u] = load(x + walk.offset, walk.length(), int(a.shape.width));
+            const int length = step + u < walk.steps ? walk.template length<A>() : 0;
+            gs[u] = load<A>(grad_y + walk.offset, length);
+            xs[u] = load<A>(x + walk.offset, length);
             walk.next();
         }
 #pragma unroll
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSu
                 sums[0][j] += g;
                 sums[1][j] = fma(g, CENTERED ? v - mean[j] : v, sums[1][j]);
             }
-    }
+    });
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_grad_y, double sum_product) {
         const double centered = CENTERED ? sum_product : sum_product - a.mean[c] * sum_grad_y;
         const double sum_grad_y_xhat = centered * a.invstd[c];

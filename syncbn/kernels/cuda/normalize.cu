@@ -80,10 +80,9 @@ __device__ inline void finalize(const Normalize& a, const Verdict& verdict) {
 }
 
 template <class T, template <class> class Layout>
-__global__ void __launch_bounds__(MAX_THREADS, 2) normalize(const Normalize a) {
+__global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) normalize(const Normalize a) {
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
-    constexpr int UNROLL = 2;
     __shared__ Number coefficients[3][MAX_THREADS];
     const Verdict verdict(a);
     if (blockIdx.x == 0) return finalize(a, verdict);
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) normalize(const Normalize a) {
         coefficients[2][i] = Number(read(a.bias, first + i, 0));
     }
     __syncthreads();
-    Walk walk(a.shape, place);
+    Walk walk(a.shape, place, From::END);
     Number mean[Walk::CHANNELS], scale[Walk::CHANNELS], bias[Walk::CHANNELS];
 #pragma unroll
     for (int i = 0; i < Walk::CHANNELS; ++i) {
@@ -107,28 +106,28 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) normalize(const Normalize a) {
     }
     const T* x = static_cast<const T*>(a.x);
     T* y = static_cast<T*>(a.y);
-    walk.to_last(a.shape, place);
-    for (int step = 0; step < walk.steps; step += UNROLL) {
+    in_batches<T, 4>(walk.steps, a.shape.width, [&](auto access, int step) {
+        typedef decltype(access) A;
+        constexpr int UNROLL = A::PACKS;
         Pack<T> packs[UNROLL];
         Int offsets[UNROLL];
         int lengths[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             offsets[u] = walk.offset;
-            lengths[u] = step + u < walk.steps ? walk.length() : 0;
-            if (lengths[u] > 0) packs[u] = load(x + offsets[u], lengths[u], int(a.shape.width));
+            lengths[u] = step + u < walk.steps ? walk.template length<A>() : 0;
+            packs[u] = load<A>(x + offsets[u], lengths[u]);
             walk.back();
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            if (lengths[u] == 0) continue;
             Pack<T> result;
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
                 const int j = i % Walk::CHANNELS;
                 narrow((widen(packs[u].at[i]) - mean[j]) * scale[j] + bias[j], result.at + i);
             }
-            store(y + offsets[u], result, lengths[u], int(a.shape.width));
+            store<A>(y + offsets[u], result, lengths[u]);
         }
-    }
+    });
 }
