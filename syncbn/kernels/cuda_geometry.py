@@ -16,11 +16,13 @@ THREADS = 256
 """In a block, at most; MAX_THREADS in cuda/storage.cuh."""
 STEPS = 4
 """Packs that a thread should have before the work of a channel is shared out to one more block."""
-# Enough for 132 multiprocessors, several blocks each, also at C = 64. A block of rows leaves more partial sums.
-# Not tuned on a GPU yet.
-BLOCKS_OF_PLANES = 2048
-BLOCKS_OF_ROWS = 528
+# For 132 multiprocessors with 4 resident blocks of planes, or 3 of rows (walk.cuh): two rounds of blocks, and one. More
+# would spend more time on starts and ends of blocks. Not tuned on a GPU yet.
+BLOCKS_OF_PLANES = 1056
+BLOCKS_OF_ROWS = 396
 FILLED = 264
+ROUNDS = 3
+"""In which the last block of a group of rows reads what the others left it; nothing else runs then."""
 
 
 class Geometry(NamedTuple):
@@ -104,14 +106,14 @@ def _rows(N: int, C: int, itemsize: int, threads: int) -> Geometry:
         lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS)))
         groups = _ceil(C, columns * V)
         blocks, per_block = _share(N, lanes, groups, BLOCKS_OF_ROWS)
-        if columns <= 8 or groups * blocks >= FILLED:  # 8 columns: 128 bytes, a whole line
+        if columns <= 4 or (groups * blocks >= FILLED and blocks <= ROUNDS * lanes):  # 4 columns: 64 bytes
             return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
         columns //= 2
 
 
 def _share(pieces: int, lanes: int, groups: int, most: int) -> tuple[int, int]:
     """Returns blocks a group and pieces a block: whole rounds of the lanes, at least STEPS of them if it can be."""
-    wanted = max(1, min(_ceil(most, groups), _ceil(pieces, lanes * STEPS)))
+    wanted = max(1, min(most // groups, _ceil(pieces, lanes * STEPS)))
     per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
     return _ceil(pieces, per_block), per_block
 

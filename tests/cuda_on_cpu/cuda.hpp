@@ -43,7 +43,6 @@ inline void __threadfence_system() { cuda_on_cpu::fence(); }
 // Relaxed, as on the device: an atomic alone orders nothing around it.
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
-template <class T> inline T __ldcg(const T* p) { return *p; }
 
 // In place of ptx.cuh: the conversions, by their definition, rounding to nearest, ties to even.
 #define SYNCBN_PTX

@@ -21,7 +21,7 @@ struct Shape {
 
 // A block's place: groups run fastest, so that neighbouring blocks read neighbouring memory.
 struct Place {
-    Int group, block;
+    int group, block;
     __device__ Place(const Shape& k, unsigned id) : group(id % unsigned(k.groups)), block(id / unsigned(k.groups)) {}
 };
 
@@ -36,8 +36,8 @@ __device__ inline int count_steps(Int first, Int end, int lanes) {
 template <class T> struct Planes {
     static constexpr int V = Pack<T>::V, CHANNELS = 1;  // of a pack
     static constexpr int RESIDENT = 4;                  // blocks that a multiprocessor shall hold
-    Int c;                                              // this thread's first channel
-    Int offset = 0;                                     // of its pack, in elements
+    Int offset = 0;                                     // of this thread's pack, in elements
+    int c;                                              // its first channel
     int lane, lanes, apart;                             // apart: from one lane to the next, in threads of the block
     int steps;                                          // packs it has
     __device__ Planes(const Shape& k, const Place& place, From from = From::START)
@@ -84,8 +84,8 @@ private:
 
 template <class T> struct Rows {
     static constexpr int V = Pack<T>::V, CHANNELS = V, RESIDENT = 3;
-    Int c, offset;
-    int lane, lanes, apart, steps;
+    Int offset;
+    int c, lane, lanes, apart, steps;
     __device__ Rows(const Shape& k, const Place& place, From from = From::START)
         : c((place.group * blockDim.x + threadIdx.x) * V), lane(threadIdx.y), lanes(blockDim.y), apart(blockDim.x),
           there(c >= k.C ? 0 : k.C - c < V ? int(k.C - c) : V), stride(lanes * k.C) {
