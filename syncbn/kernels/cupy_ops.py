@@ -26,7 +26,7 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ENDS = 1 + len(STATUS_SLOTS)
 # The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq.
 LOCAL_MOMENTS = struct.Struct(f"=7qQQ{_ENDS}dQQ")
-NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQdddQd")
+NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdddQd")
 BACKWARD_SUMS = struct.Struct("=7qQQQQQQqqQqqQQ")
 BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq")
 _ABSENT = (0, 0, 0)
@@ -99,7 +99,9 @@ class CupyKernels(AbstractKernels):
         if not self._on_host:
             box = self._launcher.mailbox(x)
             mailbox = (box.address, box.number(x, self._ranks))
-        moves = (*_ABSENT, *_ABSENT, 0, 0.0)
+        threads = plan.block[0] * plan.block[1]
+        keepers = max(1, -(-C // threads))  # blocks with the numbers per channel
+        moves = (*_ABSENT, *_ABSENT, 0, keepers, 0.0)
         if running is not None:
             tracked = running.num_batches_tracked
             momentum = -1.0 if running.momentum is None else running.momentum
@@ -109,7 +111,8 @@ class CupyKernels(AbstractKernels):
                     "Move the layer with layer.to(x.device)."
                 )
             counter = 0 if tracked is None else tracked.data_ptr()
-            moves = (*_values(running.mean, x), *_values(running.var, x), counter, momentum)
+            keepers = 1 if running.momentum is None else keepers  # one that counts the batches, and no race for it
+            moves = (*_values(running.mean, x), *_values(running.var, x), counter, keepers, momentum)
         self._run(
             "normalize",
             dense,
@@ -125,7 +128,7 @@ class CupyKernels(AbstractKernels):
                 *(eps, float(self._ranks)),
                 *mailbox,
             ),
-            more=1,  # block 0 has the numbers per channel
+            more=keepers,
         )
         if dense is not x:
             y = torch.empty_like(x).copy_(y)

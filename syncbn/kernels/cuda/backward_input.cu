@@ -28,10 +28,12 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_inp
     const double count = *a.count < 1 ? 1 : *a.count;
     for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
         const Int c = first + i;
-        coefficients[0][i] = Number(a.mean[c]);
-        coefficients[1][i] = Number(-(a.invstd[c] * a.wire[a.shape.C + c] / count));
-        coefficients[2][i] = Number(a.wire[c] / count);
-        coefficients[3][i] = Number(a.invstd[c] * read(a.weight, c, 1));
+        const double mean = a.mean[c], invstd = a.invstd[c], sum = a.wire[c], sum_xhat = a.wire[a.shape.C + c];
+        const Value weight = fetch(a.weight, c);
+        coefficients[0][i] = Number(mean);
+        coefficients[1][i] = Number(-(invstd * sum_xhat / count));
+        coefficients[2][i] = Number(sum / count);
+        coefficients[3][i] = Number(invstd * read(a.weight, weight, 1));
     }
     __syncthreads();
     Walk walk(a.shape, place, From::END);

@@ -104,15 +104,32 @@ struct Values {
     Int dtype;   // the order of moments.DTYPES: float16, bfloat16, float32, float64
 };
 
-__device__ inline double read(const Values& v, Int c, double absent) {
-    if (v.data == nullptr) return absent;
+// The bits of one of them. Apart from read(), so that several are on their way before one is waited for.
+union Value {
+    double wide;
+    float single;
+    Float16 half;
+    BFloat16 brain;
+};
+
+__device__ inline Value fetch(const Values& v, Int c) {
+    Value value{0};
+    if (v.data == nullptr) return value;
     const Int i = c * v.stride;
+    if (v.dtype == 3) value.wide = static_cast<const double*>(v.data)[i];
+    else if (v.dtype == 2) value.single = static_cast<const float*>(v.data)[i];
+    else value.half = static_cast<const Float16*>(v.data)[i];
+    return value;
+}
+
+__device__ inline double read(const Values& v, const Value& value, double absent) {
+    if (v.data == nullptr) return absent;
     switch (v.dtype) {
-        case 0: return widen(static_cast<const Float16*>(v.data)[i]);
-        case 1: return widen(static_cast<const BFloat16*>(v.data)[i]);
-        case 2: return static_cast<const float*>(v.data)[i];
+        case 0: return widen(value.half);
+        case 1: return widen(value.brain);
+        case 2: return value.single;
     }
-    return static_cast<const double*>(v.data)[i];
+    return value.wide;
 }
 
 __device__ inline void write(const Values& v, Int c, double value) {
