@@ -193,6 +193,16 @@ def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize):
         assert plan.grid <= 2 * cuda_geometry.BLOCKS_OF_PLANES
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shape", [*RESNET, (32, 256, 56, 56), (2, 256, 512, 512)], ids=str)
+def test_the_last_block_of_a_group_reads_partial_sums_in_a_few_rounds(shape, itemsize):
+    x = torch.empty(shape, device="meta")
+    for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
+        plan = cuda_geometry.plan(x.shape, strides, itemsize)
+        lanes = plan.block[0 if plan.layout == "Planes" else 1]
+        assert plan.blocks <= 4 * lanes, plan
+
+
 VERDICTS = {
     "2 of 3 ranks had a wrong one": Status(2.0, 3.0, 3.0, 0, 0, 1.0, 0),
     "float16 on 1, float32 on 2 of 3 ranks": Status(0.0, 3.0, 3.0, 1.0, 0, 2.0, 0),

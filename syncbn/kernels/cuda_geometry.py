@@ -50,7 +50,9 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, threads: int = THREADS) -> Geometry | None:
+def plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, threads: int = THREADS, *, sums: bool = True
+) -> Geometry | None:
     """Lays out a tensor.
 
     Args:
@@ -58,6 +60,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
         strides: in elements.
         itemsize: bytes an element.
         threads: the largest block, a power of two.
+        sums: whether the blocks of a group have sums to share. Without, blocks of rows may be wide.
 
     Returns:
         The geometry; None where the tensor is neither contiguous nor channels_last and wants a copy.
@@ -73,7 +76,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
     if planes and S > 1:
         return _planes(N, C, S, itemsize, threads)
     if _is_dense(shape, strides, [0, *dims[2:], 1]):
-        return _rows(N * S, C, itemsize, threads)
+        return _rows(N * S, C, itemsize, threads, sums)
     return None
 
 
@@ -99,14 +102,15 @@ def _planes(N: int, C: int, S: int, itemsize: int, threads: int) -> Geometry:
     return Geometry("Planes", N, C, S, groups, blocks, per_block, S * itemsize, (lanes, rows))
 
 
-def _rows(N: int, C: int, itemsize: int, threads: int) -> Geometry:
+def _rows(N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
     V = 16 // itemsize
     columns = min(32, threads, _power_of_two(_ceil(C, V)))
     while True:
         lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS)))
         groups = _ceil(C, columns * V)
         blocks, per_block = _share(N, lanes, groups, BLOCKS_OF_ROWS)
-        if columns <= 4 or (groups * blocks >= FILLED and blocks <= ROUNDS * lanes):  # 4 columns: 64 bytes
+        fills = groups * blocks >= FILLED
+        if columns <= 4 or (fills and (blocks <= ROUNDS * lanes or not sums)):  # 4 columns: 64 bytes
             return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
         columns //= 2
 

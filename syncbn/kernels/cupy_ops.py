@@ -53,7 +53,7 @@ class CupyKernels(AbstractKernels):
 
     def local_moments(self, x: Tensor, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
-        x, plan = self._laid_out(x)
+        x, plan = self._laid_out(x, sums=True)
         C = plan.C
         wire = x.new_empty(2 * C + _ENDS, dtype=torch.float64)
         pointer = x.data_ptr()
@@ -90,7 +90,7 @@ class CupyKernels(AbstractKernels):
         count_global: float,
     ) -> tuple[Tensor, BatchStats]:
         """See :meth:`AbstractKernels.normalize`. The count is that of the wire, which only the device has read."""
-        dense, plan = self._laid_out(x)
+        dense, plan = self._laid_out(x, sums=False)
         C = plan.C
         y = torch.empty_like(dense)
         stats = wire.new_empty(2 * C + 1)
@@ -150,7 +150,7 @@ class CupyKernels(AbstractKernels):
     def _backward_sums(
         self, grad_y: Tensor, x: Tensor, stats: BatchStats, grad_weight: Tensor | None, grad_bias: Tensor | None
     ) -> Tensor:
-        x, plan = self._laid_out(x)
+        x, plan = self._laid_out(x, sums=True)
         grad_y = _like(grad_y, x)
         wire = stats.values.new_empty(2 * plan.C)
         g, pointer, mean = grad_y.data_ptr(), x.data_ptr(), stats.values.data_ptr()
@@ -177,7 +177,7 @@ class CupyKernels(AbstractKernels):
         """See :meth:`AbstractKernels.backward_input`."""
         if not self._on_host:
             self._launcher.mailbox(x).look()
-        dense, plan = self._laid_out(x)
+        dense, plan = self._laid_out(x, sums=False)
         grad_x = torch.empty_like(dense)
         if plan.N:
             grad_y = _like(grad_y, dense)
@@ -196,10 +196,10 @@ class CupyKernels(AbstractKernels):
             )
         return grad_x if dense is x else torch.empty_like(x).copy_(grad_x)
 
-    def _laid_out(self, x: Tensor) -> tuple[Tensor, Geometry]:
+    def _laid_out(self, x: Tensor, *, sums: bool) -> tuple[Tensor, Geometry]:
         """Returns x, or a contiguous copy of it, and its geometry."""
-        plan = cuda_geometry.plan(x.shape, x.stride(), x.element_size(), self._threads)
-        return self._laid_out(x.contiguous()) if plan is None else (x, plan)
+        plan = cuda_geometry.plan(x.shape, x.stride(), x.element_size(), self._threads, sums=sums)
+        return self._laid_out(x.contiguous(), sums=sums) if plan is None else (x, plan)
 
     def _scratch(self, x: Tensor, plan: Geometry) -> tuple[Tensor | None, tuple[int, int]]:
         """Returns what a reduction over several blocks needs: memory for partial sums, and tickets."""
