@@ -203,6 +203,11 @@ def test_the_last_block_of_a_group_reads_partial_sums_in_a_few_rounds(shape, ite
         assert plan.blocks <= 4 * lanes, plan
 
 
+def test_one_channel_is_one_plane_while_32_bits_can_count_it():
+    assert cuda_geometry.plan((4, 1, 1000), (1000, 1000, 1), 2).S == 4000
+    assert cuda_geometry.plan((4, 1, 1 << 29), (1 << 29, 1 << 29, 1), 2).S == 1 << 29
+
+
 VERDICTS = {
     "2 of 3 ranks had a wrong one": Status(2.0, 3.0, 3.0, 0, 0, 1.0, 0),
     "float16 on 1, float32 on 2 of 3 ranks": Status(0.0, 3.0, 3.0, 1.0, 0, 2.0, 0),

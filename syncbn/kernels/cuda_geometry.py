@@ -25,6 +25,10 @@ ROUNDS = 3
 """In which the last block of a group of rows reads what the others left it; nothing else runs then."""
 
 
+PLANE = 1 << 30
+"""Elements of a plane that the kernels count in 32 bits with room to spare."""
+
+
 class Geometry(NamedTuple):
     """One launch: the fields of ``Shape`` in ``cuda/walk.cuh``, and the block."""
 
@@ -71,7 +75,7 @@ def plan(
         return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
-    if planes and C == 1:
+    if planes and C == 1 and N * S < PLANE:
         return _planes(1, 1, N * S, itemsize, threads)
     if planes and S > 1:
         return _planes(N, C, S, itemsize, threads)
