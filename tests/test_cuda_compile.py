@@ -18,8 +18,8 @@ STEPS = {
 }
 # A100, H100 and H200, B200; then GPUs with slow float64: A10, L4 and L40, B300, GeForce 50.
 ARCHITECTURES = {80: False, 90: False, 100: False, 86: True, 89: True, 103: True, 120: True}
-# Two blocks of 256 threads on a multiprocessor of 65536 registers: 128 is what __launch_bounds__ leaves.
-REGISTERS = 128
+# What __launch_bounds__ leaves of 65536 registers to three blocks of 256 threads, and to one where sums are expansions.
+REGISTERS = {False: 80, True: 255}
 
 
 @pytest.mark.timeout(300)
@@ -37,7 +37,7 @@ def test_every_template_compiles_without_spills(step, architecture, tmp_path):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert len(spills) == len(registers) == len(instances), report
     assert set(spills) == {("0", "0")}, report
-    assert max(registers) <= REGISTERS
+    assert max(registers) <= REGISTERS[ARCHITECTURES[architecture]]
     assert "warning" not in report.lower(), report
 
 

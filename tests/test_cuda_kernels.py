@@ -199,6 +199,21 @@ def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize):
         assert plan.grid <= 2 * cuda_geometry.BLOCKS_OF_PLANES
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shape", [*RESNET, (32, 256, 56, 56), (2, 256, 512, 512)], ids=str)
+def test_the_last_block_of_a_group_reads_partial_sums_in_a_few_rounds(shape, itemsize):
+    x = torch.empty(shape, device="meta")
+    for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
+        plan = cuda_geometry.plan(x.shape, strides, itemsize)
+        lanes = plan.block[0 if plan.layout == "Planes" else 1]
+        assert plan.blocks <= 4 * lanes, plan
+
+
+def test_one_channel_is_one_plane_while_32_bits_can_count_it():
+    assert cuda_geometry.plan((4, 1, 1000), (1000, 1000, 1), 2).S == 4000
+    assert cuda_geometry.plan((4, 1, 1 << 29), (1 << 29, 1 << 29, 1), 2).S == 1 << 29
+
+
 VERDICTS = {
     "2 of 3 ranks had a wrong one": Status(2.0, 3.0, 3.0, 0, 0, 1.0, 0),
     "float16 on 1, float32 on 2 of 3 ranks": Status(0.0, 3.0, 3.0, 1.0, 0, 2.0, 0),
@@ -299,8 +314,8 @@ def test_the_sanitizers_find_nothing(kind):
 BROKEN = {
     "a barrier": ("thread", "reduce.cuh", "        __syncthreads();\n        if (!last)", "        if (!last)"),
     "a fence": ("thread", "reduce.cuh", "        __threadfence();  // the sums", "        // the sums"),
-    "an alignment": ("address", "storage.cuh", "length == V && width == 16) return", "length == V) return"),
-    "a bound": ("address", "storage.cuh", "i < length ? p[i] : T{}", "p[i]"),
+    "an alignment": ("address", "storage.cuh", "if (width == 16) return", "if (width >= 0) return"),
+    "a bound": ("address", "storage.cuh", "if (i < length) pack.at", "pack.at"),
 }
 
 

@@ -16,11 +16,17 @@ THREADS = 256
 """In a block, at most; MAX_THREADS in cuda/storage.cuh."""
 STEPS = 4
 """Packs that a thread should have before the work of a channel is shared out to one more block."""
-# Enough for 132 multiprocessors, several blocks each, also at C = 64. A block of rows leaves more partial sums.
-# Not tuned on a GPU yet.
-BLOCKS_OF_PLANES = 2048
-BLOCKS_OF_ROWS = 528
+# For 132 multiprocessors with 4 resident blocks of planes, or 3 of rows (walk.cuh): two rounds of blocks, and one. More
+# would spend more time on starts and ends of blocks. Not tuned on a GPU yet.
+BLOCKS_OF_PLANES = 1056
+BLOCKS_OF_ROWS = 396
 FILLED = 264
+ROUNDS = 3
+"""In which the last block of a group of rows reads what the others left it; nothing else runs then."""
+
+
+PLANE = 1 << 30
+"""Elements of a plane that the kernels count in 32 bits with room to spare."""
 
 
 class Geometry(NamedTuple):
@@ -48,7 +54,9 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, threads: int = THREADS) -> Geometry | None:
+def plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, threads: int = THREADS, *, sums: bool = True
+) -> Geometry | None:
     """Lays out a tensor.
 
     Args:
@@ -56,6 +64,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
         strides: in elements.
         itemsize: bytes an element.
         threads: the largest block, a power of two.
+        sums: whether the blocks of a group have sums to share. Without, blocks of rows may be wide.
 
     Returns:
         The geometry; None where the tensor is neither contiguous nor channels_last and wants a copy.
@@ -66,12 +75,12 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
         return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
-    if planes and C == 1:
+    if planes and C == 1 and N * S < PLANE:
         return _planes(1, 1, N * S, itemsize, threads)
     if planes and S > 1:
         return _planes(N, C, S, itemsize, threads)
     if _is_dense(shape, strides, [0, *dims[2:], 1]):
-        return _rows(N * S, C, itemsize, threads)
+        return _rows(N * S, C, itemsize, threads, sums)
     return None
 
 
@@ -97,21 +106,22 @@ def _planes(N: int, C: int, S: int, itemsize: int, threads: int) -> Geometry:
     return Geometry("Planes", N, C, S, groups, blocks, per_block, S * itemsize, (lanes, rows))
 
 
-def _rows(N: int, C: int, itemsize: int, threads: int) -> Geometry:
+def _rows(N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
     V = 16 // itemsize
     columns = min(32, threads, _power_of_two(_ceil(C, V)))
     while True:
         lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS)))
         groups = _ceil(C, columns * V)
         blocks, per_block = _share(N, lanes, groups, BLOCKS_OF_ROWS)
-        if columns <= 8 or groups * blocks >= FILLED:  # 8 columns: 128 bytes, a whole line
+        fills = groups * blocks >= FILLED
+        if columns <= 4 or (fills and (blocks <= ROUNDS * lanes or not sums)):  # 4 columns: 64 bytes
             return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
         columns //= 2
 
 
 def _share(pieces: int, lanes: int, groups: int, most: int) -> tuple[int, int]:
     """Returns blocks a group and pieces a block: whole rounds of the lanes, at least STEPS of them if it can be."""
-    wanted = max(1, min(_ceil(most, groups), _ceil(pieces, lanes * STEPS)))
+    wanted = max(1, min(most // groups, _ceil(pieces, lanes * STEPS)))
     per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
     return _ceil(pieces, per_block), per_block
 

@@ -28,7 +28,7 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ENDS = 1 + len(STATUS_SLOTS)
 # The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq.
 LOCAL_MOMENTS = struct.Struct(f"=7qQQ{_ENDS}dQQ")
-NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQdddQd")
+NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdddQd")
 BACKWARD_SUMS = struct.Struct("=7qQQQQQQqqQqqQQ")
 BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq")
 _ABSENT = (0, 0, 0)
@@ -55,7 +55,7 @@ class CupyKernels(AbstractKernels):
 
     def local_moments(self, x: Tensor, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
-        x, plan = self._laid_out(x)
+        x, plan = self._laid_out(x, sums=True)
         C = plan.C
         wire = x.new_empty(2 * C + _ENDS, dtype=torch.float64)
         pointer = x.data_ptr()
@@ -92,7 +92,7 @@ class CupyKernels(AbstractKernels):
         count_global: float,
     ) -> tuple[Tensor, BatchStats]:
         """See :meth:`AbstractKernels.normalize`. The count is that of the wire, which only the device has read."""
-        dense, plan = self._laid_out(x)
+        dense, plan = self._laid_out(x, sums=False)
         C = plan.C
         y = torch.empty_like(dense)
         stats = wire.new_empty(2 * C + 1)
@@ -101,7 +101,9 @@ class CupyKernels(AbstractKernels):
         if not self._on_host:
             box = self._launcher.mailbox(x)
             mailbox = (box.address, box.number(x, self._ranks))
-        moves = (*_ABSENT, *_ABSENT, 0, 0.0)
+        threads = plan.block[0] * plan.block[1]
+        keepers = max(1, -(-C // threads))  # blocks with the numbers per channel
+        moves = (*_ABSENT, *_ABSENT, 0, keepers, 0.0)
         if running is not None:
             tracked = running.num_batches_tracked
             momentum = -1.0 if running.momentum is None else running.momentum
@@ -111,7 +113,8 @@ class CupyKernels(AbstractKernels):
                     "Move the layer with layer.to(x.device)."
                 )
             counter = 0 if tracked is None else tracked.data_ptr()
-            moves = (*_values(running.mean, x), *_values(running.var, x), counter, momentum)
+            keepers = 1 if running.momentum is None else keepers  # one that counts the batches, and no race for it
+            moves = (*_values(running.mean, x), *_values(running.var, x), counter, keepers, momentum)
         self._run(
             "normalize",
             dense,
@@ -127,7 +130,7 @@ class CupyKernels(AbstractKernels):
                 *(eps, float(self._ranks)),
                 *mailbox,
             ),
-            more=1,  # block 0 has the numbers per channel
+            more=keepers,
         )
         if dense is not x:
             y = torch.empty_like(x).copy_(y)
@@ -149,7 +152,7 @@ class CupyKernels(AbstractKernels):
     def _backward_sums(
         self, grad_y: Tensor, x: Tensor, stats: BatchStats, grad_weight: Tensor | None, grad_bias: Tensor | None
     ) -> Tensor:
-        x, plan = self._laid_out(x)
+        x, plan = self._laid_out(x, sums=True)
         grad_y = _like(grad_y, x)
         wire = stats.values.new_empty(2 * plan.C)
         g, pointer, mean = grad_y.data_ptr(), x.data_ptr(), stats.values.data_ptr()
@@ -176,7 +179,7 @@ class CupyKernels(AbstractKernels):
         """See :meth:`AbstractKernels.backward_input`."""
         if not self._on_host:
             self._launcher.mailbox(x).look()
-        dense, plan = self._laid_out(x)
+        dense, plan = self._laid_out(x, sums=False)
         grad_x = torch.empty_like(dense)
         if plan.N:
             grad_y = _like(grad_y, dense)
@@ -195,10 +198,10 @@ class CupyKernels(AbstractKernels):
             )
         return grad_x if dense is x else torch.empty_like(x).copy_(grad_x)
 
-    def _laid_out(self, x: Tensor) -> tuple[Tensor, Geometry]:
+    def _laid_out(self, x: Tensor, *, sums: bool) -> tuple[Tensor, Geometry]:
         """Returns x, or a contiguous copy of it, and its geometry."""
-        plan = cuda_geometry.plan(x.shape, x.stride(), x.element_size(), self._threads)
-        return self._laid_out(x.contiguous()) if plan is None else (x, plan)
+        plan = cuda_geometry.plan(x.shape, x.stride(), x.element_size(), self._threads, sums=sums)
+        return self._laid_out(x.contiguous(), sums=sums) if plan is None else (x, plan)
 
     def _scratch(self, x: Tensor, plan: Geometry) -> tuple[Tensor | None, tuple[int, int]]:
         """Returns what a reduction over several blocks needs: memory for partial sums, and tickets."""

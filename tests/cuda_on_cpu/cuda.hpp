@@ -42,7 +42,7 @@ inline void __threadfence() { cuda_on_cpu::fence(); }
 inline void __threadfence_system() { cuda_on_cpu::fence(); }
 // Relaxed, as on the device: an atomic alone orders nothing around it.
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
-template <class T> inline T __ldcg(const T* p) { return *p; }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 
 // In place of ptx.cuh: the conversions, by their definition, rounding to nearest, ties to even.
 #define SYNCBN_PTX
@@ -86,3 +86,14 @@ inline unsigned short float_to_half(float value) {
     const int steps = int(nearbyintf(ldexpf(size, 11 - exponent)));             // of 2^(exponent - 11)
     return static_cast<unsigned short>(sign | (((exponent + 13) << 10) + steps));  // carries into the exponent
 }
+
+struct alignas(16) FourWords {
+    unsigned at[4];
+};
+struct alignas(8) TwoWords {
+    unsigned at[2];
+};
+inline void store_words(void* p, unsigned a, unsigned b, unsigned c, unsigned d) {
+    *static_cast<FourWords*>(p) = FourWords{{a, b, c, d}};
+}
+inline void store_words(void* p, unsigned a, unsigned b) { *static_cast<TwoWords*>(p) = TwoWords{{a, b}}; }

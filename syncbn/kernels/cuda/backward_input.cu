@@ -18,10 +18,9 @@ struct BackwardInput {
 };
 
 template <class T, template <class> class Layout>
-__global__ void __launch_bounds__(MAX_THREADS, 2) backward_input(const BackwardInput a) {
+__global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_input(const BackwardInput a) {
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
-    constexpr int UNROLL = 2;
     __shared__ Number coefficients[4][MAX_THREADS];
     const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
@@ -29,13 +28,15 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_input(const BackwardI
     const double count = *a.count < 1 ? 1 : *a.count;
     for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
         const Int c = first + i;
-        coefficients[0][i] = Number(a.mean[c]);
-        coefficients[1][i] = Number(-(a.invstd[c] * a.wire[a.shape.C + c] / count));
-        coefficients[2][i] = Number(a.wire[c] / count);
-        coefficients[3][i] = Number(a.invstd[c] * read(a.weight, c, 1));
+        const double mean = a.mean[c], invstd = a.invstd[c], sum = a.wire[c], sum_xhat = a.wire[a.shape.C + c];
+        const Value weight = fetch(a.weight, c);
+        coefficients[0][i] = Number(mean);
+        coefficients[1][i] = Number(-(invstd * sum_xhat / count));
+        coefficients[2][i] = Number(sum / count);
+        coefficients[3][i] = Number(invstd * read(a.weight, weight, 1));
     }
     __syncthreads();
-    Walk walk(a.shape, place);
+    Walk walk(a.shape, place, From::END);
     Number k[4][Walk::CHANNELS];
 #pragma unroll
     for (int i = 0; i < 4 * Walk::CHANNELS; ++i) {
@@ -44,24 +45,22 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_input(const BackwardI
     }
     const T *grad_y = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
     T* grad_x = static_cast<T*>(a.grad_x);
-    walk.to_last(a.shape, place);
-    for (int step = 0; step < walk.steps; step += UNROLL) {
+    in_batches<T, 2>(walk.steps, a.shape.width, [&](auto access, int step) {
+        typedef decltype(access) A;
+        constexpr int UNROLL = A::PACKS;
         Pack<T> gs[UNROLL], xs[UNROLL];
         Int offsets[UNROLL];
         int lengths[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             offsets[u] = walk.offset;
-            lengths[u] = step + u < walk.steps ? walk.length() : 0;
-            if (lengths[u] > 0) {
-                gs[u] = load(grad_y + offsets[u], lengths[u], int(a.shape.width));
-                xs[u] = load(x + offsets[u], lengths[u], int(a.shape.width));
-            }
+            lengths[u] = step + u < walk.steps ? walk.template length<A>() : 0;
+            gs[u] = load<A>(grad_y + offsets[u], lengths[u]);
+            xs[u] = load<A>(x + offsets[u], lengths[u]);
             walk.back();
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            if (lengths[u] == 0) continue;
             Pack<T> result;
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_input(const BackwardI
                 const Number v = (widen(xs[u].at[i]) - k[0][j]) * k[1][j];
                 narrow((v + widen(gs[u].at[i]) - k[2][j]) * k[3][j], result.at + i);
             }
-            store(grad_x + offsets[u], result, lengths[u], int(a.shape.width));
+            store<A>(grad_x + offsets[u], result, lengths[u]);
         }
-    }
+    });
 }

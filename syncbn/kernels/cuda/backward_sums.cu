@@ -20,10 +20,9 @@ struct BackwardSums {
 };
 
 template <class T, template <class> class Layout, template <class> class Sum>
-__global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSums a) {
+__global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) backward_sums(const BackwardSums a) {
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
-    constexpr int UNROLL = sizeof(Sum<T>[Walk::CHANNELS]) > 128 ? 1 : 2;
     constexpr bool CENTERED = sizeof(T) == sizeof(double);
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
@@ -33,14 +32,15 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSu
     Number mean[Walk::CHANNELS];
 #pragma unroll
     for (int i = 0; i < Walk::CHANNELS; ++i) mean[i] = CENTERED && i < walk.used() ? a.mean[walk.c + i] : 0;
-    for (int step = 0; step < walk.steps; step += UNROLL) {
+    in_batches<T, 2>(walk.steps, a.shape.width, [&](auto access, int step) {
+        typedef decltype(access) A;
+        constexpr int UNROLL = A::PACKS;
         Pack<T> gs[UNROLL], xs[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            gs[u] = xs[u] = Pack<T>{};
-            if (step + u >= walk.steps) continue;
-            gs[u] = load(grad_y + walk.offset, walk.length(), int(a.shape.width));
-            xs[u] = load(x + walk.offset, walk.length(), int(a.shape.width));
+            const int length = step + u < walk.steps ? walk.template length<A>() : 0;
+            gs[u] = load<A>(grad_y + walk.offset, length);
+            xs[u] = load<A>(x + walk.offset, length);
             walk.next();
         }
 #pragma unroll
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) backward_sums(const BackwardSu
                 sums[0][j].add(g);
                 sums[1][j].add_product(g, CENTERED ? v - mean[j] : v);
             }
-    }
+    });
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_grad_y, double sum_product) {
         const double centered = CENTERED ? sum_product : sum_product - a.mean[c] * sum_grad_y;
         const double sum_grad_y_xhat = centered * a.invstd[c];

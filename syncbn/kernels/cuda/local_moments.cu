@@ -20,21 +20,20 @@ struct LocalMoments {
 };
 
 template <class T, template <class> class Layout, template <class> class Sum>
-__global__ void __launch_bounds__(MAX_THREADS, 2) local_moments(const LocalMoments a) {
+__global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) local_moments(const LocalMoments a) {
     typedef Layout<T> Walk;
-    constexpr int UNROLL = sizeof(Sum<T>[Walk::CHANNELS]) > 128 ? 1 : 4;  // loads in flight: sums need registers too
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
     Walk walk(a.shape, place);
     const T* x = static_cast<const T*>(a.x);
     Sum<T> sums[2][Walk::CHANNELS];
-    for (int step = 0; step < walk.steps; step += UNROLL) {
+    in_batches<T, 4>(walk.steps, a.shape.width, [&](auto access, int step) {
+        typedef decltype(access) A;
+        constexpr int UNROLL = A::PACKS;
         Pack<T> packs[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            packs[u] = Pack<T>{};
-            if (step + u >= walk.steps) continue;
-            packs[u] = load(x + walk.offset, walk.length(), int(a.shape.width));
+            packs[u] = load<A>(x + walk.offset, step + u < walk.steps ? walk.template length<A>() : 0);
             walk.next();
         }
 #pragma unroll
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) local_moments(const LocalMomen
                 sums[0][j].add(v);
                 sums[1][j].add_product(v, v);
             }
-    }
+    });
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_x, double sum_x2) {
         a.wire[1 + c] = sum_x;
         a.wire[1 + C + c] = sum_x2;

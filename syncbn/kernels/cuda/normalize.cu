@@ -6,8 +6,9 @@
 // In: x, planes or rows; wire, float64 (2C + 8,), summed over the ranks; weight, bias, running mean and var of any
 // floating dtype and stride. Out: y, of x's dtype; mean, invstd, float64 (C,);
 // count, float64 (1,).
-// Block 0 owns the numbers per channel and num_batches_tracked, and alone writes them. Every other block owns a group
-// of channels and some of its pieces, and forms the coefficients of its channels for itself, in float64, rounded once.
+// The first `keepers` blocks own the numbers per channel and alone write them; block 0 owns num_batches_tracked, and is
+// the only keeper where momentum depends on it. Every other block owns a group of channels and some of its pieces, and
+// forms the coefficients of its channels for itself, in float64, rounded once.
 // The blocks go backwards through x, whose end local_moments has left in the second-level cache.
 // The verdict: where the counters of the wire forbid this call (see checks.py), y, mean and invstd are NaN, nothing
 // else is touched, and the counters go to the host's mailbox, where the next call of any layer finds them.
@@ -23,6 +24,7 @@ struct Normalize {
     double *mean, *invstd, *count;
     Values running_mean, running_var;
     Int* num_batches_tracked;
+    Int keepers;
     double momentum;  // negative: averages over all batches counted
     double eps;
     double ranks;
@@ -36,42 +38,52 @@ struct Verdict {
     __device__ Verdict(const Normalize& a) : count(a.wire[0]) {
         const double* status = a.wire + 1 + 2 * a.shape.C;  // faults, grad_enabled, needs_grad, a vote for each dtype
         const int dtypes = (status[3] > 0) + (status[4] > 0) + (status[5] > 0) + (status[6] > 0);
-        refused = status[0] > 0 || dtypes > 1 || (status[1] > 0 && status[1] < a.ranks) || count == 1;
+        // No ||: all counters are read at once.
+        refused = (status[0] > 0) | (dtypes > 1) | ((status[1] > 0) & (status[1] < a.ranks)) | (count == 1);
     }
+};
+
+// The sums of a channel, read before anything is computed from them.
+struct Sums {
+    double x, x2;
+    __device__ Sums(const Normalize& a, Int c) : x(a.wire[1 + c]), x2(a.wire[1 + a.shape.C + c]) {}
 };
 
 struct Finalized {
     double mean, var, invstd;
-    __device__ Finalized(const Normalize& a, const Verdict& verdict, Int c) {
+    __device__ Finalized(const Sums& sums, const Verdict& verdict, double eps) {
         const double count = verdict.count < 1 ? 1 : verdict.count;
-        mean = a.wire[1 + c] / count;
-        var = a.wire[1 + a.shape.C + c] / count - mean * mean;
+        mean = sums.x / count;
+        var = sums.x2 / count - mean * mean;
         if (var < 0) var = 0;  // NaN stays NaN
-        invstd = 1 / sqrt(var + a.eps);
+        invstd = 1 / sqrt(var + eps);
         if (verdict.refused) mean = invstd = nan("");
     }
 };
 
-// What one block does for all channels.
+// What the keepers do.
 __device__ inline void finalize(const Normalize& a, const Verdict& verdict) {
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
     const bool moves = a.running_mean.data != nullptr && verdict.count > 0 && !verdict.refused;
-    const Int seen = a.num_batches_tracked == nullptr ? 0 : *a.num_batches_tracked + 1;
+    const bool counts = blockIdx.x == 0 && a.num_batches_tracked != nullptr;
+    const Int seen = counts ? *a.num_batches_tracked + 1 : 0;
     double momentum = a.momentum;
     if (momentum < 0) momentum = seen > 0 ? 1 / double(seen) : 0;
-    for (Int c = me; c < a.shape.C; c += threads) {
-        const Finalized f(a, verdict, c);
+    for (Int c = Int(blockIdx.x) * threads + me; c < a.shape.C; c += a.keepers * threads) {
+        const Sums sums(a, c);
+        const Value old_mean = fetch(a.running_mean, c), old_var = fetch(a.running_var, c);
+        const Finalized f(sums, verdict, a.eps);
         a.mean[c] = f.mean;
         a.invstd[c] = f.invstd;
         if (!moves) continue;
         const double unbiased = f.var * (verdict.count / (verdict.count - 1));
-        write(a.running_mean, c, read(a.running_mean, c, 0) * (1 - momentum) + f.mean * momentum);
-        write(a.running_var, c, read(a.running_var, c, 0) * (1 - momentum) + unbiased * momentum);
+        write(a.running_mean, c, read(a.running_mean, old_mean, 0) * (1 - momentum) + f.mean * momentum);
+        write(a.running_var, c, read(a.running_var, old_var, 0) * (1 - momentum) + unbiased * momentum);
     }
     __syncthreads();  // all have read num_batches_tracked
-    if (me != 0) return;
+    if (blockIdx.x != 0 || me != 0) return;
     *a.count = verdict.count;
-    if (moves && a.num_batches_tracked != nullptr) *a.num_batches_tracked = seen;
+    if (moves && counts) *a.num_batches_tracked = seen;
     if (!verdict.refused || a.mailbox == nullptr) return;
     a.mailbox[1] = verdict.count;
     for (int i = 0; i < 7; ++i) a.mailbox[2 + i] = a.wire[1 + 2 * a.shape.C + i];
@@ -80,24 +92,25 @@ __device__ inline void finalize(const Normalize& a, const Verdict& verdict) {
 }
 
 template <class T, template <class> class Layout>
-__global__ void __launch_bounds__(MAX_THREADS, 2) normalize(const Normalize a) {
+__global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) normalize(const Normalize a) {
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
-    constexpr int UNROLL = 2;
     __shared__ Number coefficients[3][MAX_THREADS];
     const Verdict verdict(a);
-    if (blockIdx.x == 0) return finalize(a, verdict);
+    if (blockIdx.x < a.keepers) return finalize(a, verdict);
     const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
     const Int first = place.group * Walk::channels();
     for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
-        const Finalized f(a, verdict, first + i);
+        const Sums sums(a, first + i);
+        const Value weight = fetch(a.weight, first + i), bias = fetch(a.bias, first + i);
+        const Finalized f(sums, verdict, a.eps);
         coefficients[0][i] = Number(f.mean);
-        coefficients[1][i] = Number(f.invstd * read(a.weight, first + i, 1));
-        coefficients[2][i] = Number(read(a.bias, first + i, 0));
+        coefficients[1][i] = Number(f.invstd * read(a.weight, weight, 1));
+        coefficients[2][i] = Number(read(a.bias, bias, 0));
     }
     __syncthreads();
-    Walk walk(a.shape, place);
+    Walk walk(a.shape, place, From::END);
     Number mean[Walk::CHANNELS], scale[Walk::CHANNELS], bias[Walk::CHANNELS];
 #pragma unroll
     for (int i = 0; i < Walk::CHANNELS; ++i) {
@@ -107,28 +120,28 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) normalize(const Normalize a) {
     }
     const T* x = static_cast<const T*>(a.x);
     T* y = static_cast<T*>(a.y);
-    walk.to_last(a.shape, place);
-    for (int step = 0; step < walk.steps; step += UNROLL) {
+    in_batches<T, 4>(walk.steps, a.shape.width, [&](auto access, int step) {
+        typedef decltype(access) A;
+        constexpr int UNROLL = A::PACKS;
         Pack<T> packs[UNROLL];
         Int offsets[UNROLL];
         int lengths[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             offsets[u] = walk.offset;
-            lengths[u] = step + u < walk.steps ? walk.length() : 0;
-            if (lengths[u] > 0) packs[u] = load(x + offsets[u], lengths[u], int(a.shape.width));
+            lengths[u] = step + u < walk.steps ? walk.template length<A>() : 0;
+            packs[u] = load<A>(x + offsets[u], lengths[u]);
             walk.back();
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            if (lengths[u] == 0) continue;
             Pack<T> result;
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
                 const int j = i % Walk::CHANNELS;
                 narrow((widen(packs[u].at[i]) - mean[j]) * scale[j] + bias[j], result.at + i);
             }
-            store(y + offsets[u], result, lengths[u], int(a.shape.width));
+            store<A>(y + offsets[u], result, lengths[u]);
         }
-    }
+    });
 }

@@ -27,4 +27,15 @@ __device__ inline unsigned short float_to_bfloat16(float value) {
     return bits;
 }
 
+// An aligned store of 16 or 8 bytes that stays one store: of a struct's, the compiler makes several now and then.
+__device__ inline void store_words(void* p, unsigned a, unsigned b, unsigned c, unsigned d) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
+__device__ inline void store_words(void* p, unsigned a, unsigned b) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b) : "memory");
+}
+
 #endif

@@ -7,7 +7,6 @@
 // launch on the stream, also of a graph's replay. No atomic touches a sum: deterministic.
 #pragma once
 #include "sum.cuh"
-#include "walk.cuh"
 
 struct Reduction {
     double* partials;   // [blocks, 2, C], unused where a group has one block
@@ -16,7 +15,8 @@ struct Reduction {
 
 // Adds up the lanes; the sums of lane 0 are then complete. lanes is a power of two.
 template <class Walk> __device__ inline void over_lanes(const Walk& walk, double (&sums)[2][Walk::CHANNELS], double* shared) {
-    const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
+    constexpr int threads = MAX_THREADS;  // a constant: one address for all channels
+    const int me = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 2 * Walk::CHANNELS; ++i) shared[i * threads + me] = sums[i / Walk::CHANNELS][i % Walk::CHANNELS];
     for (int half = walk.lanes / 2; half > 0; half /= 2) {
@@ -58,16 +58,15 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
         }
         __syncthreads();
         if (!last) return;
-        __threadfence();
+        __threadfence();  // behind the ticket: no load below reads what was there before
 #pragma unroll
-        for (int i = 0; i < Walk::CHANNELS; ++i) {
-            sums[0][i] = sums[1][i] = 0;
-            if (i >= walk.used()) continue;
-            const double* theirs = r.partials + walk.c + i;
-            for (Int b = walk.lane; b < k.blocks; b += walk.lanes) {
-                sums[0][i] += __ldcg(theirs + b * 2 * k.C);
-                sums[1][i] += __ldcg(theirs + b * 2 * k.C + k.C);
-            }
+        for (int i = 0; i < Walk::CHANNELS; ++i) sums[0][i] = sums[1][i] = 0;
+#pragma unroll(Walk::CHANNELS > 1 ? 1 : 4)
+        for (Int b = walk.lane; b < k.blocks; b += walk.lanes) {  // the loads of all channels are in flight at once
+            const double* theirs = r.partials + b * 2 * k.C + walk.c;
+#pragma unroll
+            for (int i = 0; i < Walk::CHANNELS; ++i)
+                if (i < walk.used()) sums[0][i] += theirs[i], sums[1][i] += theirs[k.C + i];
         }
         over_lanes(walk, sums, shared);
     }

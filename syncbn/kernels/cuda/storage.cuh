@@ -35,48 +35,66 @@ __device__ inline void narrow(float x, BFloat16* to) { to->bits = float_to_bfloa
 __device__ inline void narrow(float x, float* to) { *to = x; }
 __device__ inline void narrow(double x, double* to) { *to = x; }
 
-template <class T> struct alignas(16) Pack {
+// Words, not elements, are what a load fills: an element is taken out where it is used, and no load waits for another.
+template <int N> struct alignas(4 * N) Words {
+    unsigned at[N];
+};
+template <class T> union Pack {
     static constexpr int V = 16 / sizeof(T);
+    Words<4> whole;
+    Words<2> halves[2];
     T at[V];
 };
-template <class T> struct alignas(8) HalfPack {
-    T at[8 / sizeof(T)];
+
+// How memory is read: COUNT elements an access, PACKS packs before the first of them is used.
+template <int N, int M> struct Access {
+    static constexpr int COUNT = N, PACKS = M;
 };
 
-// Reads `length` elements, zeros behind them. Whole packs in accesses of `width` bytes: 16, 8, or 0 for single elements.
-template <class T> __device__ inline Pack<T> load(const T* p, int length, int width) {
-    constexpr int V = Pack<T>::V;
-    if (length == V && width == 16) return *reinterpret_cast<const Pack<T>*>(p);
+template <class A, class Body> __device__ inline void each_batch(int steps, const Body& body) {
+    for (int step = 0; step < steps; step += A::PACKS) body(A{}, step);
+}
+
+// Calls body(Access, step) for every batch of packs. The width of accesses is that of a whole launch, so that the loop
+// has no branch. Single elements take a register each: half as many packs.
+template <class T, int PACKS, class Body> __device__ inline void in_batches(int steps, Int width, const Body& body) {
+    if (width == 16) return each_batch<Access<Pack<T>::V, PACKS>>(steps, body);
+    if (width == 8) return each_batch<Access<8 / sizeof(T), PACKS>>(steps, body);
+    each_batch<Access<1, PACKS / 2>>(steps, body);
+}
+
+// Reads `length` elements, a multiple of what an access has, zeros behind them.
+template <class A, class T> __device__ inline Pack<T> load(const T* p, int length) {
+    constexpr int V = Pack<T>::V, E = A::COUNT;
     Pack<T> pack;
-    if (length == V && width == 8) {
-        const HalfPack<T>* halves = reinterpret_cast<const HalfPack<T>*>(p);
-        const HalfPack<T> first = halves[0], second = halves[1];
+    pack.whole = Words<4>{};
+    if (E == V) {
+        if (length > 0) pack.whole = *reinterpret_cast<const Words<4>*>(p);
+    } else if (E == V / 2) {
+        const Words<2>* halves = reinterpret_cast<const Words<2>*>(p);
+        if (length > 0) pack.halves[0] = halves[0];
+        if (length > E) pack.halves[1] = halves[1];
+    } else {
 #pragma unroll
-        for (int i = 0; i < V; ++i) pack.at[i] = i < V / 2 ? first.at[i % (V / 2)] : second.at[i % (V / 2)];
-        return pack;
+        for (int i = 0; i < V; ++i)
+            if (i < length) pack.at[i] = p[i];
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) pack.at[i] = i < length ? p[i] : T{};
     return pack;
 }
 
-template <class T> __device__ inline void store(T* p, const Pack<T>& pack, int length, int width) {
-    constexpr int V = Pack<T>::V;
-    if (length == V && width == 16) {
-        *reinterpret_cast<Pack<T>*>(p) = pack;
-        return;
-    }
-    if (length == V && width == 8) {
-        HalfPack<T> halves[2];
+template <class A, class T> __device__ inline void store(T* p, const Pack<T>& pack, int length) {
+    constexpr int V = Pack<T>::V, E = A::COUNT;
+    const unsigned* words = pack.whole.at;
+    if (E == V) {
+        if (length > 0) store_words(p, words[0], words[1], words[2], words[3]);
+    } else if (E == V / 2) {
+        if (length > 0) store_words(p, words[0], words[1]);
+        if (length > E) store_words(p + E, words[2], words[3]);
+    } else {
 #pragma unroll
-        for (int i = 0; i < V; ++i) halves[i / (V / 2)].at[i % (V / 2)] = pack.at[i];
-        reinterpret_cast<HalfPack<T>*>(p)[0] = halves[0];
-        reinterpret_cast<HalfPack<T>*>(p)[1] = halves[1];
-        return;
+        for (int i = 0; i < V; ++i)
+            if (i < length) p[i] = pack.at[i];
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-        if (i < length) p[i] = pack.at[i];
 }
 
 // C values of any dtype and stride: weight, bias, running statistics, their gradients. data is null where there are none.
@@ -86,15 +104,32 @@ struct Values {
     Int dtype;   // the order of moments.DTYPES: float16, bfloat16, float32, float64
 };
 
-__device__ inline double read(const Values& v, Int c, double absent) {
-    if (v.data == nullptr) return absent;
+// The bits of one of them. Apart from read(), so that several are on their way before one is waited for.
+union Value {
+    double wide;
+    float single;
+    Float16 half;
+    BFloat16 brain;
+};
+
+__device__ inline Value fetch(const Values& v, Int c) {
+    Value value{0};
+    if (v.data == nullptr) return value;
     const Int i = c * v.stride;
+    if (v.dtype == 3) value.wide = static_cast<const double*>(v.data)[i];
+    else if (v.dtype == 2) value.single = static_cast<const float*>(v.data)[i];
+    else value.half = static_cast<const Float16*>(v.data)[i];
+    return value;
+}
+
+__device__ inline double read(const Values& v, const Value& value, double absent) {
+    if (v.data == nullptr) return absent;
     switch (v.dtype) {
-        case 0: return widen(static_cast<const Float16*>(v.data)[i]);
-        case 1: return widen(static_cast<const BFloat16*>(v.data)[i]);
-        case 2: return static_cast<const float*>(v.data)[i];
+        case 0: return widen(value.half);
+        case 1: return widen(value.brain);
+        case 2: return value.single;
     }
-    return static_cast<const double*>(v.data)[i];
+    return value.wide;
 }
 
 __device__ inline void write(const Values& v, Int c, double value) {

@@ -9,7 +9,7 @@
 //     Numbers beyond 2^90 (infinities and NaN too) and products below 2^-90, of which a part could be lost, go to float64.
 // Needs a compiler that neither contracts nor reorders: --fmad=false, and no fast math.
 #pragma once
-#include "storage.cuh"
+#include "walk.cuh"
 
 template <class T> struct Float64 {
     typedef typename Compute<T>::Type Number;
@@ -50,3 +50,7 @@ private:
         return lost;
     }
 };
+
+// Blocks that a multiprocessor shall hold: an expansion needs more registers, and eight of them a block of their own.
+template <class Walk, class Sum>
+constexpr int RESIDENT = sizeof(Sum) == sizeof(double) ? Walk::RESIDENT : Walk::CHANNELS < 8 ? 2 : 1;

@@ -16,78 +16,89 @@ struct Shape {
     Int groups;     // groups of channels
     Int blocks;     // blocks a group
     Int per_block;  // pieces a block
-    Int width;      // bytes an access, see load()
+    Int width;      // bytes an access, see with_access()
 };
 
 // A block's place: groups run fastest, so that neighbouring blocks read neighbouring memory.
 struct Place {
-    Int group, block;
-    __device__ Place(const Shape& k, Int id) : group(id % k.groups), block(id / k.groups) {}
+    int group, block;
+    __device__ Place(const Shape& k, unsigned id) : group(id % unsigned(k.groups)), block(id / unsigned(k.groups)) {}
 };
+
+// From which end a thread goes through its pieces.
+enum class From { START, END };
+
+// How many of `pieces` from `first` on are a lane's, `lanes`, a power of two, apart.
+__device__ inline int count_steps(Int first, Int end, int lanes) {
+    return first < end ? int((end - first + lanes - 1) >> (31 - __clz(lanes))) : 0;
+}
 
 template <class T> struct Planes {
     static constexpr int V = Pack<T>::V, CHANNELS = 1;  // of a pack
-    Int c;                   // this thread's first channel
-    Int offset = 0;          // of its pack, in elements
-    int lane, lanes, apart;  // apart: from one lane to the next, in threads of the block
-    int steps;               // packs it has
-    __device__ Planes(const Shape& k, const Place& place)
+    static constexpr int RESIDENT = 4;                  // blocks that a multiprocessor shall hold
+    Int offset = 0;                                     // of this thread's pack, in elements
+    int c;                                              // its first channel
+    int lane, lanes, apart;                             // apart: from one lane to the next, in threads of the block
+    int steps;                                          // packs it has
+    __device__ Planes(const Shape& k, const Place& place, From from = From::START)
         : c(place.group * blockDim.y + threadIdx.y), lane(threadIdx.x), lanes(blockDim.x), apart(1), S(int(k.S)),
-          tiles((S + V - 1) / V), there(c < k.C), next_plane(k.C * k.S - Int(tiles) * V) {
-        const Int first = place.block * k.per_block + lane, pieces = k.N * tiles;
-        const Int end = (place.block + 1) * k.per_block < pieces ? (place.block + 1) * k.per_block : pieces;
-        steps = there && first < end ? int((end - first + lanes - 1) / lanes) : 0;
-        step_t = steps > 1 ? lanes % tiles : 0;
-        stride = steps > 1 ? lanes / tiles * (k.C * k.S) + step_t * V : 0;
-        go_to(k, first);
+          tiles((S + V - 1) / V), there(c < k.C) {
+        const Int first = place.block * k.per_block + lane, behind = (place.block + 1) * k.per_block;
+        const Int pieces = k.N * tiles, end = behind < pieces ? behind : pieces;
+        steps = there ? count_steps(first, end, lanes) : 0;
+        const unsigned planes = lanes < tiles ? 0 : unsigned(lanes) / unsigned(tiles);  // from a piece to the next
+        step_t = lanes - int(planes) * tiles;
+        stride = planes * (k.C * k.S) + step_t * V;
+        wrapping = stride + k.C * k.S - Int(tiles) * V;
+        if (steps > 0) go_to(k, from == From::START ? first : first + Int(steps - 1) * lanes);
     }
     __device__ static int channels() { return blockDim.y; }  // of a block
     __device__ static int slot() { return threadIdx.y; }     // this thread's first among them
     __device__ int used() const { return there; }            // how many of the pack's channels there are
-    __device__ int length() const { return S - t * V < V ? S - t * V : V; }
+    // Elements of the pack. All, where whole packs can be accessed: S is then a multiple of V.
+    template <class A> __device__ int length() const {
+        return A::COUNT == V || S - t * V > V ? V : S - t * V;
+    }
     __device__ void next() {
-        offset += stride;
         t += step_t;
-        if (t >= tiles) t -= tiles, offset += next_plane;
+        const bool wraps = t >= tiles;
+        offset += wraps ? wrapping : stride;
+        if (wraps) t -= tiles;
     }
     __device__ void back() {
-        offset -= stride;
         t -= step_t;
-        if (t < 0) t += tiles, offset -= next_plane;
-    }
-    __device__ void to_last(const Shape& k, const Place& place) {
-        go_to(k, place.block * k.per_block + lane + Int(steps - 1) * lanes);
+        const bool wraps = t < 0;
+        offset -= wraps ? wrapping : stride;
+        if (wraps) t += tiles;
     }
 
 private:
     int S, tiles, there, t = 0, step_t;
-    Int next_plane, stride;
+    Int stride, wrapping;
     __device__ void go_to(const Shape& k, Int piece) {
-        if (steps == 0) return;
-        t = int(piece % tiles);
-        offset = (piece / tiles * k.C + c) * k.S + t * V;
+        const Int plane = piece / tiles;
+        t = int(piece - plane * tiles);
+        offset = (plane * k.C + c) * k.S + t * V;
     }
 };
 
 template <class T> struct Rows {
-    static constexpr int V = Pack<T>::V, CHANNELS = V;
-    Int c, offset;
-    int lane, lanes, apart, steps;
-    __device__ Rows(const Shape& k, const Place& place)
+    static constexpr int V = Pack<T>::V, CHANNELS = V, RESIDENT = 3;
+    Int offset;
+    int c, lane, lanes, apart, steps;
+    __device__ Rows(const Shape& k, const Place& place, From from = From::START)
         : c((place.group * blockDim.x + threadIdx.x) * V), lane(threadIdx.y), lanes(blockDim.y), apart(blockDim.x),
           there(c >= k.C ? 0 : k.C - c < V ? int(k.C - c) : V), stride(lanes * k.C) {
-        const Int first = place.block * k.per_block + lane;
-        const Int end = (place.block + 1) * k.per_block < k.N ? (place.block + 1) * k.per_block : k.N;
-        steps = there > 0 && first < end ? int((end - first + lanes - 1) / lanes) : 0;
-        offset = first * k.C + c;
+        const Int first = place.block * k.per_block + lane, behind = (place.block + 1) * k.per_block;
+        steps = there > 0 ? count_steps(first, behind < k.N ? behind : k.N, lanes) : 0;
+        offset = (from == From::START ? first : first + Int(steps - 1) * lanes) * k.C + c;
     }
     __device__ static int channels() { return blockDim.x * V; }
     __device__ static int slot() { return threadIdx.x * V; }
     __device__ int used() const { return there; }
-    __device__ int length() const { return there; }
+    template <class A> __device__ int length() const { return A::COUNT == V ? V : there; }
     __device__ void next() { offset += stride; }
     __device__ void back() { offset -= stride; }
-    __device__ void to_last(const Shape&, const Place&) { offset += (steps - 1) * stride; }
 
 private:
     int there;
