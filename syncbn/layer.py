@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.parameter import UninitializedParameter
 
 from syncbn import agreement, checks, collective, differentiable, functional, groups, recomputation, renorm, transports
 from syncbn.groups import GroupSpec
@@ -80,7 +81,9 @@ class SyncBatchNorm(_BatchNorm):
         group_size: int | None = None,
         renorm_limits: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # torch 2.11 has no such argument
+            self.register_parameter("bias", None)
         self.process_group = groups.specify_blocks(process_group, group_size)
         self.renorm_limits = renorm_limits
         self.converted_from: type[_BatchNorm] | None = None
@@ -103,6 +106,13 @@ class SyncBatchNorm(_BatchNorm):
     @renorm_limits.setter
     def renorm_limits(self, limits: tuple[float, float] | None) -> None:
         self._renorm = renorm.checked(limits, self.track_running_stats)
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias, as far as there are any, and the running statistics as they were at first."""
+        self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                torch.nn.init.constant_(parameter, value)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; a frozen layer stays in eval."""
@@ -239,7 +249,9 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         group_size: int | None = None,
         renorm_limits: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = groups.specify_blocks(process_group, group_size)
         self.renorm_limits = renorm_limits
 
@@ -252,7 +264,12 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
             agreement.raise_together(error, transport)
         elif error is not None:
             raise error
+        without = self.weight is not None and self.bias is None
+        if without:  # torch 2.11 knows no lazy layer that has a weight alone
+            self.bias = UninitializedParameter(device=self.weight.device, dtype=self.weight.dtype)  # type: ignore[call-arg]
         super().initialize_parameters(input)
+        if without:
+            self.register_parameter("bias", None)
 
 
 def never_agreed() -> Tensor:

@@ -64,9 +64,16 @@ def exact(batch):
 
 def torch_layer(dims, C, **options):
     """torch's own layer for an input of this many dims."""
-    return {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[dims](
-        C, **options
-    )
+    classes = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
+    return torchs(classes[dims], C, **options)
+
+
+def torchs(cls, C, *, bias=True, **options):
+    """A layer of torch's, with or without a bias: torch 2.11 has no such argument."""
+    layer = cls(C, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return layer
 
 
 def ours(batch, **options):

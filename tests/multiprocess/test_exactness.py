@@ -114,7 +114,7 @@ def test_options_equal_torch(ranks, rng, name):
     options = {} if name == "frozen" else {name.split("=")[0]: None if name == "momentum=None" else False}
     sizes = batches.SHARES["uneven"](ranks.size)
     mine = ranks.shares(sizes)[ranks.rank]
-    theirs = torch.nn.BatchNorm2d(5, dtype=torch.float64, **options)
+    theirs = batches.torch_layer(4, 5, dtype=torch.float64, **options)
     layer = syncbn.SyncBatchNorm(5, dtype=torch.float64, **options)
     layer.load_state_dict(theirs.state_dict())
     for module in (theirs, layer):
