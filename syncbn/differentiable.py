@@ -281,7 +281,7 @@ class _Normalize(torch.autograd.Function):
             y = y + _channels(bias, x)
         ctx.save_for_backward(x, mask, weight, wire)
         ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11 compiles a no-op here to gradients of 0
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
