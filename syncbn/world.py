@@ -192,6 +192,7 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
     launch = launchers.detect()
     where = _device(launch) if device is None else torch.device(device)
     if where.type == "cuda":
+        where = where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(where)  # NCCL and the kernels take the current one
     if torch_distributed is None:
         torch_distributed = launch.size > 1 and not launch.speaks_mpi

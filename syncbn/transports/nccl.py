@@ -30,7 +30,7 @@ class NcclTransport(AbstractTransport):
         host: MPI over the same ranks. Each must have a GPU of its own, and it must be the current device.
 
     Communication:
-        At creation one broadcast of 128 bytes over MPI, and NCCL's own.
+        At creation one broadcast of 128 numbers over MPI, and NCCL's own.
     """
 
     name = "nccl"
@@ -40,11 +40,11 @@ class NcclTransport(AbstractTransport):
         self.host, self._nccl = host, nccl
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.token, self.spec = host.token, host.spec
-        number = torch.zeros(ID_BYTES, dtype=torch.int8)
+        number = torch.zeros(ID_BYTES, dtype=torch.int16)
         if self.rank == 0:
-            number = torch.tensor(nccl.get_unique_id(), dtype=torch.int8)
+            number = torch.tensor(list(nccl.get_unique_id()), dtype=torch.int16)
         host.broadcast(number)
-        self._comm = nccl.NcclCommunicator(self.size, tuple(number.tolist()), self.rank)
+        self._comm = _communicator(nccl, self.size, number.tolist(), self.rank)
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
 
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -110,6 +110,14 @@ def problem() -> str:
         return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
     except ImportError as error:
         return f"CuPy does not load: {error}"
+
+
+def _communicator(nccl: Any, size: int, number: list[int], rank: int) -> Any:
+    """Hands NCCL's id over as bytes, as CuPy 14 has it, or as the tuple of numbers of CuPy 13."""
+    try:
+        return nccl.NcclCommunicator(size, bytes(value % 256 for value in number), rank)
+    except TypeError:
+        return nccl.NcclCommunicator(size, tuple(number), rank)
 
 
 def _nccl() -> Any:
