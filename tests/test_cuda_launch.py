@@ -2,8 +2,10 @@
 """How CuPy is asked: a CuPy and a CUDA that only take notes."""
 
 import ctypes
+import gc
 import struct
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,6 +17,17 @@ from syncbn.kernels.cuda_launch import CupyLauncher
 from syncbn.kernels.cuda_verdict import Mailbox
 
 LAYOUT, X = struct.Struct("=qd"), torch.zeros(3)
+
+
+ALIVE = weakref.WeakSet()
+
+
+class Function:
+    """A kernel that is loaded; CuPy unloads it when nothing holds this."""
+
+    def __init__(self, name):
+        self.ptr = len(name)
+        ALIVE.add(self)
 
 
 class Notes:
@@ -34,7 +47,7 @@ class Notes:
         self.compiled.append((code, options, name_expressions))
         if self.failure is not None:
             raise self.failure
-        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=SimpleNamespace(ptr=len(name))))
+        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=Function(name)))
 
 
 @pytest.fixture
@@ -61,7 +74,7 @@ def test_a_launch_passes_one_struct_on_the_current_stream(notes):
         launcher.launch("normalize<float, Rows>", 12, (32, 8), LAYOUT, (number, 0.5), X)
     handle = len("normalize<float, Rows>")
     assert notes.launches == [(handle, (12, 1, 1), (32, 8, 1), 0, 77, (n, 0.5), 0) for n in (3, 4)]
-    assert notes.devices == [-1], "a context, once a thread"
+    assert notes.devices == [-1, -1], "for the compiler, and a context once a thread"
 
 
 def test_a_kernel_is_compiled_once_with_its_headers_and_without_contraction(notes):
@@ -72,6 +85,17 @@ def test_a_kernel_is_compiled_once_with_its_headers_and_without_contraction(note
     assert code == cuda_launch.source("backward_sums")
     assert options == ("--std=c++17", "--fmad=false")
     assert names == ("backward_sums<double, Planes>",)
+
+
+def test_a_kernel_stays_loaded_as_long_as_its_launcher(notes):
+    ALIVE.clear()
+    launcher = CupyLauncher()
+    launcher.launch("normalize<float, Rows>", 1, (1, 1), LAYOUT, (0, 0.0), X)
+    gc.collect()
+    assert len(ALIVE) == 1
+    del launcher
+    gc.collect()
+    assert len(ALIVE) == 0
 
 
 def test_a_kernel_that_does_not_compile_says_what_to_install_and_what_the_compiler_said(notes):
@@ -106,7 +130,9 @@ def test_no_two_streams_and_no_two_captures_share_tickets(notes):
     notes.capturing = True
     captured = launcher.tickets(X, 10)
     assert launcher.tickets(X, 20) is captured
-    notes.capture = 6
+    notes.stream = 79
+    assert launcher.tickets(X, 10) is not captured, "a branch of the same graph may run beside it"
+    notes.stream, notes.capture = 78, 6
     assert launcher.tickets(X, 10) is not captured
     notes.capturing, notes.stream = False, 77
     assert launcher.tickets(X, 10) is first

@@ -60,7 +60,8 @@ class CupyLauncher(AbstractLauncher):
 
         self._cupy, self._driver = cupy, driver
         self._functions: dict[tuple[str, int], int] = {}
-        self._tickets: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._loaded: list[Any] = []  # what the pointers in _functions lead into, also after cupy.clear_memo()
+        self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
         self._mailboxes: dict[int, Mailbox] = {}
         self._local = threading.local()  # forward and backward launch from threads of their own
 
@@ -79,10 +80,13 @@ class CupyLauncher(AbstractLauncher):
         self._driver.launchKernel(function, grid, 1, 1, *block, 1, 0, stream, pointers, 0)
 
     def tickets(self, x: Tensor, groups: int) -> Tensor:
-        """See :meth:`AbstractLauncher.tickets`. A capture gets its own: a graph may run beside the stream."""
+        """See :meth:`AbstractLauncher.tickets`.
+
+        A capture gets its own, for each of its streams: a graph may run beside the stream, and its branches at once.
+        """
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         capture = capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
-        key = (x.get_device(), stream if capture == 0 else -1)
+        key = (x.get_device(), stream, capture != 0)
         found = self._tickets.get(key)
         if found is None or found[0] != capture or found[1].numel() < groups:
             found = capture, torch.zeros(max(groups, 4096), dtype=torch.int32, device=x.device)
@@ -114,12 +118,15 @@ class CupyLauncher(AbstractLauncher):
         """Compiles one instance of a template, or takes it from CuPy's cache on disk."""
         self._refuse_capture(f"the first use of {kernel}")
         try:
+            self._cupy.cuda.runtime.setDevice(device)  # CuPy compiles for the GPU that it takes for the current one
             module = self._cupy.RawModule(
                 code=source(kernel.partition("<")[0]), options=OPTIONS, name_expressions=(kernel,)
             )
-            function: int = module.get_function(kernel).kernel.ptr
+            loaded = module.get_function(kernel).kernel
         except Exception as error:
             raise RuntimeError(explain_failure(kernel, error, self._cupy)) from error
+        function: int = loaded.ptr
+        self._loaded.append(loaded)
         self._functions[kernel, device] = function
         return function
 
