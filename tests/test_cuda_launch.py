@@ -142,6 +142,8 @@ def test_no_two_streams_and_no_two_captures_share_tickets(notes):
 def test_the_mailbox_of_a_device_is_one(notes, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     launcher = CupyLauncher()
+    with torch.device("meta"):  # a default device that a person has set
+        assert launcher.mailbox(X).memory.is_cpu
     assert launcher.mailbox(X) is launcher.mailbox(X)
 
 

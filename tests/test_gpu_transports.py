@@ -8,11 +8,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from syncbn import kernels, rendezvous, transports, world
+from syncbn import agreement, kernels, rendezvous, transports, world
 from syncbn.groups import GroupSpec
 from syncbn.launchers import Launch
 from syncbn.transports import mpi_staged, nccl
+from syncbn.transports.torch_dist import TorchTransport
 from tests.processes import run
 
 
@@ -145,7 +147,9 @@ def test_pinned_memory_waits_for_the_producing_stream_and_is_not_overwritten_too
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(notes))
     empty = torch.empty
     monkeypatch.setattr(
-        torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype) if pin_memory else None
+        torch,
+        "empty",
+        lambda size, dtype, device, pin_memory: empty(size, dtype=dtype) if pin_memory and device == "cpu" else None,
     )
     copy = torch.Tensor.copy_
     monkeypatch.setattr(
@@ -166,7 +170,7 @@ def test_pinned_memory_takes_the_stream_of_the_tensors_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: devices.append(tensor.get_device()) or nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(Event([])) or events[-1])
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device, pin_memory: empty(size, dtype=dtype))
     stage, tensor = mpi_staged.PinnedStage(), torch.ones(3).as_subclass(OnGpu)
     stage.to_device(stage.to_host(tensor), tensor)
     assert devices == [3, 3]
@@ -205,6 +209,19 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert world._device(launch(local_rank)) == torch.device("cuda", expected)
+
+
+def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        with torch.device("meta"):  # what landed there would have no values
+            transport = TorchTransport(dist.group.WORLD)
+            agreement.require_equal({"C": 3.0}, transport, "It", "")
+            with pytest.raises(ValueError, match="On rank 0: bad"):
+                agreement.raise_together(ValueError("bad"), transport)
+            assert world.init().loss_scale(4) == 1.0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
