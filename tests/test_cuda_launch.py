@@ -6,6 +6,7 @@ import gc
 import struct
 import sys
 import weakref
+from math import prod
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -111,6 +112,18 @@ def test_a_kernel_that_does_not_compile_says_what_to_install_and_what_the_compil
         assert part in str(caught.value)
 
 
+def test_a_cupy_that_may_not_write_its_cache_says_where_it_could(notes, monkeypatch):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise PermissionError("[Errno 13] Permission denied: '/.cupy'")
+
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(RuntimeError, match=r"Permission denied: '/.cupy'.*CUPY_CACHE_DIR"):
+        CupyLauncher()
+
+
 def test_a_capture_that_holds_a_first_use_is_refused(notes):
     launcher = CupyLauncher()
     notes.capturing = True
@@ -182,6 +195,15 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
     monkeypatch.setattr(kernels, "explain_device", lambda: choice)
     with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
         assert kernels._cuda_kernels.__wrapped__(1, False).name == "torch"
+
+
+def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
+    monkeypatch.setattr(kernels, "PLAIN", (SimpleNamespace,))
+    monkeypatch.setattr(kernels, "_cuda_kernels", lambda ranks, on_host: "cupy")
+    for shape, expected in (((4, 2, 2**29), "cupy"), ((1, 2, 2**31), "torch")):
+        x = SimpleNamespace(is_cuda=True, is_neg=lambda: False, numel=lambda shape=shape: prod(shape), shape=shape)
+        found = kernels.on_device(x, SimpleNamespace(size=1, on_host=False))
+        assert getattr(found, "name", found) == expected
 
 
 def test_a_gpu_that_is_too_old_gets_torchs_operators(monkeypatch):

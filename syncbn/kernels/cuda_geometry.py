@@ -16,6 +16,8 @@ THREADS = 256
 """In a block, at most; MAX_THREADS in cuda/storage.cuh."""
 STEPS = 4
 """Packs that a thread should have before the work of a channel is shared out to one more block."""
+MOST = 2**31 - 16
+"""Values in a plane, at most: a thread counts within it in 32 bits, up to the end of its last pack."""
 # Enough for 132 multiprocessors, several blocks each, also at C = 64. A block of rows leaves more partial sums.
 # Not tuned on a GPU yet.
 BLOCKS_OF_PLANES = 2048
@@ -52,7 +54,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
     """Lays out a tensor.
 
     Args:
-        shape: (N, C, *spatial).
+        shape: (N, C, *spatial), S at most MOST.
         strides: in elements.
         itemsize: bytes an element.
         threads: the largest block, a power of two.
@@ -66,7 +68,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, thread
         return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
-    if planes and C == 1:
+    if planes and C == 1 and N * S <= MOST:
         return _planes(1, 1, N * S, itemsize, threads)
     if planes and S > 1:
         return _planes(N, C, S, itemsize, threads)

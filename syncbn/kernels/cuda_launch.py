@@ -55,9 +55,14 @@ class CupyLauncher(AbstractLauncher):
     """CuPy's compiler and launch, torch's memory and stream."""
 
     def __init__(self) -> None:
-        import cupy
-        from cupy_backends.cuda.api import driver
-
+        try:
+            import cupy
+            from cupy_backends.cuda.api import driver
+        except (ImportError, OSError) as error:  # CuPy makes the folder of its cache when it is imported
+            raise RuntimeError(
+                f"The GPU kernels need a CuPy that loads; received {type(error).__name__}: {error}. Name a folder that "
+                f"can be written in CUPY_CACHE_DIR if it was refused one, or install CuPy anew; {REMEDY}"
+            ) from error
         self._cupy, self._driver = cupy, driver
         self._functions: dict[tuple[str, int], int] = {}
         self._loaded: list[Any] = []  # what the pointers in _functions lead into, also after cupy.clear_memo()

@@ -108,7 +108,7 @@ def problem() -> str:
         return 'CuPy is not installed (pip install "syncbn[cuda13]", or [cuda12])'
     try:
         return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter where CuPy may not make the folder of its cache
         return f"CuPy does not load: {error}"
 
 
