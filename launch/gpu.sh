@@ -24,8 +24,8 @@ part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says, and goes o
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || { failed=1 && echo "FAILED: $name, see $OUT/$name.log"; }
     tail -n 3 "$OUT/$name.log"
 }
-
-# No configuration: of the test tools only pytest itself is needed.
+# Without CuPy the tests of the kernels would be skipped. Of the test tools only pytest is needed: no configuration.
+part 30 kernels "$PYTHON" -c 'import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
 tests=(-m pytest -q -c /dev/null --rootdir .)
 layer=(tests/multiprocess/test_{exactness,same_bits,collectives,masks,second_derivatives,renorm}.py)
 part 100 alone "$PYTHON" "${tests[@]}" tests/gpu tests/test_kernels.py tests/test_cuda_launch.py
