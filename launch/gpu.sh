@@ -32,7 +32,7 @@ part 100 alone "$PYTHON" "${tests[@]}" tests/gpu tests/test_kernels.py tests/tes
 for n in 2 3; do
     command -v mpirun >/dev/null && part 30 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
     part 30 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
-    part 50 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
+    part 80 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
 done
 command -v compute-sanitizer >/dev/null && part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
 part 150 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
