@@ -24,15 +24,15 @@ part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says, and goes o
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || { failed=1 && echo "FAILED: $name, see $OUT/$name.log"; }
     tail -n 3 "$OUT/$name.log"
 }
-
-# No configuration: of the test tools only pytest itself is needed.
+# Without CuPy the tests of the kernels would be skipped. Of the test tools only pytest is needed: no configuration.
+part 30 kernels "$PYTHON" -c 'import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
 tests=(-m pytest -q -c /dev/null --rootdir .)
 layer=(tests/multiprocess/test_{exactness,same_bits,collectives,masks,second_derivatives,renorm}.py)
 part 100 alone "$PYTHON" "${tests[@]}" tests/gpu tests/test_kernels.py tests/test_cuda_launch.py
 for n in 2 3; do
     command -v mpirun >/dev/null && part 30 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
     part 30 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
-    part 50 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
+    part 80 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
 done
 command -v compute-sanitizer >/dev/null && part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
 part 150 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"

@@ -114,7 +114,9 @@ def run(*, repeats: int, output: str | None, shapes: tuple[tuple[int, ...], ...]
         with _group(backend):
             for shape in shapes:
                 for dtype in DTYPES:
-                    rows += _measure(shape, dtype, backend, repeats)
+                    for row in _measure(shape, dtype, backend, repeats):
+                        print(*asdict(row).values(), sep="  ", flush=True)
+                        rows.append(row)
                     _write(output, machine, rows)
     table = [list(asdict(row).values()) for row in rows]
     print(tabulate(table, list(asdict(rows[0])), floatfmt=".1f"), flush=True)
@@ -238,6 +240,7 @@ def _profile(step: Step, count: int = 3) -> tuple[float, float, float]:
         for _ in range(count):
             step()
     on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]  # type: ignore[attr-defined]
+    on_gpu = [event for event in on_gpu if not event.is_user_annotation]  # "nccl:all_reduce" is a name around kernels
     calls = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]  # type: ignore[attr-defined]
     waits = sum(name in ("cudaStreamSynchronize", "cudaEventSynchronize") for name in calls)
     return sum(event.device_time for event in on_gpu) / count, len(on_gpu) / count, waits / count

@@ -21,7 +21,7 @@ from syncbn.renorm import RenormKernels, RenormLimits, corrected
 from syncbn.transports.base import AbstractTransport
 
 # An input that always requires a gradient: where any rank needs backward, every rank records it and joins.
-_ANCHOR = torch.zeros((), requires_grad=True)
+_ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 
 
 class Call(NamedTuple):
@@ -84,7 +84,8 @@ def sync_batch_norm(
     """
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     C = checks.agreed_width(parameters, x)
-    error = checks.input_error(x, C) or checks.parameter_error(parameters, x, C)
+    error = checks.input_error(x, C)
+    error = checks.parameter_error(parameters, x, C) if error is None else error
     weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
     running = None
     if running_mean is not None and running_var is not None:

@@ -10,9 +10,9 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.nn import UninitializedParameter
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.parameter import UninitializedParameter
 
 from syncbn import agreement, checks, collective, differentiable, functional, groups, recomputation, renorm, transports
 from syncbn.groups import GroupSpec
@@ -264,9 +264,9 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
             agreement.raise_together(error, transport)
         elif error is not None:
             raise error
-        without_bias = self.affine and self.bias is None
+        without_bias = self.weight is not None and self.bias is None
         if without_bias:  # torch 2.11 asks for one
-            self.bias = UninitializedParameter()
+            self.bias = UninitializedParameter(device=self.weight.device, dtype=self.weight.dtype)  # type: ignore[call-arg]
         super().initialize_parameters(input)
         if without_bias:
             self.register_parameter("bias", None)

@@ -330,3 +330,10 @@ def test_the_sanitizers_find_a_kernel_without(missing, tmp_path):
     done = sanitized(kind, build(*SANITIZERS[kind], cuda=tmp_path / "cuda"))
     assert done.returncode != 0
     assert "Sanitizer: " in done.stderr or "misaligned address" in done.stderr
+
+
+def test_one_channel_is_not_one_plane_where_32_bits_cannot_count_it():
+    S = 2**30
+    small, large = (cuda_geometry.plan((N, 1, S), (S, S, 1), 2) for N in (1, 3))
+    assert (small.N, small.S) == (1, S)
+    assert (large.N, large.S) == (3, S)

@@ -2,8 +2,11 @@
 """How CuPy is asked: a CuPy and a CUDA that only take notes."""
 
 import ctypes
+import gc
 import struct
 import sys
+import weakref
+from math import prod
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,6 +18,17 @@ from syncbn.kernels.cuda_launch import CupyLauncher
 from syncbn.kernels.cuda_verdict import Mailbox
 
 LAYOUT, X = struct.Struct("=qd"), torch.zeros(3)
+
+
+ALIVE = weakref.WeakSet()
+
+
+class Function:
+    """A kernel that is loaded; CuPy unloads it when nothing holds this."""
+
+    def __init__(self, name):
+        self.ptr = len(name)
+        ALIVE.add(self)
 
 
 class Notes:
@@ -34,7 +48,7 @@ class Notes:
         self.compiled.append((code, options, name_expressions))
         if self.failure is not None:
             raise self.failure
-        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=SimpleNamespace(ptr=len(name))))
+        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=Function(name)))
 
 
 @pytest.fixture
@@ -62,7 +76,7 @@ def test_a_launch_passes_one_struct_on_the_current_stream(notes):
         launcher.launch("normalize<float, Rows>", 12, (32, 8), LAYOUT, (number, 0.5), X)
     handle = len("normalize<float, Rows>")
     assert notes.launches == [(handle, (12, 1, 1), (32, 8, 1), 0, 77, (n, 0.5), 0) for n in (3, 4)]
-    assert notes.devices == [-1], "a context, once a thread"
+    assert notes.devices == [-1, -1], "for the compiler, and a context once a thread"
 
 
 def test_a_kernel_is_compiled_once_with_its_headers_and_without_contraction(notes):
@@ -73,6 +87,17 @@ def test_a_kernel_is_compiled_once_with_its_headers_and_without_contraction(note
     assert code == cuda_launch.source("backward_sums")
     assert options == ("--std=c++17", "--fmad=false")
     assert names == ("backward_sums<double, Planes>",)
+
+
+def test_a_kernel_stays_loaded_as_long_as_its_launcher(notes):
+    ALIVE.clear()
+    launcher = CupyLauncher()
+    launcher.launch("normalize<float, Rows>", 1, (1, 1), LAYOUT, (0, 0.0), X)
+    gc.collect()
+    assert len(ALIVE) == 1
+    del launcher
+    gc.collect()
+    assert len(ALIVE) == 0
 
 
 def test_a_kernel_that_does_not_compile_says_what_to_install_and_what_the_compiler_said(notes):
@@ -97,6 +122,18 @@ def test_the_driver_says_whether_float64_is_slow(notes, ratio, slow):
     assert launcher.slow_float64(X) is slow, "asked once for each device"
 
 
+def test_a_cupy_that_may_not_write_its_cache_says_where_it_could(notes, monkeypatch):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise PermissionError("[Errno 13] Permission denied: '/.cupy'")
+
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(RuntimeError, match=r"Permission denied: '/.cupy'.*CUPY_CACHE_DIR"):
+        CupyLauncher()
+
+
 def test_a_capture_that_holds_a_first_use_is_refused(notes):
     launcher = CupyLauncher()
     notes.capturing = True
@@ -116,7 +153,9 @@ def test_no_two_streams_and_no_two_captures_share_tickets(notes):
     notes.capturing = True
     captured = launcher.tickets(X, 10)
     assert launcher.tickets(X, 20) is captured
-    notes.capture = 6
+    notes.stream = 79
+    assert launcher.tickets(X, 10) is not captured, "a branch of the same graph may run beside it"
+    notes.stream, notes.capture = 78, 6
     assert launcher.tickets(X, 10) is not captured
     notes.capturing, notes.stream = False, 77
     assert launcher.tickets(X, 10) is first
@@ -126,6 +165,8 @@ def test_no_two_streams_and_no_two_captures_share_tickets(notes):
 def test_the_mailbox_of_a_device_is_one(notes, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     launcher = CupyLauncher()
+    with torch.device("meta"):  # a default device that a person has set
+        assert launcher.mailbox(X).memory.is_cpu
     assert launcher.mailbox(X) is launcher.mailbox(X)
 
 
@@ -164,6 +205,15 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
     monkeypatch.setattr(kernels, "explain_device", lambda: choice)
     with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
         assert kernels._cuda_kernels.__wrapped__(1, False).name == "torch"
+
+
+def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
+    monkeypatch.setattr(kernels, "PLAIN", (SimpleNamespace,))
+    monkeypatch.setattr(kernels, "_cuda_kernels", lambda ranks, on_host: "cupy")
+    for shape, expected in (((4, 2, 2**29), "cupy"), ((1, 2, 2**31), "torch")):
+        x = SimpleNamespace(is_cuda=True, is_neg=lambda: False, numel=lambda shape=shape: prod(shape), shape=shape)
+        found = kernels.on_device(x, SimpleNamespace(size=1, on_host=False))
+        assert getattr(found, "name", found) == expected
 
 
 def test_a_gpu_that_is_too_old_gets_torchs_operators(monkeypatch):

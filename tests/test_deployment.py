@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import syncbn
-from tests.multiprocess import batches
+from tests.multiprocess.batches import torchs
 
 RETIRED = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch 2.13 says so at each use
 TREESPEC = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")  # torch's own code
@@ -143,17 +143,14 @@ def test_reverted_layers_fuse_with_their_convolution(dims):
 @pytest.mark.parametrize("theirs", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"bias": False}])
 def test_checkpoints_load_both_ways(theirs, options):
-    def make(cls):
-        return cls(4, **options) if cls is syncbn.SyncBatchNorm else batches.torchs(cls, 4, **options)
-
     def filled(cls):
-        layer = make(cls)
+        layer = torchs(cls, 4, **options)
         for i, value in enumerate(layer.state_dict().values()):
             value.fill_(i + 3)
         return layer
 
     for source, target in ((theirs, syncbn.SyncBatchNorm), (syncbn.SyncBatchNorm, theirs)):
-        file, saved, loaded = io.BytesIO(), filled(source), make(target)
+        file, saved, loaded = io.BytesIO(), filled(source), torchs(target, 4, **options)
         torch.save(saved.state_dict(), file)
         file.seek(0)
         loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)

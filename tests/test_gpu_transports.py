@@ -3,15 +3,19 @@
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from syncbn import kernels, rendezvous, transports, world
+from syncbn import agreement, kernels, rendezvous, transports, world
 from syncbn.groups import GroupSpec
 from syncbn.launchers import Launch
 from syncbn.transports import mpi_staged, nccl
+from syncbn.transports.torch_dist import TorchTransport
+from tests.processes import run
 
 
 class OnGpu(torch.Tensor):
@@ -46,12 +50,14 @@ def library(monkeypatch):
     notes = []
     module = ModuleType("nccl")
     module.available, module.NCCL_SUM, module.NCCL_INT8, module.NCCL_FLOAT64, module.NCCL_FLOAT32 = True, 0, 1, 8, 7
-    module.get_unique_id = lambda: tuple(range(-64, 64))
+    module.get_unique_id = lambda: bytes(range(128, 256))  # CuPy 14; a tuple of numbers in CuPy 13
     module.notes = notes
 
     class NcclCommunicator:
-        def __init__(self, *arguments):
-            notes.append(("init", *arguments))
+        def __init__(self, size, number, rank):
+            if type(number) is not type(module.get_unique_id()):
+                raise TypeError("Argument 'commId' has incorrect type")
+            notes.append(("init", size, number, rank))
 
         def allReduce(self, *arguments):  # noqa: N802 - CuPy's name
             notes.append(("allReduce", *arguments))
@@ -79,10 +85,12 @@ def test_nccl_sums_in_place_on_the_current_stream(library):
     assert library.notes[-1] == ("bcast", tensor.data_ptr(), 6, 1, 1, 103)
 
 
-def test_mpi_carries_the_id_of_nccl_and_the_cpu_tensors(library):
+@pytest.mark.parametrize("number", [bytes(range(128, 256)), tuple(range(-64, 64))], ids=["CuPy 14", "CuPy 13"])
+def test_mpi_carries_the_id_of_nccl_and_the_cpu_tensors(library, number):
+    library.get_unique_id = lambda: number
     host = Host()
     transport = nccl.NcclTransport(host)
-    assert library.notes == [("init", 2, tuple(range(-64, 64)), 0)]
+    assert library.notes == [("init", 2, number, 0)]
     assert host.notes == [("broadcast", 128, 0)]
     transport.all_reduce(torch.ones(4))
     assert host.notes[-1] == ("all_reduce", 4)
@@ -139,7 +147,9 @@ def test_pinned_memory_waits_for_the_producing_stream_and_is_not_overwritten_too
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(notes))
     empty = torch.empty
     monkeypatch.setattr(
-        torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype) if pin_memory else None
+        torch,
+        "empty",
+        lambda size, dtype, device, pin_memory: empty(size, dtype=dtype) if pin_memory and device == "cpu" else None,
     )
     copy = torch.Tensor.copy_
     monkeypatch.setattr(
@@ -153,6 +163,17 @@ def test_pinned_memory_waits_for_the_producing_stream_and_is_not_overwritten_too
     assert notes[4:] == ["copy", "record"]
     assert torch.equal(tensor, torch.arange(1.0, 7.0).view(2, 3))
     assert stage.to_host(tensor) is host, "kept"
+
+
+def test_pinned_memory_takes_the_stream_of_the_tensors_device(monkeypatch):
+    devices, events = [], []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: devices.append(tensor.get_device()) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(Event([])) or events[-1])
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device, pin_memory: empty(size, dtype=dtype))
+    stage, tensor = mpi_staged.PinnedStage(), torch.ones(3).as_subclass(OnGpu)
+    stage.to_device(stage.to_host(tensor), tensor)
+    assert devices == [3, 3]
 
 
 def test_a_capture_over_host_memory_is_refused(monkeypatch):
@@ -190,6 +211,27 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus
     assert world._device(launch(local_rank)) == torch.device("cuda", expected)
 
 
+def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        with torch.device("meta"):  # what landed there would have no values
+            transport = TorchTransport(dist.group.WORLD)
+            agreement.require_equal({"C": 3.0}, transport, "It", "")
+            with pytest.raises(ValueError, match="On rank 0: bad"):
+                agreement.raise_together(ValueError("bad"), transport)
+            assert world.init().loss_scale(4) == 1.0
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert world.init(device="cuda").device == torch.device("cuda", 2)
+    assert chosen == [torch.device("cuda", 2)]
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -209,3 +251,10 @@ def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):
     gpu = torch.device("cuda", 1)
     dataclasses.replace(place, device=gpu).check()
     assert notes == [("synchronize", gpu), ("look", gpu)]
+
+
+@pytest.mark.parametrize("launch_script", ["mpirun.sh", "torchrun.sh"])
+def test_the_program_that_make_gpu_runs_on_several_ranks_holds_on_a_cpu(launch_script):
+    result = run(f"launch/{launch_script}", "-m", "tests.gpu.ranks", NPROC=2, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert "2 ranks over" in result.stdout

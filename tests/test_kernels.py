@@ -31,7 +31,7 @@ def implementation(request):
 def exact(x, grad_y, weight, bias):
     """y and grad_x by the definition, in float64."""
     x = x.double().requires_grad_()
-    stats = torch.zeros(x.size(1), dtype=torch.float64)
+    stats = torch.zeros(x.size(1), dtype=torch.float64, device=x.device)
     y = reference.batch_norm(x, weight.double(), bias.double(), stats, stats, eps=EPS).y
     y.backward(grad_y.double())
     return y.detach(), x.grad

@@ -13,7 +13,7 @@ from torch import nn
 
 import syncbn
 from syncbn import functional
-from tests.multiprocess import batches
+from tests.multiprocess.batches import torchs
 
 
 def test_the_constructor_is_torchs_and_what_it_adds_is_off_and_by_keyword():
@@ -26,7 +26,7 @@ def test_the_constructor_is_torchs_and_what_it_adds_is_off_and_by_keyword():
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}])
 def test_attributes_and_state_are_torchs(options):
-    ours, theirs = syncbn.SyncBatchNorm(4, **options), batches.torchs(nn.SyncBatchNorm, 4, **options)
+    ours, theirs = syncbn.SyncBatchNorm(4, **options), torchs(nn.SyncBatchNorm, 4, **options)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "process_group", "_version"):
         assert getattr(ours, name) == getattr(theirs, name)
@@ -146,6 +146,23 @@ def test_lazy_layer_becomes_an_eager_one():
     assert type(layer) is syncbn.SyncBatchNorm
     assert layer.num_features == 7
     torch.testing.assert_close(y, nn.BatchNorm1d(7)(x))
+
+
+def test_a_lazy_layer_without_a_bias_becomes_an_eager_one_without():
+    layer = syncbn.LazySyncBatchNorm(bias=False, dtype=torch.float64)
+    assert "bias" not in layer.state_dict()
+    layer(torch.randn(4, 7, dtype=torch.float64))
+    assert type(layer) is syncbn.SyncBatchNorm
+    assert (layer.weight.dtype, layer.bias) == (torch.float64, None)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}])
+def test_reset_parameters_makes_the_layer_as_it_was(options):
+    layer, new = (syncbn.SyncBatchNorm(4, **options) for _ in range(2))
+    for value in layer.state_dict().values():
+        value.fill_(7)
+    layer.reset_parameters()
+    assert all(torch.equal(value, new.state_dict()[key]) for key, value in layer.state_dict().items())
 
 
 def test_functional_equals_the_layer():

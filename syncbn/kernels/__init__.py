@@ -7,12 +7,14 @@ import importlib.util
 import os
 import warnings
 from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from syncbn.kernels import cuda_geometry
 from syncbn.kernels.base import AbstractKernels
 from syncbn.transports.base import AbstractTransport
 
@@ -49,9 +51,11 @@ def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
     """Returns the kernels for a tensor that is not on the CPU, in a group of ranks.
 
     A CUDA tensor gets :class:`syncbn.kernels.cupy_ops.CupyKernels`, where CuPy is installed; without it the readable
-    kernels serve, and a warning says so once.
+    kernels serve, and a warning says so once. They serve a plane of 2^31 values too.
     """
     if not x.is_cuda or type(x) not in PLAIN or x.is_neg():
+        return _torch_kernels()
+    if x.numel() > cuda_geometry.MOST and prod(x.shape[2:]) > cuda_geometry.MOST:
         return _torch_kernels()
     return _cuda_kernels(transport.size, transport.on_host)
 

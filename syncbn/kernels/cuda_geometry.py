@@ -16,6 +16,8 @@ THREADS = 256
 """In a block, at most; MAX_THREADS in cuda/storage.cuh."""
 STEPS = 4
 """Packs that a thread should have before the work of a channel is shared out to one more block."""
+MOST = 2**31 - 16
+"""Values in a plane, at most: a thread counts within it in 32 bits, up to the end of its last pack."""
 # For 132 multiprocessors with 4 resident blocks of planes, or 3 of rows (walk.cuh): two rounds of blocks, and one. More
 # would spend more time on starts and ends of blocks. Not tuned on a GPU yet.
 BLOCKS_OF_PLANES = 1056
@@ -23,10 +25,6 @@ BLOCKS_OF_ROWS = 396
 FILLED = 264
 ROUNDS = 3
 """In which the last block of a group of rows reads what the others left it; nothing else runs then."""
-
-
-PLANE = 1 << 30
-"""Elements of a plane that the kernels count in 32 bits with room to spare."""
 
 
 class Geometry(NamedTuple):
@@ -60,7 +58,7 @@ def plan(
     """Lays out a tensor.
 
     Args:
-        shape: (N, C, *spatial).
+        shape: (N, C, *spatial), S at most MOST.
         strides: in elements.
         itemsize: bytes an element.
         threads: the largest block, a power of two.
@@ -75,7 +73,7 @@ def plan(
         return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
-    if planes and C == 1 and N * S < PLANE:
+    if planes and C == 1 and N * S <= MOST:
         return _planes(1, 1, N * S, itemsize, threads)
     if planes and S > 1:
         return _planes(N, C, S, itemsize, threads)

@@ -63,13 +63,19 @@ class CupyLauncher(AbstractLauncher):
     """CuPy's compiler and launch, torch's memory and stream."""
 
     def __init__(self) -> None:
-        import cupy
-        from cupy_backends.cuda.api import driver
-
+        try:
+            import cupy
+            from cupy_backends.cuda.api import driver
+        except (ImportError, OSError) as error:  # CuPy makes the folder of its cache when it is imported
+            raise RuntimeError(
+                f"The GPU kernels need a CuPy that loads; received {type(error).__name__}: {error}. Name a folder that "
+                f"can be written in CUPY_CACHE_DIR if it was refused one, or install CuPy anew; {REMEDY}"
+            ) from error
         self._cupy, self._driver = cupy, driver
         self._slow: dict[int, bool] = {}
         self._functions: dict[tuple[str, int], int] = {}
-        self._tickets: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._loaded: list[Any] = []  # what the pointers in _functions lead into, also after cupy.clear_memo()
+        self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
         self._mailboxes: dict[int, Mailbox] = {}
         self._local = threading.local()  # forward and backward launch from threads of their own
 
@@ -96,10 +102,13 @@ class CupyLauncher(AbstractLauncher):
         return self._slow[device]
 
     def tickets(self, x: Tensor, groups: int) -> Tensor:
-        """See :meth:`AbstractLauncher.tickets`. A capture gets its own: a graph may run beside the stream."""
+        """See :meth:`AbstractLauncher.tickets`.
+
+        A capture gets its own, for each of its streams: a graph may run beside the stream, and its branches at once.
+        """
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         capture = capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
-        key = (x.get_device(), stream if capture == 0 else -1)
+        key = (x.get_device(), stream, capture != 0)
         found = self._tickets.get(key)
         if found is None or found[0] != capture or found[1].numel() < groups:
             found = capture, torch.zeros(max(groups, 4096), dtype=torch.int32, device=x.device)
@@ -111,7 +120,7 @@ class CupyLauncher(AbstractLauncher):
         found = self._mailboxes.get(x.get_device())
         if found is None:
             self._refuse_capture("the first training step")
-            found = Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64).pin_memory())
+            found = Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64, device="cpu").pin_memory())
             self._mailboxes[x.get_device()] = found
         return found
 
@@ -131,12 +140,15 @@ class CupyLauncher(AbstractLauncher):
         """Compiles one instance of a template, or takes it from CuPy's cache on disk."""
         self._refuse_capture(f"the first use of {kernel}")
         try:
+            self._cupy.cuda.runtime.setDevice(device)  # CuPy compiles for the GPU that it takes for the current one
             module = self._cupy.RawModule(
                 code=source(kernel.partition("<")[0]), options=OPTIONS, name_expressions=(kernel,)
             )
-            function: int = module.get_function(kernel).kernel.ptr
+            loaded = module.get_function(kernel).kernel
         except Exception as error:
             raise RuntimeError(explain_failure(kernel, error, self._cupy)) from error
+        function: int = loaded.ptr
+        self._loaded.append(loaded)
         self._functions[kernel, device] = function
         return function
 

@@ -34,28 +34,30 @@ class AbstractStage(ABC):
 
 @final
 class PinnedStage(AbstractStage):
-    """Pinned memory, kept for each length and dtype, and an event."""
+    """Pinned memory, kept for each length, dtype and device, and an event."""
 
     def __init__(self) -> None:
-        self._pinned: dict[tuple[int, torch.dtype], tuple[Tensor, torch.cuda.Event]] = {}
+        self._pinned: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, torch.cuda.Event]] = {}
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """See :meth:`AbstractStage.to_host`."""
-        key = tensor.numel(), tensor.dtype
+        key = tensor.numel(), tensor.dtype, tensor.device
         if key not in self._pinned:
-            memory = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+            memory = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._pinned[key] = memory, torch.cuda.Event()  # type: ignore[no-untyped-call]
         host, event = self._pinned[key]
-        event.wait()  # another stream may still be reading the last sum
-        host.copy_(tensor.view(-1), non_blocking=True)
-        event.record()
+        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]  # an event takes the current device
+            event.wait()  # another stream may still be reading the last sum
+            host.copy_(tensor.view(-1), non_blocking=True)
+            event.record()
         event.synchronize()
         return host
 
     def to_device(self, host: Tensor, tensor: Tensor) -> None:
         """See :meth:`AbstractStage.to_device`."""
-        tensor.view(-1).copy_(host, non_blocking=True)
-        self._pinned[host.numel(), host.dtype][1].record()
+        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+            tensor.view(-1).copy_(host, non_blocking=True)
+            self._pinned[host.numel(), host.dtype, tensor.device][1].record()
 
 
 @final

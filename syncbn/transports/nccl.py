@@ -30,7 +30,7 @@ class NcclTransport(AbstractTransport):
         host: MPI over the same ranks. Each must have a GPU of its own, and it must be the current device.
 
     Communication:
-        At creation one broadcast of 128 bytes over MPI, and NCCL's own.
+        At creation one broadcast of 128 numbers over MPI, and NCCL's own.
     """
 
     name = "nccl"
@@ -40,11 +40,11 @@ class NcclTransport(AbstractTransport):
         self.host, self._nccl = host, nccl
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.token, self.spec = host.token, host.spec
-        number = torch.zeros(ID_BYTES, dtype=torch.int8)
+        number = torch.zeros(ID_BYTES, dtype=torch.int16, device="cpu")
         if self.rank == 0:
-            number = torch.tensor(nccl.get_unique_id(), dtype=torch.int8)
+            number = torch.tensor(list(nccl.get_unique_id()), dtype=torch.int16, device="cpu")
         host.broadcast(number)
-        self._comm = nccl.NcclCommunicator(self.size, tuple(number.tolist()), self.rank)
+        self._comm = _communicator(nccl, self.size, number.tolist(), self.rank)
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
 
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
         RuntimeError: on every rank, if NCCL is demanded and cannot be.
     """
     reason = problem()
-    row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64)
+    row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64, device="cpu")
     table = agreement.gather(row, host)
     if not reason and table[:, 0].any():
         reason = f"rank {host.ranks[int(table[:, 0].argmax())]} cannot load it"
@@ -108,8 +108,16 @@ def problem() -> str:
         return 'CuPy is not installed (pip install "syncbn[cuda13]", or [cuda12])'
     try:
         return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter where CuPy may not make the folder of its cache
         return f"CuPy does not load: {error}"
+
+
+def _communicator(nccl: Any, size: int, number: list[int], rank: int) -> Any:
+    """Hands NCCL's id over as bytes, as CuPy 14 has it, or as the tuple of numbers of CuPy 13."""
+    try:
+        return nccl.NcclCommunicator(size, bytes(value % 256 for value in number), rank)
+    except TypeError:
+        return nccl.NcclCommunicator(size, tuple(number), rank)
 
 
 def _nccl() -> Any:

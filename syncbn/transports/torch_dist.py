@@ -38,7 +38,7 @@ class TorchTransport(AbstractTransport):
         _check_backend(group, device_type)
         generator = torch.Generator()
         generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
-        token = torch.randint(1, 2**62, (1,), generator=generator).to(device_type)
+        token = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
         self.token = int(self.broadcast(token))
 
     @property
