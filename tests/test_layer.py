@@ -42,25 +42,6 @@ def test_it_is_a_batch_norm_but_not_torchs_sync_batch_norm():
     assert not isinstance(layer, nn.SyncBatchNorm)
 
 
-def test_reset_parameters_starts_anew():
-    for options in ({}, {"bias": False}, {"affine": False}, {"track_running_stats": False}):
-        layer, fresh = syncbn.SyncBatchNorm(4, **options), syncbn.SyncBatchNorm(4, **options)
-        for value in layer.state_dict().values():
-            value.fill_(7)
-        layer.reset_parameters()
-        for name, value in fresh.state_dict().items():
-            assert torch.equal(layer.state_dict()[name], value), (options, name)
-
-
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"affine": False}])
-def test_a_lazy_layer_becomes_the_layer_that_its_first_input_asks_for(options):
-    layer = syncbn.LazySyncBatchNorm(**options)
-    layer(torch.randn(5, 4))
-    assert type(layer) is syncbn.SyncBatchNorm
-    assert layer.state_dict().keys() == syncbn.SyncBatchNorm(4, **options).state_dict().keys()
-    assert layer.extra_repr() == syncbn.SyncBatchNorm(4, **options).extra_repr()
-
-
 def test_device_and_dtype_are_used():
     layer = syncbn.SyncBatchNorm(4, device="meta", dtype=torch.bfloat16)
     assert layer.weight.device.type == "meta"
