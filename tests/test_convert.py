@@ -110,7 +110,7 @@ def test_a_parametrized_layer_is_refused():
         convert_sync_batchnorm(layer)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_a_scripted_layer_is_refused():
     with pytest.raises(TypeError, match=r"0: it is a compiled ScriptModule; convert before"):
         convert_sync_batchnorm(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))))

@@ -171,7 +171,8 @@ def test_any_strides_equal_the_reference_and_the_twin(pair, parameters, threads)
     if count > 1:
         stats = torch.zeros(C, dtype=torch.float64)
         exact = reference.batch_norm(x.double(), weight.double(), bias.double(), stats, stats, eps=EPS).y
-        torch.testing.assert_close(ours["y"].double(), exact, rtol=16 * one, atol=max(64 * one, 1e-9))
+        blown_up = max(1.0, twin["invstd"].max().item())  # the rounding of the mean, where a channel hardly varies
+        torch.testing.assert_close(ours["y"].double(), exact, rtol=16 * one, atol=max(64 * one, 1e-9) * blown_up)
 
 
 def test_buffers_of_any_dtype_and_stride_move_alike():
