@@ -10,17 +10,30 @@ from pathlib import Path
 
 import pytest
 
+OPTIONS = ("--std=c++17", "--fmad=false")
+
 
 def compile_for(architecture, source, folder):
     """Compiles CUDA source to machine code and returns the report of the assembler."""
-    options = ["--std=c++17", "--fmad=false"]
     if shutil.which("nvcc"):
-        (folder / "kernel.cu").write_text(source)
-        words = ["nvcc", *options, "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "kernel.cu", "-o", "kernel"]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-    return _nvrtc_compile(source, [*options, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"])
+        return _nvcc(source, folder, "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v")
+    return _nvrtc_compile(source, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")[0]
+
+
+def ptx_of(source, folder, *more):
+    """Compiles CUDA source to PTX, with more options."""
+    if shutil.which("nvcc"):
+        _nvcc(source, folder, "-ptx", "-arch=compute_80", *more)
+        return (folder / "kernel").read_text()
+    return _nvrtc_compile(source, "--gpu-architecture=compute_80", *more)[1]
+
+
+def _nvcc(source, folder, *more):
+    (folder / "kernel.cu").write_text(source)
+    words = ["nvcc", *OPTIONS, *more, "kernel.cu", "-o", "kernel"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @cache
@@ -35,15 +48,22 @@ def _nvrtc():
     return ctypes.CDLL(str(found[-1]))
 
 
-def _nvrtc_compile(source, options):
+def _nvrtc_compile(source, *more):
+    """Returns the log, and PTX where the architecture is a virtual one."""
     library, program = _nvrtc(), ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    words = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
-    status = library.nvrtcCompileProgram(program, len(options), words)
-    size = ctypes.c_size_t()
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
+    words = [option.encode() for option in (*OPTIONS, *more)]
+    status = library.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
+    log = _text(program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog)
+    assert status == 0, log
+    ptx = _text(program, library.nvrtcGetPTXSize, library.nvrtcGetPTX)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    assert status == 0, log.value.decode()
-    return log.value.decode()
+    return log, ptx
+
+
+def _text(program, ask_size, ask_text):
+    size = ctypes.c_size_t()
+    ask_size(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value + 1)
+    ask_text(program, text)
+    return text.value.decode()

@@ -8,7 +8,7 @@ import pytest
 from syncbn.kernels.cuda_launch import source
 from syncbn.kernels.cupy_ops import kernel_name
 from syncbn.moments import DTYPES
-from tests.nvrtc import compile_for
+from tests.nvrtc import compile_for, ptx_of
 
 STEPS = {
     "local_moments": "LocalMoments",
@@ -22,16 +22,16 @@ ARCHITECTURES = {80: False, 90: False, 100: False, 86: True, 89: True, 103: True
 REGISTERS = {False: 80, True: 255}
 
 
+def instances_of(step, slow_float64):
+    names = [kernel_name(step, dtype, layout, slow_float64) for dtype in DTYPES for layout in ("Planes", "Rows")]
+    return [f"template __global__ void {name}(const {STEPS[step]});" for name in names]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("step", STEPS)
 def test_every_template_compiles_without_spills(step, architecture, tmp_path):
-    names = [
-        kernel_name(step, dtype, layout, ARCHITECTURES[architecture])
-        for dtype in DTYPES
-        for layout in ("Planes", "Rows")
-    ]
-    instances = [f"template __global__ void {name}(const {STEPS[step]});" for name in names]
+    instances = instances_of(step, ARCHITECTURES[architecture])
     report = compile_for(architecture, "\n".join([source(step), *instances]), tmp_path)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
@@ -39,6 +39,16 @@ def test_every_template_compiles_without_spills(step, architecture, tmp_path):
     assert set(spills) == {("0", "0")}, report
     assert max(registers) <= REGISTERS[ARCHITECTURES[architecture]]
     assert "warning" not in report.lower(), report
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_float32_arithmetic_takes_denormals_for_zero(step, tmp_path):
+    """CuPy compiles with -ftz=true, whatever it is told. Left to it are comparisons, and what float64 sums read."""
+    instances = {*instances_of(step, slow_float64=False), *instances_of(step, slow_float64=True)}
+    ptx = ptx_of("\n".join([source(step), *sorted(instances)]), tmp_path, "--ftz=true")
+    assert len(re.findall(r"\b(?:add|sub|mul|fma)(?:\.rn)?\.f32\b", ptx)) > 100
+    flushing = {name.removesuffix(".f32") for name in re.findall(r"\b\w+\.(?:\w+\.)*ftz\.[\w.]+", ptx)}
+    assert {name for name in flushing if not name.startswith(("setp.", "abs."))} <= {"cvt.ftz.f64"}
 
 
 def test_a_header_stands_in_a_source_once_and_lines_keep_their_numbers():

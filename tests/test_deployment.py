@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import syncbn
 from tests.multiprocess.batches import torchs
 
-RETIRED = pytest.mark.filterwarnings("ignore:.torch.jit")  # torch says so at each use, and not in each version by the same kind
+RETIRED = pytest.mark.filterwarnings("ignore:.torch.jit")  # torch says so at each use, as a warning of changing kind
 TREESPEC = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")  # torch's own code
 CONVS = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}

@@ -87,6 +87,14 @@ inline unsigned short float_to_half(float value) {
     return static_cast<unsigned short>(sign | (((exponent + 13) << 10) + steps));  // carries into the exponent
 }
 
+inline float plus(float a, float b) { return a + b; }
+inline float minus(float a, float b) { return a - b; }
+inline float times(float a, float b) { return a * b; }
+inline float lost_in_product(float a, float b, float product) { return fmaf(a, b, -product); }
+inline bool is_zero(float value) { return value == 0; }
+inline double to_double(float value) { return value; }
+inline float to_float(double value) { return float(value); }
+
 struct alignas(16) FourWords {
     unsigned at[4];
 };

@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_inp
         const Int c = first + i;
         const double mean = a.mean[c], invstd = a.invstd[c], sum = a.wire[c], sum_xhat = a.wire[a.shape.C + c];
         const Value weight = fetch(a.weight, c);
-        coefficients[0][i] = Number(mean);
-        coefficients[1][i] = Number(-(invstd * sum_xhat / count));
-        coefficients[2][i] = Number(sum / count);
-        coefficients[3][i] = Number(invstd * read(a.weight, weight, 1));
+        round_to(&coefficients[0][i], mean);
+        round_to(&coefficients[1][i], -(invstd * sum_xhat / count));
+        round_to(&coefficients[2][i], sum / count);
+        round_to(&coefficients[3][i], invstd * read(a.weight, weight, 1));
     }
     __syncthreads();
     Walk walk(a.shape, place, From::END);
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_inp
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
                 const int j = i % Walk::CHANNELS;
-                const Number v = (widen(xs[u].at[i]) - k[0][j]) * k[1][j];
-                narrow((v + widen(gs[u].at[i]) - k[2][j]) * k[3][j], result.at + i);
+                const Number v = times(minus(widen(xs[u].at[i]), k[0][j]), k[1][j]);
+                narrow(times(minus(plus(v, widen(gs[u].at[i])), k[2][j]), k[3][j]), result.at + i);
             }
             store<A>(grad_x + offsets[u], result, lengths[u]);
         }

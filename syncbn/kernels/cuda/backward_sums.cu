@@ -22,7 +22,7 @@ struct BackwardSums {
 template <class T, template <class> class Layout, template <class> class Sum>
 __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) backward_sums(const BackwardSums a) {
     typedef Layout<T> Walk;
-    typedef typename Compute<T>::Type Number;
+    typedef typename Sum<T>::Number Number;
     constexpr bool CENTERED = sizeof(T) == sizeof(double);
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) ba
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {  // behind the end grad_y is 0
-                const Number g = widen(gs[u].at[i]), v = widen(xs[u].at[i]);
+                const Number g = Sum<T>::number(gs[u].at[i]), v = Sum<T>::number(xs[u].at[i]);
                 const int j = i % Walk::CHANNELS;
                 sums[0][j].add(g);
                 sums[1][j].add_product(g, CENTERED ? v - mean[j] : v);

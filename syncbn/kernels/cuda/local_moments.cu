@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) lo
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
-                const auto v = widen(packs[u].at[i]);
+                const auto v = Sum<T>::number(packs[u].at[i]);
                 const int j = i % Walk::CHANNELS;
                 sums[0][j].add(v);
                 sums[1][j].add_product(v, v);

@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) normalize(co
         const Sums sums(a, first + i);
         const Value weight = fetch(a.weight, first + i), bias = fetch(a.bias, first + i);
         const Finalized f(sums, verdict, a.eps);
-        coefficients[0][i] = Number(f.mean);
-        coefficients[1][i] = Number(f.invstd * read(a.weight, weight, 1));
-        coefficients[2][i] = Number(read(a.bias, bias, 0));
+        round_to(&coefficients[0][i], f.mean);
+        round_to(&coefficients[1][i], f.invstd * read(a.weight, weight, 1));
+        round_to(&coefficients[2][i], read(a.bias, bias, 0));
     }
     __syncthreads();
     Walk walk(a.shape, place, From::END);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) normalize(co
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
                 const int j = i % Walk::CHANNELS;
-                narrow((widen(packs[u].at[i]) - mean[j]) * scale[j] + bias[j], result.at + i);
+                narrow(plus(times(minus(widen(packs[u].at[i]), mean[j]), scale[j]), bias[j]), result.at + i);
             }
             store<A>(y + offsets[u], result, lengths[u]);
         }

@@ -2,7 +2,8 @@
 // The few operations that plain C++ has no word for. The only file of this folder that the tests replace when they
 // run the kernels on a CPU (tests/cuda_on_cpu/cuda.hpp): keep arithmetic and indices out of it.
 //
-// Written in PTX instead of cuda_fp16.h: NVRTC needs no headers of the CUDA toolkit then. Limits: compute capability
+// Among them float32 arithmetic that no option of a compiler changes: CuPy compiles with -ftz=true, which takes denormal
+// numbers for 0. Written in PTX instead of cuda_fp16.h: NVRTC needs no headers of the CUDA toolkit then. Limits: compute capability
 // 8.0, the first that rounds to bfloat16 in hardware.
 #ifndef SYNCBN_PTX // a guard with a name: whoever defines it brings these functions along
 #define SYNCBN_PTX
@@ -25,6 +26,45 @@ __device__ inline unsigned short float_to_bfloat16(float value) {
     unsigned short bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
+}
+
+__device__ inline float plus(float a, float b) {
+    float result;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+__device__ inline float minus(float a, float b) {
+    float result;
+    asm("sub.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+__device__ inline float times(float a, float b) {
+    float result;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+// What the rounding of a * b lost.
+__device__ inline float lost_in_product(float a, float b, float product) {
+    float result;
+    asm("{.reg .f32 n; neg.f32 n, %3; fma.rn.f32 %0, %1, %2, n;}" : "=f"(result) : "f"(a), "f"(b), "f"(product));
+    return result;
+}
+
+__device__ inline bool is_zero(float value) { return __float_as_uint(value) << 1 == 0; }
+
+__device__ inline double to_double(float value) {
+    double result;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(result) : "f"(value));
+    return result;
+}
+
+__device__ inline float to_float(double value) {
+    float result;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(result) : "d"(value));
+    return result;
 }
 
 // An aligned store of 16 or 8 bytes that stays one store: of a struct's, the compiler makes several now and then.

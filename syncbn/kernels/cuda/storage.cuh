@@ -25,6 +25,13 @@ template <> struct Compute<double> {
     typedef double Type;
 };
 
+__device__ inline double plus(double a, double b) { return a + b; }
+__device__ inline double minus(double a, double b) { return a - b; }
+__device__ inline double times(double a, double b) { return a * b; }
+__device__ inline double to_double(double value) { return value; }
+__device__ inline void round_to(float* to, double value) { *to = to_float(value); }
+__device__ inline void round_to(double* to, double value) { *to = value; }
+
 __device__ inline float widen(Float16 x) { return half_to_float(x.bits); }
 __device__ inline float widen(BFloat16 x) { return bfloat16_to_float(x.bits); }
 __device__ inline float widen(float x) { return x; }
@@ -125,9 +132,9 @@ __device__ inline Value fetch(const Values& v, Int c) {
 __device__ inline double read(const Values& v, const Value& value, double absent) {
     if (v.data == nullptr) return absent;
     switch (v.dtype) {
-        case 0: return widen(value.half);
-        case 1: return widen(value.brain);
-        case 2: return value.single;
+        case 0: return to_double(widen(value.half));
+        case 1: return to_double(widen(value.brain));
+        case 2: return to_double(value.single);
     }
     return value.wide;
 }
@@ -136,9 +143,9 @@ __device__ inline void write(const Values& v, Int c, double value) {
     if (v.data == nullptr) return;
     const Int i = c * v.stride;
     switch (v.dtype) {
-        case 0: return narrow(float(value), static_cast<Float16*>(v.data) + i);
-        case 1: return narrow(float(value), static_cast<BFloat16*>(v.data) + i);
-        case 2: return narrow(float(value), static_cast<float*>(v.data) + i);
+        case 0: return narrow(to_float(value), static_cast<Float16*>(v.data) + i);
+        case 1: return narrow(to_float(value), static_cast<BFloat16*>(v.data) + i);
+        case 2: return narrow(to_float(value), static_cast<float*>(v.data) + i);
     }
     static_cast<double*>(v.data)[i] = value;
 }

@@ -5,47 +5,50 @@
 // Expansion: three float32, each the rounding errors of the one before, some 70 bits together; 13 to 22 float32 operations
 // a number. For GPUs with a 32nd or a 64th of the float64 units, where one float64 operation costs as much as those.
 //     two_sum: Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. The sum and what it lost are exact.
-//     A product of two half-precision numbers is exact in float32; of two float32 it loses fma(x, y, -product).
+//     A product of two half-precision numbers is exact in float32; of two float32 fma(x, y, -product) is lost.
 //     Numbers beyond 2^90 (infinities and NaN too) and products below 2^-90, of which a part could be lost, go to float64.
-// Needs a compiler that neither contracts nor reorders: --fmad=false, and no fast math.
 #pragma once
 #include "walk.cuh"
 
 template <class T> struct Float64 {
-    typedef typename Compute<T>::Type Number;
+    typedef double Number;
     double total = 0;
-    __device__ void add(Number x) { total += x; }
-    __device__ void add_product(Number x, Number y) { total = fma(double(x), double(y), total); }
+    __device__ static double number(T x) { return widen(x); }  // denormals may be 0; to_double() takes more registers
+    __device__ void add(double x) { total += x; }
+    __device__ void add_product(double x, double y) { total = fma(x, y, total); }
     __device__ double value() const { return total; }
 };
 
 template <class T> struct Expansion {
     static_assert(sizeof(T) <= sizeof(float), "float64 numbers are summed in float64");
+    typedef float Number;
     float high = 0, middle = 0, low = 0;
     double outside = 0;
+    __device__ static float number(T x) { return widen(x); }
     __device__ void add(float x) {
         if (fabsf(x) < LARGE)
-            low += two_sum(middle, two_sum(high, x));
+            expand(x);
         else
-            outside += x;
+            outside += to_double(x);
     }
     __device__ void add_product(float x, float y) {
-        const float product = x * y, size = fabsf(product);
-        if ((size > SMALL && size < LARGE) || x == 0 || y == 0) {
-            low += two_sum(middle, two_sum(high, product));
-            if (sizeof(T) == sizeof(float)) low += two_sum(middle, fmaf(x, y, -product));
+        const float product = times(x, y), size = fabsf(product);
+        if ((size > SMALL && size < LARGE) || is_zero(x) || is_zero(y)) {
+            expand(product);
+            if (sizeof(T) == sizeof(float)) low = plus(low, two_sum(middle, lost_in_product(x, y, product)));
         } else {
-            outside = fma(double(x), double(y), outside);
+            outside = fma(to_double(x), to_double(y), outside);
         }
     }
-    __device__ double value() const { return outside + (double(high) + (double(middle) + low)); }
+    __device__ double value() const { return outside + (to_double(high) + (to_double(middle) + to_double(low))); }
 
 private:
     static constexpr float LARGE = 1.2379400392853803e27f, SMALL = 8.077935669463161e-28f;  // 2^90, 2^-90
+    __device__ void expand(float x) { low = plus(low, two_sum(middle, two_sum(high, x))); }
     // Adds x to `to` and returns what the rounding of that sum lost.
     __device__ static float two_sum(float& to, float x) {
-        const float sum = to + x, of_x = sum - to;
-        const float lost = (to - (sum - of_x)) + (x - of_x);
+        const float sum = plus(to, x), of_x = minus(sum, to);
+        const float lost = plus(minus(to, minus(sum, of_x)), minus(x, of_x));
         to = sum;
         return lost;
     }
