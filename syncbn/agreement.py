@@ -29,7 +29,7 @@ def gather(row: Tensor, transport: AbstractTransport) -> Tensor:
     Communication:
         One all-reduce of W * K float64 values.
     """
-    table = torch.zeros(transport.size, row.numel(), dtype=torch.float64)
+    table = torch.zeros(transport.size, row.numel(), dtype=torch.float64, device="cpu")
     table[transport.rank] = row
     return transport.all_reduce(table)
 
@@ -40,9 +40,9 @@ def gather_notes(note: str, transport: AbstractTransport) -> list[str]:
     Communication:
         One all-reduce of W * ``NOTE_BYTES`` float64 values: for reports and failures, not for steps.
     """
-    row = torch.zeros(NOTE_BYTES, dtype=torch.float64)
+    row = torch.zeros(NOTE_BYTES, dtype=torch.float64, device="cpu")
     encoded = note.encode()[:NOTE_BYTES]
-    row[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.float64)
+    row[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.float64, device="cpu")
     rows = gather(row, transport).to(torch.uint8).tolist()
     return [bytes(r).rstrip(b"\0").decode(errors="ignore") for r in rows]
 
@@ -66,7 +66,7 @@ def require_equal(
         ValueError: on every rank, with the values that differ and the ranks that hold them.
     """
     row = [*values.values(), *[float(error is not None) for error in errors]]
-    table = gather(torch.tensor(row, dtype=torch.float64), transport)
+    table = gather(torch.tensor(row, dtype=torch.float64, device="cpu"), transport)
     if errors and table[:, -1].any():
         raise_gathered(errors[0], transport)
     table = table[:, : len(values)]
@@ -90,7 +90,7 @@ def raise_together(error: Exception | None, transport: AbstractTransport) -> Non
     Raises:
         ValueError, TypeError or RuntimeError: the kind of the first rank's error, on every rank.
     """
-    count = torch.tensor([float(error is not None)], dtype=torch.float64)
+    count = torch.tensor([float(error is not None)], dtype=torch.float64, device="cpu")
     if transport.all_reduce(count).item():
         raise_gathered(error, transport)
 

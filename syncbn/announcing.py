@@ -65,7 +65,7 @@ def announce(said: Said, transport: AbstractTransport) -> Heard:
     active = float(said.operation is not None)
     numbers = (said.forward, said.forward**2, said.flags, said.flags**2, float(said.fresh)) if active else (0.0,) * 5
     row = [*own, active, *numbers, float(said.needs_example), float(said.error is not None)]
-    wire = transport.all_reduce(torch.tensor(row, dtype=torch.float64)).tolist()
+    wire = transport.all_reduce(torch.tensor(row, dtype=torch.float64, device="cpu")).tolist()
     votes, (count, forward, forward2, flags, flags2, fresh, needs, errors) = wire[:_N], wire[_N:]
     if errors:
         agreement.raise_gathered(said.error, transport)

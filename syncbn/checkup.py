@@ -200,7 +200,7 @@ def _try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
     if not right:
         remedy = f"Do not train on it. Try another: {transports.OVERRIDE}={' or '.join(transports.CHOICES[1:])}."
         report.complain(f"an all-reduce of the {transport.name} transport returned a wrong sum", remedy)
-    medians = torch.tensor([latency(transport, C, device) for C in CHANNELS], dtype=torch.float64)
+    medians = torch.tensor([latency(transport, C, device) for C in CHANNELS], dtype=torch.float64, device="cpu")
     slowest = agreement.gather(medians, everyone).amax(0).tolist()
     report.latency_us = {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
 

@@ -21,7 +21,7 @@ from syncbn import checks, renorm, transports
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
-ANCHOR = torch.zeros((), requires_grad=True)
+ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
 """An input that always requires a gradient: where any rank needs backward, every rank records it and joins."""
 
 _resolvers: dict[int, Callable[[], AbstractTransport]] = {}

@@ -67,12 +67,12 @@ def send(call: Call | None, device: torch.device, transport: AbstractTransport) 
     Communication:
         One all-reduce of W values and two broadcasts, by every rank; the arguments travel pickled.
     """
-    has = agreement.gather(torch.tensor([float(call is not None)], dtype=torch.float64), transport)
+    has = agreement.gather(torch.tensor([float(call is not None)], dtype=torch.float64, device="cpu"), transport)
     root = int(has.flatten().argmax())
     host = tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, call)
     wire = torch.frombuffer(bytearray(pickle.dumps(host)), dtype=torch.uint8)
-    length = transport.broadcast(torch.tensor([float(len(wire))], dtype=torch.float64), root)
-    wire = wire if transport.rank == root else torch.empty(int(length), dtype=torch.uint8)
+    length = transport.broadcast(torch.tensor([float(len(wire))], dtype=torch.float64, device="cpu"), root)
+    wire = wire if transport.rank == root else torch.empty(int(length), dtype=torch.uint8, device="cpu")
     transport.broadcast(wire, root)
     if call is not None:
         return call

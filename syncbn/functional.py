@@ -21,7 +21,7 @@ from syncbn.renorm import RenormKernels, RenormLimits, corrected
 from syncbn.transports.base import AbstractTransport
 
 # An input that always requires a gradient: where any rank needs backward, every rank records it and joins.
-_ANCHOR = torch.zeros((), requires_grad=True)
+_ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
 
 
 class Call(NamedTuple):

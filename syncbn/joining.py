@@ -230,7 +230,9 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
                 world.raise_together(None)
             else:
                 follow[heard.operation](heard)
-        made = agreement.gather(torch.tensor([float(own)], dtype=torch.float64), self._transport).flatten()
+        made = agreement.gather(
+            torch.tensor([float(own)], dtype=torch.float64, device="cpu"), self._transport
+        ).flatten()
         if made.min() < made.max():
             world.broadcast(self._inner, int(made.argmax()))
         if own < made.max():

@@ -87,7 +87,7 @@ def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
     transport = over_mpi()
     on_one_host = mpi.ranks_on_this_host() == launch.size
     listener: socket.socket | None = None
-    port = torch.zeros(1, dtype=torch.int64)
+    port = torch.zeros(1, dtype=torch.int64, device="cpu")
     address = LOOPBACK if on_one_host else mpi.host_of_rank_zero()
     if launch.rank == 0:
         listener = _listen(LOOPBACK if on_one_host else "", 0)

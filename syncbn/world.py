@@ -97,7 +97,7 @@ class World:
         usable = isinstance(count, SupportsIndex) and operator.index(count) >= 0
         error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
         self.raise_together(None if usable else error)
-        total = self.transport.all_reduce(torch.tensor([float(count)], dtype=torch.float64)).item()
+        total = self.transport.all_reduce(torch.tensor([float(count)], dtype=torch.float64, device="cpu")).item()
         if total == 0:
             raise ValueError(
                 f"World.loss_scale needs a sample on some rank; received 0 on all {self.size}. Skip the step."

@@ -94,7 +94,7 @@ class CupyLauncher(AbstractLauncher):
         found = self._mailboxes.get(x.get_device())
         if found is None:
             self._refuse_capture("the first training step")
-            found = Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64).pin_memory())
+            found = Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64, device="cpu").pin_memory())
             self._mailboxes[x.get_device()] = found
         return found
 

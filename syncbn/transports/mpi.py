@@ -46,7 +46,7 @@ class MPITransport(AbstractTransport):
         self.size = self.comm.Get_size()
         self.ranks = world_ranks(comm)
         self.spec = GroupSpec(self.name, self.ranks)
-        token = torch.randint(1, 2**62, (1,), generator=_fresh_generator())
+        token = torch.randint(1, 2**62, (1,), generator=_fresh_generator(), device="cpu")
         self.token = int(self.broadcast(token))
 
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def comm_of(ranks: tuple[int, ...]) -> Any:
 
 def _fresh_generator() -> torch.Generator:
     """Seeds from the operating system, so that a user's manual_seed is neither used nor moved."""
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.seed()
     return generator
 
@@ -124,6 +124,6 @@ def ranks_on_this_host() -> int:
 def host_of_rank_zero() -> str:
     """Returns the name by which MPI knows the host of rank 0. Collective over COMM_WORLD."""
     name = MPI.Get_processor_name().encode()[:256].ljust(256, b"\0")
-    buffer = torch.tensor(list(name), dtype=torch.uint8)
+    buffer = torch.tensor(list(name), dtype=torch.uint8, device="cpu")
     MPI.COMM_WORLD.Bcast([buffer.numpy(), MPI.BYTE], 0)
     return bytes(buffer.tolist()).rstrip(b"\0").decode()

@@ -43,7 +43,7 @@ class PinnedStage(AbstractStage):
         """See :meth:`AbstractStage.to_host`."""
         key = tensor.numel(), tensor.dtype
         if key not in self._pinned:
-            memory = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+            memory = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._pinned[key] = memory, torch.cuda.Event()  # type: ignore[no-untyped-call]
         host, event = self._pinned[key]
         event.wait()  # another stream may still be reading the last sum

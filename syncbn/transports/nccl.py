@@ -40,9 +40,9 @@ class NcclTransport(AbstractTransport):
         self.host, self._nccl = host, nccl
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.token, self.spec = host.token, host.spec
-        number = torch.zeros(ID_BYTES, dtype=torch.int8)
+        number = torch.zeros(ID_BYTES, dtype=torch.int8, device="cpu")
         if self.rank == 0:
-            number = torch.tensor(nccl.get_unique_id(), dtype=torch.int8)
+            number = torch.tensor(nccl.get_unique_id(), dtype=torch.int8, device="cpu")
         host.broadcast(number)
         self._comm = nccl.NcclCommunicator(self.size, tuple(number.tolist()), self.rank)
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
@@ -88,7 +88,7 @@ def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
         RuntimeError: on every rank, if NCCL is demanded and cannot be.
     """
     reason = problem()
-    row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64)
+    row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64, device="cpu")
     table = agreement.gather(row, host)
     if not reason and table[:, 0].any():
         reason = f"rank {host.ranks[int(table[:, 0].argmax())]} cannot load it"

@@ -36,9 +36,9 @@ class TorchTransport(AbstractTransport):
         self.spec = GroupSpec(self.name, self.ranks, group.group_name)
         self.device_type = device_type
         _check_backend(group, device_type)
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
-        token = torch.randint(1, 2**62, (1,), generator=generator).to(device_type)
+        token = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
         self.token = int(self.broadcast(token))
 
     @property
