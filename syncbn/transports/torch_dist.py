@@ -18,7 +18,7 @@ from syncbn.transports.base import AbstractTransport
 class TorchTransport(AbstractTransport):
     """A torch.distributed process group, used as it is.
 
-    For everyone on CPU ``choose`` hands over a group of our own, so that no bucket of DDP, which gloo matches by
+    For everyone over gloo ``choose`` hands over a group of our own, so that no bucket of DDP, which gloo matches by
     order alone, meets a wire of ours. NCCL shares DDP's: there two communicators would be the hazard.
 
     Args:
