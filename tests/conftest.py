@@ -36,6 +36,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Makes ranks(n) pytest-mpi's mpi(min_size=n); under torchrun, which that plugin does not know, a plain skip."""
     for item in items:
+        if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
+            item.add_marker(pytest.mark.skip(reason=about.args[0]))
         mark = item.get_closest_marker("ranks")
         if mark is None:
             if LAUNCH.size > 1:

@@ -139,7 +139,7 @@ def test_pinned_memory_waits_for_the_producing_stream_and_is_not_overwritten_too
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(notes))
     empty = torch.empty
     monkeypatch.setattr(
-        torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype) if pin_memory else None
+        torch, "empty", lambda size, dtype, device, pin_memory: empty(size, dtype=dtype) if pin_memory else None
     )
     copy = torch.Tensor.copy_
     monkeypatch.setattr(

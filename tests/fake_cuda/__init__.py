@@ -140,15 +140,18 @@ def install():
         setattr(torch._C, f"_cuda_{name}", lambda *args: None)
     cuda = torch.cuda
     cuda._initialized, cuda.default_generators = True, (torch.ops.fake_cuda.default_generator(),)
-    cuda._exchange_device = cuda._maybe_exchange_device = lambda device: 0
-    cuda._is_in_bad_fork = cuda.is_current_stream_capturing = lambda: False
+    cuda._exchange_device = lambda device: 0  # one function for each name: torch.compile keeps a list of them
+    cuda._maybe_exchange_device = lambda device: 0
+    cuda._is_in_bad_fork = lambda: False
+    cuda.is_current_stream_capturing = lambda: False
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.get_device_name = lambda device=None: NAME
     cuda.get_device_properties = lambda device=None: SimpleNamespace(
         name=NAME, uuid="00000000-0000-0000-0000-000000000001", major=9, minor=0, total_memory=1 << 30
     )
     cuda.Stream, cuda.Event, cuda.stream = Stream, Event, _in_stream
-    cuda.current_stream = cuda.default_stream = lambda device=None: Stream()
+    cuda.current_stream = lambda device=None: Stream()
+    cuda.default_stream = lambda device=None: Stream()
     torch.version.cuda = "13.0"
     torch.UntypedStorage.__new__ = staticmethod(_storage)
     cupy = ModuleType("cupy", "Found, so that CUDA tensors get the GPU's kernels; never used.")

@@ -14,6 +14,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/library.h>
 
 #include <map>
@@ -195,6 +196,7 @@ class Call {
     at::Tensor back(const at::Tensor& t) {
         for (const auto& [original, cpu] : tensors_)
             if (cpu.is_same(t)) return original;
+        if (!t.has_storage()) return t;  // sparse tensors stay on the CPU: this device has none
         auto made = at::detail::make_tensor<c10::TensorImpl>(
             storage_back(t.storage()), c10::DispatchKeySet(c10::DispatchKey::CUDA), t.dtype());
         describe(t.unsafeGetTensorImpl(), made.unsafeGetTensorImpl());
@@ -249,6 +251,12 @@ bool may_mix(const c10::OperatorHandle& op, const c10::Argument& argument, const
     return t.dim() == 0 && !written && (fills || op.hasTag(at::Tag::pointwise));
 }
 
+bool holds_tensors(const c10::IValue& value) {  // or lists of them
+    if (!value.isList()) return false;
+    return value.isTensorList() || value.isOptionalTensorList() ||
+           value.toList().elementType()->kind() == c10::TypeKind::ListType;
+}
+
 c10::IValue to_cpu(const c10::OperatorHandle& op, const c10::Argument& argument, const c10::IValue& value, Call& call) {
     if (value.isTensor()) {
         const auto& t = value.toTensor();
@@ -258,7 +266,7 @@ c10::IValue to_cpu(const c10::OperatorHandle& op, const c10::Argument& argument,
                     "devices, cuda:0 and ", t.device(), "! (argument ", argument.name(), " of ", op.schema().name(), ")");
         return value;
     }
-    if (value.isTensorList() || value.isOptionalTensorList()) {
+    if (holds_tensors(value)) {
         auto list = value.toList().copy();
         for (size_t i = 0; i < list.size(); ++i) list.set(i, to_cpu(op, argument, list.get(i), call));
         return list;
@@ -275,7 +283,7 @@ c10::IValue to_cpu(const c10::OperatorHandle& op, const c10::Argument& argument,
 
 c10::IValue to_device(const c10::IValue& value, Call& call) {
     if (value.isTensor() && value.toTensor().defined()) return call.back(value.toTensor());
-    if (!value.isTensorList()) return value;
+    if (!holds_tensors(value)) return value;
     auto list = value.toList().copy();
     for (size_t i = 0; i < list.size(); ++i) list.set(i, to_device(list.get(i), call));
     return list;
@@ -323,6 +331,15 @@ TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
     for (const char* name : {"allreduce_", "broadcast_", "allgather_", "_allgather_base_", "allreduce_coalesced_",
                              "reduce_", "gather_", "scatter_", "send", "recv_", "barrier"})
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
+}
+
+// DistributedDataParallel wants a clock for each kind of device.
+struct Clock final : c10d::Timer {
+    explicit Clock(c10::Device) {}
+    std::optional<int64_t> measureDifference(Event, Event) override { return std::nullopt; }
+};
+namespace c10d {
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kCUDA, ::Clock);
 }
 
 // For Python: whether a kernel may touch an address, and the generator that operators take where none is given.
