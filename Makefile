@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo     four processes train on real data, synchronized and not
 # make test     every test, on 1 to 4 processes
+# make test-fake-gpu  a part of make test: the layer on CUDA tensors, on a device made of host memory
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make gpu      on a machine with an NVIDIA GPU: the tests that want it, then the benchmark; needs no network
 PYTHON ?= python3.11
@@ -11,12 +12,12 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-one test-mpi test-torchrun test-mpich sanitize gpu lint docs clean
+.PHONY: demo test test-one test-mpi test-torchrun test-fake-gpu test-mpich sanitize gpu lint docs clean
 
 demo: $(VENV)/ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
 
-test: test-one test-mpi test-torchrun
+test: test-one test-mpi test-torchrun test-fake-gpu
 
 test-one: $(VENV)/ready
 	timeout 1500 python -m pytest
@@ -28,6 +29,15 @@ test-mpi: $(VENV)/ready
 
 test-torchrun: $(VENV)/ready
 	NPROC=2 timeout 600 launch/torchrun.sh -m pytest tests/multiprocess
+
+# CUDA tensors without a GPU: the kernels from their own source, pinned memory, gloo; see tests/fake_cuda. What compiles
+# for minutes is left to the CPU.
+FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 300
+SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
+test-fake-gpu: $(VENV)/ready
+	$(FAKE) python -m pytest tests/test_fake_cuda.py tests/test_layer.py tests/test_differentiable.py tests/test_convert.py
+	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
+	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp)
 
 # The other MPI wheel, in an environment of its own: one environment holds one MPI.
 test-mpich: $(VENV)-mpich/ready

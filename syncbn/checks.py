@@ -116,9 +116,31 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
     return None
 
 
-def device_type(x: object) -> str:
-    """Returns where an input lives; what holds no values is refused later, together with the other ranks."""
-    return x.device.type if isinstance(x, Tensor) and not x.is_cpu and not x.is_meta else "cpu"
+def device_type(x: object, *tensors: Tensor | None) -> str:
+    """Returns where most of a layer's tensors and its input live; where they tie, not the CPU.
+
+    It decides by which way a rank joins the others: one with an input left on the CPU, or that is no tensor, still goes
+    the way of the group. What holds no values is refused later, together with the other ranks.
+    """
+    if isinstance(x, Tensor) and not x.is_meta and device_error(x, *tensors) is None:
+        return x.device.type
+    types = [t.device.type for t in (*tensors, x) if isinstance(t, Tensor) and not t.is_meta]
+    most = types[0] if types else "cpu"
+    for each in types:  # in the words that torch.compile knows
+        if types.count(each) > types.count(most) - (most == "cpu"):
+            most = each
+    return most
+
+
+def device_error(x: Tensor, *tensors: Tensor | None) -> Exception | None:
+    """Returns what is wrong with where a good input x is, beside a layer's tensors, or None."""
+    for t in tensors:
+        if t is not None and t.device != x.device:
+            return ValueError(
+                f"{NAME} needs its input on the device of the layer, {t.device}; received {x.device}. Call "
+                f"x.to({str(t.device)!r}), or move the layer."
+            )
+    return None
 
 
 def is_recorded(x: object) -> bool:

@@ -29,10 +29,10 @@ _keys: dict[object, int] = {}
 _numbers = itertools.count()
 
 
-def key_for(spec: GroupSpec | None, x: object) -> int:
-    """Returns the number of a group specification for reducing what comes from x, also while a graph is traced."""
+def key_for(spec: GroupSpec | None, device_type: str) -> int:
+    """Returns the number of a group specification for reducing on a type of device, also while a graph is traced."""
     fields = () if spec is None else (spec.kind, spec.ranks, spec.label, spec.size)
-    key: int = _key_of_spec(fields, checks.device_type(x))
+    key: int = _key_of_spec(fields, device_type)
     return key
 
 

@@ -63,12 +63,15 @@ def batch_norm(
         That of the layer: 2C + 8 float64 values forward and 2C backward, whatever the mask. Where autograd records,
         every rank joins backward, also where no rank has anything that requires a gradient.
     """
+    mean = None if running is None else running.mean
     if error is None:  # not `or`: the compiler of torch 2.11 knows no truth of an exception
         error = checks.input_error(x, num_features)
     if error is None:
+        error = checks.device_error(x, weight, mean)
+    if error is None:
         error = checks.mask_error(mask, x)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
-        x, mask = torch.empty(0, num_features, device=checks.device_type(x)), None
+        x, mask = torch.empty(0, num_features, device=checks.device_type(x, weight, mean)), None
     mask = None if mask is None else mask.detach().reshape(x.size(0), 1, *x.shape[2:])
     alone = torch.compiler.is_compiling() or layer.owner is None
     if alone or not recomputation.concerns(torch.is_grad_enabled()):

@@ -90,14 +90,14 @@ def sync_batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    spec = groups.specify(process_group)
+    spec, where = groups.specify(process_group), checks.device_type(x, *parameters.values())
     owner = next((t for t in (running_mean, weight, bias) if t is not None), recomputation.NOBODY)
     if mask is not None or torch.compiler.is_compiling():
-        group = collective.key_for(spec, x)
+        group = collective.key_for(spec, where)
         return differentiable.batch_norm(
             x, mask, weight, bias, C, running, eps, group, differentiable.Layer(owner=owner), error=error
         )
-    transport = transports.choose(spec, checks.device_type(x))
+    transport = transports.choose(spec, where)
     return apply(x, weight, bias, C, running, eps, transport, owner, error=error)
 
 
@@ -114,9 +114,10 @@ def apply(
     error: Exception | None = None,
 ) -> Tensor:
     """Runs the autograd function over a transport. See :func:`sync_batch_norm`."""
-    error = error or checks.input_error(x, num_features)
+    mean = None if running is None else running.mean
+    error = error or checks.input_error(x, num_features) or checks.device_error(x, weight, mean)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
-        x = torch.empty(0, num_features, device=checks.device_type(x))
+        x = torch.empty(0, num_features, device=checks.device_type(x, weight, mean))
     grad_enabled = torch.is_grad_enabled()
     checkpointed = recomputation.concerns(grad_enabled)
     call = Call(running, eps, transport, grad_enabled, error, renorm, owner if checkpointed else None)

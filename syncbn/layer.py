@@ -131,10 +131,10 @@ class SyncBatchNorm(_BatchNorm):
             return self._eval_forward(input, mask)
         if torch.compiler.is_compiling():
             return self._compiled_forward(input, mask)
-        transport = transports.choose(self._group_spec, checks.device_type(input))
+        weight, bias, mean, var, tracked = _held(self)
+        transport = transports.choose(self._group_spec, checks.device_type(input, weight, mean))
         if transport.token != self._agreed_token and not recomputation.repeats(self):
             self._agree_on_settings(transport)
-        weight, bias, mean, var, tracked = _held(self)
         running = None
         if self.track_running_stats and mean is not None and var is not None:
             running = Running(mean, var, tracked, self.momentum)
@@ -168,7 +168,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_features,
             running,
             self.eps,
-            collective.key_for(self._group_spec, x),
+            collective.key_for(self._group_spec, checks.device_type(x, self.weight, self.running_mean)),
             differentiable.Layer(self._agreed, self._settings(), renorm=self._renorm),
         )
 
@@ -260,7 +260,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         del mask  # forward looks at it
         error = checks.input_error(input, None)
         if self.training:
-            transport = transports.choose(self._group_spec, checks.device_type(input))
+            transport = transports.choose(self._group_spec, checks.device_type(input, self.weight, self.running_mean))
             agreement.raise_together(error, transport)
         elif error is not None:
             raise error

@@ -61,8 +61,9 @@ def recalibrate(
             "inside syncbn.join. Call it after the join."
         )
     layers = [layer for layer in layers_of(model) if layer.track_running_stats and not layer.frozen]
-    mean = layers[0].running_mean if layers else None
-    device = torch.device("cpu") if mean is None else mean.device
+    means = (layer.running_mean for layer in layers)
+    somewhere = next((t for t in (*means, *model.parameters(), *model.buffers()) if t is not None), None)
+    device = torch.device("cpu") if somewhere is None else somewhere.device  # a rank without layers joins the others
     world = transports.choose(None, device.type)
     _require_layers(layers, world)
     bar = _bar(batches, num_batches, progress and world.rank == 0)

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from syncbn import launchers
+from tests import fake_cuda
 
 torch.set_num_threads(1)
 LAUNCH = launchers.detect()
-DEVICE = torch.device(os.environ.get("SYNCBN_TEST_DEVICE", "cpu"))
-"""Where tests make their tensors: launch/gpu.sh runs those of the layer on a GPU."""
+WANTED = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
+DEVICE = torch.device(fake_cuda.install() if WANTED == fake_cuda.NAME else WANTED)
+"""Where tests make their tensors: launch/gpu.sh runs them on a GPU, make test-fake-gpu on one of host memory."""
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
 
@@ -34,6 +36,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Makes ranks(n) pytest-mpi's mpi(min_size=n); under torchrun, which that plugin does not know, a plain skip."""
     for item in items:
+        if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
+            item.add_marker(pytest.mark.skip(reason=about.args[0]))
         mark = item.get_closest_marker("ranks")
         if mark is None:
             if LAUNCH.size > 1:

@@ -7,12 +7,13 @@ import torch
 import syncbn
 from syncbn import functional, kernels, reference
 from syncbn.moments import Status
+from tests.conftest import DEVICE
 
 C = 2
 
 
 def inputs(n=3, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = ((n, C, 2), (C,), (C,))
     return tuple(torch.randn(s, dtype=dtype, generator=generator, requires_grad=True) for s in shapes)
 
@@ -58,7 +59,7 @@ def test_a_gradient_penalty_equals_torchs(loss):
     """Also of a loss that is linear in y, where grad_y is a constant."""
 
     def penalty(layer):
-        x = torch.randn(5, C, 2, 2, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        x = torch.randn(5, C, 2, 2, generator=torch.Generator(DEVICE).manual_seed(1), requires_grad=True)
         (grad,) = torch.autograd.grad(loss(layer(x)), x, create_graph=True)
         grad.square().sum().backward()
         return x.grad, layer.weight.grad
@@ -72,7 +73,7 @@ def test_first_derivatives_are_the_same_with_create_graph(dtype):
     """Other operators, the same formula: what a rank sends does not depend on it."""
     x, weight, bias = inputs(8)
     x = x.detach().to(dtype).requires_grad_()
-    grad_y = torch.randn(8, C, 2, generator=torch.Generator().manual_seed(2)).to(dtype)
+    grad_y = torch.randn(8, C, 2, generator=torch.Generator(DEVICE).manual_seed(2)).to(dtype)
     tensors = (x, weight, bias)
     plain, graph = (torch.autograd.grad(call(*tensors), tensors, grad_y, create_graph=g) for g in (False, True))
     for a, b in zip(plain, graph, strict=True):

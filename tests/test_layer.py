@@ -167,3 +167,9 @@ def test_importing_syncbn_starts_no_mpi():
     program = "import sys, syncbn; print('mpi4py' in sys.modules, 'mpi4py.MPI' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_an_input_on_another_device_than_the_layer_is_refused():
+    layer = syncbn.SyncBatchNorm(3, device="meta")
+    with pytest.raises(ValueError, match=r"on the device of the layer, meta; received cpu. Call x.to\('meta'\)"):
+        layer(torch.randn(4, 3, device="cpu"))

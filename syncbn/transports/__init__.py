@@ -185,8 +185,13 @@ def _torch(group: Any, device_type: str) -> AbstractTransport:
     from syncbn.transports.torch_dist import TorchTransport
 
     if group is None:  # gloo matches messages by their order: DDP's buckets would meet ours in a group in common
-        group = dist.new_group() if device_type == "cpu" else dist.group.WORLD
+        group = dist.new_group() if device_type == "cpu" or _goes_over_gloo(device_type) else dist.group.WORLD
     return TorchTransport(group, device_type)
+
+
+def _goes_over_gloo(device_type: str) -> bool:
+    """Whether tensors of a type of device go over gloo: CUDA tensors too, where ranks share a GPU."""
+    return f"{device_type}:gloo" in str(dist.get_backend_config()).split(",")
 
 
 def _torch_world() -> Any | None:

@@ -108,7 +108,7 @@ def comm_of(ranks: tuple[int, ...]) -> Any:
 
 def _fresh_generator() -> torch.Generator:
     """Seeds from the operating system, so that a user's manual_seed is neither used nor moved."""
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.seed()
     return generator
 

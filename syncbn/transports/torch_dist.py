@@ -18,7 +18,7 @@ from syncbn.transports.base import AbstractTransport
 class TorchTransport(AbstractTransport):
     """A torch.distributed process group, used as it is.
 
-    For everyone on CPU ``choose`` hands over a group of our own, so that no bucket of DDP, which gloo matches by
+    For everyone over gloo ``choose`` hands over a group of our own, so that no bucket of DDP, which gloo matches by
     order alone, meets a wire of ours. NCCL shares DDP's: there two communicators would be the hazard.
 
     Args:
@@ -36,7 +36,7 @@ class TorchTransport(AbstractTransport):
         self.spec = GroupSpec(self.name, self.ranks, group.group_name)
         self.device_type = device_type
         _check_backend(group, device_type)
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
         token = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
         self.token = int(self.broadcast(token))

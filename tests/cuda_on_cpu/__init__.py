@@ -46,13 +46,15 @@ class EmulatedLauncher(AbstractLauncher):
         seed: of the order of blocks and threads.
         library: what ``build`` made, if not of the sources as they are.
         slow: whether to say that float64 is slow here.
+        device: where tickets are. The mailbox is host memory, pinned for a device.
     """
 
-    def __init__(self, seed=0, library=None, *, slow=False):
+    def __init__(self, seed=0, library=None, *, slow=False, device="cpu"):
         self.slow = slow
         self.library = ctypes.CDLL(str(library or build()))
-        self.seed, self.launches, self.box = seed, [], Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64))
-        self.zeros = torch.zeros(4096, dtype=torch.int32)
+        memory = torch.zeros(Mailbox.SIZE, dtype=torch.float64, device="cpu", pin_memory=device != "cpu")
+        self.seed, self.launches, self.box = seed, [], Mailbox(memory)
+        self.zeros = torch.zeros(4096, dtype=torch.int32, device=device)
 
     def launch(self, kernel, grid, block, layout, values, x):
         self.seed += 1

@@ -64,14 +64,14 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks():
     """Every rank of this run, connected by the transport that the launcher gives."""
-    return Ranks(syncbn.init(device=None if DEVICE.type == "cpu" else DEVICE))
+    return Ranks(syncbn.init(device=DEVICE))
 
 
 @pytest.fixture
 def torch_world(ranks):
     """torch.distributed over gloo, also under mpirun, for what needs DDP; gone again after the test."""
     under_torchrun = not launchers.detect().speaks_mpi
-    world = syncbn.init(torch_distributed=True)
+    world = syncbn.init(torch_distributed=True, device=DEVICE)
     yield world
     if not under_torchrun:
         ranks.world.barrier()

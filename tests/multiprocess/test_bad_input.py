@@ -8,6 +8,7 @@ import torch
 
 import syncbn
 from syncbn import functional
+from tests.conftest import DEVICE
 from tests.multiprocess import batches
 
 pytestmark = pytest.mark.ranks(1)
@@ -26,6 +27,12 @@ FAULTS = {
     "33 dims": (lambda: torch.ones(2, 5, *[1] * 31), ValueError, ["at most 32", "received 33", "x.flatten(2)"]),
     "no tensor": (lambda: [1.0, 2.0], TypeError, ["torch.Tensor", "list"]),
 }
+if DEVICE.type != "cpu":
+    FAULTS["left on the CPU"] = (
+        lambda: torch.ones(2, 5, device="cpu"),
+        ValueError,
+        ["on the device of the", str(DEVICE), "cpu"],
+    )
 
 
 def good():
@@ -126,11 +133,12 @@ def test_a_parameter_of_another_shape_on_one_rank_is_one_error(ranks, wrong, mak
 
 
 def test_a_parameter_on_another_device_is_one_error(ranks):
-    weight = torch.ones(5, device="meta" if ranks.rank == 0 else "cpu")
-    parts = ["rank 0", "needs weight on the device of the input, cpu", "received meta"]
+    weight = torch.ones(5, device="meta" if ranks.rank == 0 else DEVICE)
+    parts = ["rank 0", f"needs weight on the device of the input, {DEVICE}", "received meta"]
     ranks.raises(ValueError, lambda: functional.sync_batch_norm(good(), weight=weight), *parts)
 
 
+@pytest.mark.cpu("the device of host memory has no sparse tensors")
 @pytest.mark.parametrize("where", ["last", "all"])
 def test_sparse_gradients_are_one_error(ranks, where):
     sparse = where == "all" or ranks.rank == ranks.size - 1
@@ -205,7 +213,7 @@ def test_the_function_refuses_bad_input_together(ranks, fault):
 
 def test_eval_refuses_bad_input_too(ranks):
     layer = syncbn.SyncBatchNorm(5).eval()
-    for make, kind, parts in (FAULTS[fault] for fault in FAULTS if fault != "meta"):
+    for make, kind, parts in (FAULTS[fault] for fault in FAULTS if fault not in ("meta", "left on the CPU")):
         ranks.raises(kind, lambda make=make: layer(make()), *parts)
 
 

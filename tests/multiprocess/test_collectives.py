@@ -6,6 +6,7 @@ import torch
 
 import syncbn
 from syncbn.transports.base import AbstractTransport
+from tests.conftest import DEVICE
 from tests.multiprocess import batches
 
 pytestmark = pytest.mark.ranks(1)
@@ -17,7 +18,7 @@ class CountingTransport(AbstractTransport):
     def __init__(self, inner):
         self.inner, self.sent = inner, []
         self.name, self.rank, self.size, self.ranks = inner.name, inner.rank, inner.size, inner.ranks
-        self.token, self.spec = inner.token, inner.spec
+        self.token, self.spec, self.on_host = inner.token, inner.spec, inner.on_host
 
     def all_reduce(self, wire):
         self.sent.append((wire.numel(), wire.dtype))
@@ -38,7 +39,7 @@ class CountingTransport(AbstractTransport):
 def counting(ranks, monkeypatch):
     transport, choose = CountingTransport(ranks.transport), syncbn.transports.choose
     monkeypatch.setattr(
-        "syncbn.transports.choose", lambda spec, device="cpu": transport if spec is None else choose(spec, device)
+        "syncbn.transports.choose", lambda spec, device=DEVICE.type: transport if spec is None else choose(spec, device)
     )
     return transport
 

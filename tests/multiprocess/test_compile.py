@@ -188,6 +188,7 @@ def test_disagreements_are_one_error_on_all(ranks):
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")  # it imports parts of torch that torch itself has deprecated
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.cpu("torch generates no code for the device of host memory")
 def test_torchs_own_code_generator_equals_the_eager_model(ranks, rng):
     if ranks.size > 3:
         pytest.skip("every rank compiles, and cores are few")

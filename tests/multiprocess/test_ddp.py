@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from tests.conftest import DEVICE
 
 pytestmark = [
     pytest.mark.ranks(1),
@@ -121,7 +122,7 @@ def test_no_bucket_of_ddp_meets_a_wire_of_ours(ranks, torch_world):
     model = copy.deepcopy(plain)
     ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1e-5)
     for step in range(3):
-        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
+        x = torch.randn(4, 4, generator=torch.Generator(DEVICE).manual_seed(10 * step + ranks.rank))
         for each in (plain, ddp):
             each.zero_grad()
             each(x).tanh().mean().backward()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import syncbn
+from tests.conftest import DEVICE
 from tests.multiprocess import batches
 from tests.tolerances import allowed, error
 
@@ -140,7 +141,7 @@ def test_autocast_with_half_activations_equals_one_process(ranks, rng, shares):
     with torch.no_grad():
         linear.weight.copy_(torch.randn(4, 6, generator=rng))
         linear.bias.zero_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         whole = torch.nn.BatchNorm1d(4)(linear(x))
         share = linear(x[mine]) if x[mine].numel() else torch.empty(0, 4)
         y = syncbn.SyncBatchNorm(4)(share)

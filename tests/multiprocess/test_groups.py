@@ -13,6 +13,7 @@ import torch
 import syncbn
 from syncbn import launchers
 from tests import processes
+from tests.conftest import DEVICE
 from tests.multiprocess import batches
 
 pytestmark = pytest.mark.ranks(1)
@@ -103,7 +104,7 @@ def test_a_used_layer_loads_and_trains_without_a_launcher(ranks, tmp_path, group
     layer = syncbn.SyncBatchNorm(4, process_group=even_group(ranks) if grouped else None)
     layer(torch.randn(3, 4))
     file = tmp_path / f"layer{ranks.rank}.pt"
-    torch.save(layer, file)
+    torch.save(layer.cpu(), file)  # the program below has the machine's own devices
     program = (
         "import collections, sys, torch, syncbn\n"
         "classes = [syncbn.SyncBatchNorm, syncbn.GroupSpec, set, collections.OrderedDict]\n"
@@ -169,7 +170,7 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
     monkeypatch.setattr("syncbn.transports._live", {})
     for _ in range(2):
-        syncbn.init(torch_distributed=True)
+        syncbn.init(torch_distributed=True, device=DEVICE)
         check_group(ranks, None, list(range(ranks.size)), rng)
         ranks.world.barrier()
         torch.distributed.destroy_process_group()

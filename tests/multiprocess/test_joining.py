@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import announcing, joining
+from tests.conftest import DEVICE
 
 pytestmark = [
     pytest.mark.ranks(1),
@@ -23,7 +24,7 @@ pytestmark = [
 @pytest.fixture
 def world(ranks):
     """Made now: tests before this one may have connected everyone anew."""
-    return syncbn.init()
+    return syncbn.init(device=DEVICE)
 
 
 STEPS = {
@@ -44,7 +45,7 @@ def network(seed=0):
 
 def batch(step, rank):
     """Shares of different sizes."""
-    rng = torch.Generator().manual_seed(100 * step + rank)
+    rng = torch.Generator(DEVICE).manual_seed(100 * step + rank)
     return torch.randn(2 + (step + rank) % 3, 2, 7, 6, generator=rng, dtype=torch.float64)
 
 
@@ -159,7 +160,7 @@ def test_only_the_outputs_that_a_loss_uses_go_backward(ranks, world, used):
     model = TwoHeads()
     with syncbn.join(model):
         for step in range(1 + ranks.rank):
-            x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(3, 4, generator=torch.Generator(DEVICE).manual_seed(step))
             out = model(x, scale=2.0)
             if used in ("a", "both", "twice"):
                 out["a"].pow(3).mean().backward(retain_graph=True)

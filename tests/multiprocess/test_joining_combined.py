@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import groups
+from tests.conftest import DEVICE
 from tests.test_compile import pytestmark as warnings_of_torch
 
 pytestmark = [pytest.mark.ranks(1), pytest.mark.timeout(300), *warnings_of_torch]
@@ -22,7 +23,7 @@ C = 3
 def world(ranks):
     """Made now: tests before this one may have connected everyone anew."""
     torch._dynamo.reset()
-    return syncbn.init()
+    return syncbn.init(device=DEVICE)
 
 
 class Network(nn.Module):
@@ -48,7 +49,7 @@ def network():
 
 def batch(step, rank):
     """A share, and weights of its samples."""
-    rng = torch.Generator().manual_seed(100 * step + rank)
+    rng = torch.Generator(DEVICE).manual_seed(100 * step + rank)
     x = torch.randn(3 + rank, C, generator=rng, dtype=torch.float64)
     return x, torch.rand(3 + rank, generator=rng) + 0.1
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The GPU kernels under several ranks, on a CPU: the same bits as one rank, and a verdict that comes late on all."""
+"""The GPU kernels under several ranks: the same bits as one rank, and a verdict that comes late on all.
+
+CPU tensors are given them; CUDA tensors have them.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import syncbn
 from syncbn import kernels
 from syncbn.kernels.cupy_ops import CupyKernels
 from syncbn.transports.single import SingleTransport
+from tests.conftest import DEVICE
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.multiprocess import batches
 
@@ -17,9 +21,12 @@ pytestmark = pytest.mark.ranks(1)
 @pytest.fixture
 def on_gpu(ranks, monkeypatch):
     """Gives CPU tensors the kernels of CUDA tensors, for a group of every rank."""
+    if DEVICE.type == "cuda":
+        if ranks.transport.on_host:
+            pytest.skip("MPI through host memory: the verdict is that of the CPU, at once")
+        return
     implementation = CupyKernels(EmulatedLauncher(seed=ranks.rank), ranks.size)
     monkeypatch.setattr(kernels, "choose", lambda x: implementation)
-    return implementation
 
 
 @pytest.mark.parametrize("shares", batches.SHARES)

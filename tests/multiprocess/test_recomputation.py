@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 
 import syncbn
 from syncbn import recomputation
+from tests.conftest import DEVICE
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import CountingTransport
 
@@ -167,7 +168,7 @@ def test_equal_shares_of_different_batches_are_refused(ranks, reentrant):
     for call in range(2):
         x = torch.ones(3, C, requires_grad=True)
         if ranks.rank == 0:
-            x = torch.randn(3, C, generator=torch.Generator().manual_seed(call)).requires_grad_()
+            x = torch.randn(3, C, generator=torch.Generator(DEVICE).manual_seed(call)).requires_grad_()
         outs.append(checkpoint(layer, x, use_reentrant=reentrant).square().sum())
     message = ""
     if ranks.rank > 0:  # rank 0 can; its backward would wait for the others
@@ -207,7 +208,7 @@ def test_other_input_in_the_recomputation_is_refused(ranks, reentrant):
 def test_a_forward_in_backward_that_repeats_nothing_is_an_ordinary_one(ranks, counting):
     layer, x = syncbn.SyncBatchNorm(C), torch.randn(3, C, requires_grad=True)
     y = x * 2
-    y.register_hook(lambda _: [layer(torch.randn(4, C)), None][1])
+    y.register_hook(lambda _: [layer(torch.randn(4, C, device=DEVICE)), None][1])
     y.sum().backward()
     ranks.check(layer.num_batches_tracked == 1)
     ranks.check([numel for numel, _ in counting.sent][-1] == FORWARD)

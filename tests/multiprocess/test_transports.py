@@ -124,7 +124,8 @@ def test_messages_of_the_user_match_none_of_ours(ranks):
         pytest.skip("needs an MPI job of two")
     from mpi4py import MPI
 
-    comm, mine, theirs = MPI.COMM_WORLD, torch.tensor([1.0 + ranks.rank]), torch.zeros(1)
+    comm = MPI.COMM_WORLD
+    mine, theirs = torch.tensor([1.0 + ranks.rank], device="cpu"), torch.zeros(1, device="cpu")
     request = comm.Irecv(theirs.numpy(), source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG)
     ranks.transport.all_reduce(torch.ones(2000, dtype=torch.float64))
     comm.Send(mine.numpy(), dest=(ranks.rank + 1) % ranks.size)

@@ -10,6 +10,7 @@ from torch import nn
 
 import syncbn
 from syncbn import launchers
+from tests.conftest import DEVICE
 from tests.multiprocess.test_collectives import CountingTransport
 from tests.multiprocess.test_ddp import loss, network
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.ranks(1)
 
 def test_init_agrees_with_the_launcher(ranks):
     launch = launchers.detect()
-    world = syncbn.init()
+    world = syncbn.init(device=DEVICE)
     ranks.check((world.rank, world.size) == (launch.rank, launch.size), f"{world}")
     ranks.check(world.launcher == launch.name, world.launcher)
     ranks.check(world.transport.name == ("mpi" if launch.speaks_mpi else "torch"), world.transport.name)
@@ -79,7 +80,7 @@ def test_average_gradients_leaves_frozen_parameters_alone(ranks):
 
 def test_average_gradients_packs_one_wire_a_dtype(ranks):
     counting = CountingTransport(ranks.transport)
-    world = syncbn.World(ranks.rank, ranks.size, 0, torch.device("cpu"), "test", counting)
+    world = syncbn.World(ranks.rank, ranks.size, 0, DEVICE, "test", counting)
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)])
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -105,7 +106,7 @@ def test_pure_mpi_training_with_uneven_shares_equals_one_process(ranks, rng):
     ranks.world.broadcast(model)
     for module, rows in ((whole, slice(None)), (model, mine)):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator(DEVICE).manual_seed(3)
         for _ in range(4):
             x = torch.randn(sum(sizes), 2, 7, 6, generator=generator, dtype=torch.float64)[rows]
             optimizer.zero_grad()
@@ -118,11 +119,25 @@ def test_pure_mpi_training_with_uneven_shares_equals_one_process(ranks, rng):
         ranks.check_close(ours, theirs, 1e-12, name)
 
 
+def test_nothing_leans_on_the_default_device(ranks, rng):
+    """Where only some ranks have one, for example: what is sent, and by which way, is the same."""
+    model, x = torch.nn.Sequential(syncbn.SyncBatchNorm(4)), torch.randn(3, 4, generator=rng)
+    with torch.device("meta" if ranks.rank == 0 else DEVICE):
+        half = ranks.world.subgroup(1)
+        ranks.world.broadcast(model)
+        model(x).sum().backward()
+        ranks.world.average_gradients(model)
+        scale = ranks.world.loss_scale(1)
+        ranks.world.raise_together(None)
+        gathered = ranks.raises(ValueError, lambda: model(x[0]), "input.dim() >= 2")
+    ranks.check(half is not None and scale == 1.0 and gathered is None)
+
+
 def test_ranks_on_one_host_rendezvous_on_loopback(ranks):
     if not launchers.detect().speaks_mpi:
         pytest.skip("torchrun opens its own store")
     before = listeners()
-    syncbn.init(torch_distributed=True)
+    syncbn.init(torch_distributed=True, device=DEVICE)
     opened = listeners() - before
     ranks.world.barrier()
     torch.distributed.destroy_process_group()

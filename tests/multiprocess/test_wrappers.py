@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from tests.conftest import DEVICE
 
 pytestmark = [
     pytest.mark.ranks(1),
@@ -40,7 +41,7 @@ class Network(nn.Module):
 
 
 def batches(ranks, steps=4):
-    return torch.randn(steps, 3 * ranks.size, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(steps, 3 * ranks.size, 4, generator=torch.Generator(DEVICE).manual_seed(1), dtype=torch.float64)
 
 
 def mine(ranks, x):
@@ -93,13 +94,17 @@ def test_ddp_with_checkpoints_and_accumulation(ranks, torch_world, reentrant, ac
     ranks.check(model.blocks[0][1].num_batches_tracked == 4)
 
 
+fsdp = pytest.mark.cpu("FSDP has streams of its own and frees storages under tensors")
+
+
 def shard(model, **options):
-    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = torch.distributed.init_device_mesh(DEVICE.type, (torch.distributed.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
+@fsdp
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_fsdp2_equals_one_process(ranks, torch_world, reentrant):
     whole = Network().double()
@@ -109,6 +114,7 @@ def test_fsdp2_equals_one_process(ranks, torch_world, reentrant):
     check_same(ranks, model, whole)
 
 
+@fsdp
 @pytest.mark.ranks(2)
 def test_fsdp2_without_synchronisation_differs(ranks, torch_world):
     """The negative control."""
@@ -119,6 +125,7 @@ def test_fsdp2_without_synchronisation_differs(ranks, torch_world):
     ranks.check(gap > 1e-3, f"{gap}")
 
 
+@fsdp
 def test_fsdp2_in_bfloat16_keeps_float32_statistics_equal_on_all_ranks(ranks, torch_world):
     """Input and output are bfloat16, so one process in float32 is met to that rounding only."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
