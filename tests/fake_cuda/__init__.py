@@ -64,6 +64,9 @@ class CheckedLauncher(AbstractLauncher):
                 raise RuntimeError(f"CUDA error: {kernel} got {value:#x}, an illegal memory access")
         self.emulated.launch(kernel, grid, block, layout, values, x)
 
+    def slow_float64(self, x):
+        return self.emulated.slow_float64(x)
+
     def tickets(self, x, groups):
         return self.emulated.tickets(x, groups)
 
