@@ -132,6 +132,15 @@ def device_type(x: object, *tensors: Tensor | None) -> str:
     return most
 
 
+def device(x: object, *tensors: Tensor | None) -> torch.device:
+    """Returns the device of that type on which a refused call joins the others with an empty share."""
+    kind = device_type(x, *tensors)
+    for t in (*tensors, x):
+        if isinstance(t, Tensor) and t.device.type == kind:
+            return t.device
+    return torch.device(kind)
+
+
 def device_error(x: Tensor, *tensors: Tensor | None) -> Exception | None:
     """Returns what is wrong with where a good input x is, beside a layer's tensors, or None."""
     for t in tensors:
