@@ -28,3 +28,7 @@ def test_a_refused_call_joins_on_the_device_of_its_layer(x, layer, expected):
         x, *layer = (None if place is None else torch.empty(3, device=place) for place in (x, *layer))
         assert checks.device(x, *layer) == torch.device(expected)
         assert checks.device_type(x, *layer) == torch.device(expected).type
+        usable = x is not None and not x.is_meta
+        error = checks.device_error(x, *layer) if usable else None
+        kind, same = checks.place(x, *layer)
+        assert (kind, str(same)) == (torch.device(expected).type, str(error))
