@@ -38,7 +38,7 @@ SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
 test-fake-gpu: $(VENV)/ready
 	$(FAKE) python -m pytest tests/test_fake_cuda.py tests/test_layer.py tests/test_differentiable.py tests/test_convert.py
 	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
-	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp)
+	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp masks)
 
 # Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
 TORCH ?= 2.11.0

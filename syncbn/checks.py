@@ -15,6 +15,7 @@ from torch import Tensor
 
 from syncbn import kernels, moments
 from syncbn.agreement import by_rank, gather_notes, raise_gathered, require_equal
+from syncbn.kernels import cuda_verdict
 from syncbn.moments import DTYPES, Status
 from syncbn.renorm import RenormLimits
 from syncbn.transports.base import AbstractTransport
@@ -116,15 +117,15 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
     return None
 
 
-def place(x: object, *tensors: Tensor | None) -> tuple[str, Exception | None]:
-    """Returns what :func:`device_type` and :func:`device_error` do, quickly where all is well."""
+def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception | None]:
+    """Returns what :func:`device` and :func:`device_error` do, quickly where all is well."""
     if isinstance(x, Tensor) and not x.is_meta:
         here = x.device
         for t in tensors:
             if t is not None and t.device != here:
-                return device_type(x, *tensors), device_error(x, *tensors)
-        return here.type, None
-    return device_type(x, *tensors), None
+                return device(x, *tensors), device_error(x, *tensors)
+        return here, None
+    return device(x, *tensors), None
 
 
 def device_type(x: object, *tensors: Tensor | None) -> str:
@@ -237,10 +238,10 @@ def raise_if_wires_disagree(
         mask: this rank's mask, for the error about its values.
 
     Communication:
-        As :func:`raise_if_disagreed`.
+        As :func:`raise_if_disagreed`. None where a GPU tells late: a rank that has no mask would not answer.
 
     Raises:
-        ValueError, TypeError: on every rank of the group.
+        ValueError, TypeError: on every rank of the group, there with another text on each.
     """
     count_global, status = kernels.choose(wire).read_status(wire)
     unanimous = status.faults == 0 and status.dtypes <= 1 and status.grad_enabled in (0, transport.size)
@@ -250,6 +251,9 @@ def raise_if_wires_disagree(
     error: Exception | None = None
     if local.faults:
         error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else _mask_values_error(mask)
+    if kernels.tells_late(wire, transport):
+        late = "Other ranks may find it late, as a GPU is not waited for. End all processes."
+        raise cuda_verdict.worded(count_global, status, transport.size, late) if error is None else error
     dtype = next((d for d in DTYPES if getattr(local, _name(d))), torch.float32)
     samples = int(min(max(count_local, 0.0), 2.0**31)) if math.isfinite(count_local) else 0  # a mask may hold anything
     C = (wire.numel() - 1 - len(local)) // 2

@@ -44,6 +44,8 @@ def batch_norm(
     group: int,
     layer: Layer = Layer(),  # noqa: B008 - immutable
     error: Exception | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Normalises x by the statistics of the batch of all ranks. See :func:`syncbn.functional.sync_batch_norm`.
 
@@ -57,7 +59,8 @@ def batch_norm(
         eps: added to the variance.
         group: a number that :mod:`syncbn.collective` gave.
         layer: the layer, if any.
-        error: what is wrong with a parameter, or None.
+        error: what is wrong with a parameter or with where x is, or None.
+        device: that of the group, where a refused call joins; None for that of most tensors.
 
     Communication:
         That of the layer: 2C + 8 float64 values forward and 2C backward, whatever the mask. Where autograd records,
@@ -71,7 +74,8 @@ def batch_norm(
     if error is None:
         error = checks.mask_error(mask, x)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
-        x, mask = torch.empty(0, num_features, device=checks.device(x, weight, mean)), None
+        device = checks.device(x, weight, mean) if device is None else device
+        x, mask = torch.empty(0, num_features, device=device), None
     mask = None if mask is None else mask.detach().reshape(x.size(0), 1, *x.shape[2:])
     alone = torch.compiler.is_compiling() or layer.owner is None
     if alone or not recomputation.concerns(torch.is_grad_enabled()):

@@ -91,14 +91,15 @@ def sync_batch_norm(
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
     spec, where = groups.specify(process_group), checks.device_type(x, *parameters.values())
+    device = None if error is None else checks.device(x, *parameters.values())
     owner = next((t for t in (running_mean, weight, bias) if t is not None), recomputation.NOBODY)
     if mask is not None or torch.compiler.is_compiling():
         group = collective.key_for(spec, where)
         return differentiable.batch_norm(
-            x, mask, weight, bias, C, running, eps, group, differentiable.Layer(owner=owner), error=error
+            x, mask, weight, bias, C, running, eps, group, differentiable.Layer(owner=owner), error, device=device
         )
     transport = transports.choose(spec, where)
-    return apply(x, weight, bias, C, running, eps, transport, owner, error=error)
+    return apply(x, weight, bias, C, running, eps, transport, owner, error=error, device=device)
 
 
 def apply(
@@ -112,12 +113,13 @@ def apply(
     owner: Any,
     renorm: RenormLimits | None = None,
     error: Exception | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Runs the autograd function over a transport. See :func:`sync_batch_norm`."""
+    """Runs the autograd function over a transport, that of ``device``. See :func:`sync_batch_norm`."""
     error = checks.input_error(x, num_features) or error
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
-        mean = None if running is None else running.mean
-        x = torch.empty(0, num_features, device=checks.device(x, weight, mean))
+        x = torch.empty(0, num_features, device=checks.device(x) if device is None else device)
     grad_enabled = torch.is_grad_enabled()
     checkpointed = recomputation.concerns(grad_enabled)
     call = Call(running, eps, transport, grad_enabled, error, renorm, owner if checkpointed else None)

@@ -132,8 +132,8 @@ class SyncBatchNorm(_BatchNorm):
         if torch.compiler.is_compiling():
             return self._compiled_forward(input, mask)
         weight, bias, mean, var, tracked = _held(self)
-        device_type, error = checks.place(input, weight, mean)
-        transport = transports.choose(self._group_spec, device_type)
+        device, error = checks.place(input, weight, mean)
+        transport = transports.choose(self._group_spec, device.type)
         if transport.token != self._agreed_token and not recomputation.repeats(self):
             self._agree_on_settings(transport)
         running = None
@@ -151,9 +151,21 @@ class SyncBatchNorm(_BatchNorm):
                 self.eps,
                 group,
                 differentiable.Layer(owner=self, renorm=self._renorm),
+                error,
+                device=device,
             )
         return functional.apply(
-            input, weight, bias, self.num_features, running, self.eps, transport, self, self._renorm, error
+            input,
+            weight,
+            bias,
+            self.num_features,
+            running,
+            self.eps,
+            transport,
+            self,
+            self._renorm,
+            error,
+            device=device,
         )
 
     def _compiled_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,5 +30,5 @@ def test_a_refused_call_joins_on_the_device_of_its_layer(x, layer, expected):
         assert checks.device_type(x, *layer) == torch.device(expected).type
         usable = x is not None and not x.is_meta
         error = checks.device_error(x, *layer) if usable else None
-        kind, same = checks.place(x, *layer)
-        assert (kind, str(same)) == (torch.device(expected).type, str(error))
+        place, same = checks.place(x, *layer)
+        assert (place, str(same)) == (torch.device(expected), str(error))

@@ -249,6 +249,17 @@ def test_a_group_without_a_sample_leaves_the_buffers_alone():
     k.read_status(k.local_moments(x, STATUS))  # and nothing is wrong
 
 
+@pytest.mark.parametrize("weights", [0.5, 1.0])
+def test_weights_of_other_ranks_masks_are_too_few_for_a_rank_without_samples_too(weights):
+    k = CupyKernels(EmulatedLauncher(), 3)
+    x = torch.empty(0, 5, 2, 2)
+    wire = k.local_moments(x, Status(0, 3.0, 3.0))
+    wire[0] = weights
+    k.normalize(x, wire, None, None, None, EPS, 2.0)
+    with pytest.raises(ValueError, match=f"received {weights:g} over 3 ranks"):
+        k.read_status(wire)
+
+
 def test_where_the_host_waits_anyway_it_reads_the_verdict_there():
     launcher = EmulatedLauncher()
     k = CupyKernels(launcher, 3, on_host=True)
@@ -330,10 +341,3 @@ def test_the_sanitizers_find_a_kernel_without(missing, tmp_path):
     done = sanitized(kind, build(*SANITIZERS[kind], cuda=tmp_path / "cuda"))
     assert done.returncode != 0
     assert "Sanitizer: " in done.stderr or "misaligned address" in done.stderr
-
-
-def test_one_channel_is_not_one_plane_where_32_bits_cannot_count_it():
-    S = 2**30
-    small, large = (cuda_geometry.plan((N, 1, S), (S, S, 1), 2) for N in (1, 3))
-    assert (small.N, small.S) == (1, S)
-    assert (large.N, large.S) == (3, S)

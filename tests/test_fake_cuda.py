@@ -75,6 +75,18 @@ def test_views_copies_and_files_are_of_the_device(x):
     assert torch.equal(loaded, x.T)
 
 
+@pytest.mark.parametrize("bare", ["function", "layer"])
+def test_a_refused_call_sends_from_the_device_by_which_its_way_was_chosen(monkeypatch, bare):
+    """NCCL would not send what is on the CPU: such a rank would come by MPI, where nobody waits for it."""
+    sent, left = [], torch.ones(2, 3, device="cpu")
+    monkeypatch.setattr(SingleTransport, "all_reduce", lambda self, wire: sent.append(wire.device.type) or wire)
+    layer = syncbn.SyncBatchNorm(3, affine=False)
+    layer.track_running_stats = False  # as recalibrate() has it
+    with pytest.raises(ValueError, match="on the device of"):
+        layer(left) if bare == "layer" else syncbn.functional.sync_batch_norm(left, bias=torch.zeros(3))
+    assert sent[-1] == "cuda"
+
+
 def test_a_kernel_reaches_no_memory_of_the_host(x):
     steps = kernels.on_device(x, SingleTransport())
     wire = steps.local_moments(x, syncbn.moments.Status()).cpu()

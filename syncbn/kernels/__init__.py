@@ -21,7 +21,17 @@ from syncbn.transports.base import AbstractTransport
 if TYPE_CHECKING:
     from syncbn.kernels.cuda_launch import CupyLauncher
 
-__all__ = ["CHOICES", "AbstractKernels", "Choice", "choose", "explain", "explain_device", "look", "on_device"]
+__all__ = [
+    "CHOICES",
+    "AbstractKernels",
+    "Choice",
+    "choose",
+    "explain",
+    "explain_device",
+    "look",
+    "on_device",
+    "tells_late",
+]
 
 CHOICES = ("auto", "host", "torch")
 OVERRIDE = "SYNCBN_KERNELS"
@@ -64,6 +74,11 @@ def look(device: torch.device) -> None:
     """Raises what the kernels of a CUDA device have left for the host, if they have. Waits for nothing."""
     if explain_device().name == "cupy":
         _launcher().mailbox(torch.empty(0, device=device)).look()
+
+
+def tells_late(wire: Tensor, transport: AbstractTransport) -> bool:
+    """Whether a rank with the kernels of this wire's device would not notice at once what the reduced counters say."""
+    return wire.is_cuda and not transport.on_host and explain_device().name == "cupy"
 
 
 @cache

@@ -57,32 +57,38 @@ class Mailbox:
 
 
 def late_error(count: float, status: Status, what: str, ranks: int) -> Exception:
-    """Words a verdict for which nobody can be asked any more."""
+    """Words a verdict on a call that is over."""
     late = (
         f"This rank's input was {what}. Found late, as a GPU is not waited for: the output of that call was NaN, and "
         "its running statistics were left alone. End all processes; World.check() after a step tells at once."
     )
+    return worded(count, status, ranks, late)
+
+
+def worded(count: float, status: Status, ranks: int, more: str) -> Exception:
+    """Words a verdict for which no rank can be asked, with more behind it."""
     if status.faults:
         return ValueError(
             f"SyncBatchNorm needs a right input on every rank; {status.faults:g} of {ranks} ranks had a wrong one, and "
-            f"said so there. {late}"
+            f"said so there. {more}"
         )
     if status.dtypes > 1:
         votes = zip(DTYPES, status[3:], strict=True)
         received = ", ".join(f"{str(d).removeprefix('torch.')} on {n:g}" for d, n in votes if n)
         return TypeError(
             f"SyncBatchNorm needs input of one dtype on every rank; received {received} of {ranks} ranks. Cast the "
-            f"input, or use the same autocast settings on every rank. {late}"
+            f"input, or use the same autocast settings on every rank. {more}"
         )
-    if count != 1:
+    if 0 < status.grad_enabled < ranks:
         return ValueError(
             "SyncBatchNorm needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever; "
             f"received True on {status.grad_enabled:g} of {ranks} ranks. Use torch.no_grad() on all ranks or on none, "
-            f"or model.eval(). {late}"
+            f"or model.eval(). {more}"
         )
     return ValueError(
-        "SyncBatchNorm needs at least 2 values per channel in the group to estimate a variance; received 1 over "
-        f"{ranks} rank{'s' if ranks > 1 else ''}. Give each rank more samples or call model.eval(). {late}"
+        "SyncBatchNorm needs at least 2 values per channel in the group to estimate a variance; received "
+        f"{count:g} over {ranks} rank{'s' if ranks > 1 else ''}. Give each rank more samples or call model.eval(). "
+        f"{more}"
     )
 
 
