@@ -135,6 +135,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.prompt_verdict
 @pytest.mark.parametrize("others", ["masked", "unmasked"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks, fault, others):
@@ -147,6 +148,42 @@ def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks, fault, others):
         ranks.check_equal(layer.state_dict()[key], value, key)
     layer(torch.randn(3, C, 4), mask=ones())
     ranks.check(layer.num_batches_tracked == 1, "the next step works")
+
+
+@pytest.mark.parametrize("others", ["masked", "unmasked"])
+@pytest.mark.parametrize("fault", ["shape", "negative", "NaN"])
+def test_after_a_bad_mask_all_ranks_are_in_step(ranks, rng, fault, others):
+    """Also where ranks with a mask read the verdict at once, and those without are told late."""
+    make, kind, parts = FAULTS[fault]
+    layer, bad, text = syncbn.SyncBatchNorm(C), ranks.rank == ranks.size - 1, ""
+    mask = make() if bad else ones() if others == "masked" else None
+    try:
+        layer(torch.randn(3, C, 4), mask=mask)
+        ranks.world.check()
+    except kind as error:
+        text = str(error)
+    alone = "1 of" in text and "ranks had a wrong one" in text
+    ranks.check(all(part in text for part in parts) or (alone and not bad), text)
+    ranks.check_equal(layer.running_var, torch.ones(C), "nothing moved")
+    batch = batches.make((2 * ranks.size, C, 4), rng)
+    mine = ranks.shares([2] * ranks.size)[ranks.rank]
+    got = batches.run(batches.load(layer, batch), batch.x[mine], batch.grad_y[mine])
+    ranks.check_close(got.y, batches.exact(batch).y[mine], 1e-5, "y")
+    ranks.check_close(got.grad_x, batches.exact(batch).grad_x[mine], 1e-5, "grad_x")
+
+
+@pytest.mark.ranks(2)
+def test_weights_below_one_are_too_few_also_for_an_empty_share_without_a_mask(ranks):
+    layer, text = syncbn.SyncBatchNorm(C), ""
+    mask = torch.zeros(3, 4)
+    mask[0, 0] = 0.5
+    try:
+        layer(torch.randn(3, C, 4), mask) if ranks.rank == 0 else layer(torch.randn(0, C, 4))
+        ranks.world.check()
+    except ValueError as error:
+        text = str(error)
+    ranks.check("at least 2 values per channel" in text and "received 0.5" in text, text)
+    ranks.check_equal(layer.running_var, torch.ones(C), "nothing moved")
 
 
 def test_weights_that_sum_to_one_are_too_few(ranks):

@@ -39,7 +39,7 @@ struct Verdict {
         const double* status = a.wire + 1 + 2 * a.shape.C;  // faults, grad_enabled, needs_grad, a vote for each dtype
         const int dtypes = (status[3] > 0) + (status[4] > 0) + (status[5] > 0) + (status[6] > 0);
         // No ||: all counters are read at once.
-        refused = (status[0] > 0) | (dtypes > 1) | ((status[1] > 0) & (status[1] < a.ranks)) | (count == 1);
+        refused = (status[0] > 0) | (dtypes > 1) | ((status[1] > 0) & (status[1] < a.ranks)) | ((count > 0) & (count <= 1));
     }
 };
 
