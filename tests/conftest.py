@@ -19,6 +19,8 @@ DEVICE = torch.device(fake_cuda.install() if WANTED == fake_cuda.NAME else WANTE
 """Where tests make their tensors: launch/gpu.sh runs them on a GPU, make test-fake-gpu on one of host memory."""
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False  # the default, which keeps 10 bits: convolutions are part of the oracles
+    torch.backends.cudnn.deterministic = True
 LATE_VERDICT = DEVICE.type == "cuda" and not LAUNCH.speaks_mpi
 """Whether a rank with a wrong input raises alone, and the others later: gloo sums CUDA tensors behind the host's back.
 
