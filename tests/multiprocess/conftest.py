@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import syncbn
-from syncbn import agreement, launchers
+from syncbn import agreement, launchers, rendezvous
 from tests.conftest import DEVICE, LATE_VERDICT
 
 
@@ -65,6 +65,8 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks():
     """Every rank of this run, connected by the transport that the launcher gives."""
+    if DEVICE.type == "cuda":  # one GPU for all, also where CUDA_VISIBLE_DEVICES looks as if each had its own
+        rendezvous.shares_gpus = lambda launch: True
     return Ranks(syncbn.init(device=DEVICE))
 
 
