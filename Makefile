@@ -4,7 +4,7 @@
 # make test-fake-gpu  a part of make test: the layer on CUDA tensors, on a device made of host memory
 # make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
-# make gpu      on a machine with an NVIDIA GPU: the tests that want it, then the benchmark; needs no network
+# make gpu      on a machine with an NVIDIA GPU: the tests with CUDA tensors, then the benchmark; needs no network
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -35,10 +35,11 @@ test-torchrun: $(VENV)/ready
 # for minutes is left to the CPU.
 FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 300
 SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
+GLOO := late_verdict exactness ddp bad_input collectives masks groups world modes
 test-fake-gpu: $(VENV)/ready
 	$(FAKE) python -m pytest tests/test_fake_cuda.py tests/test_layer.py tests/test_differentiable.py tests/test_convert.py
 	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
-	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp masks)
+	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,$(GLOO))
 
 # Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
 TORCH ?= 2.11.0

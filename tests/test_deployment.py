@@ -50,6 +50,7 @@ def test_export_makes_one_operator_of_it_for_any_batch_size(options):
 
 
 @TREESPEC
+@pytest.mark.cpu("the other runtime takes arrays of the CPU")
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("dims", [2, 3, 4])
 def test_onnx_runs_elsewhere_and_gives_the_same(tmp_path, optimize, dims):
@@ -78,6 +79,7 @@ def test_a_trace_is_one_operator_and_takes_any_batch_size():
 
 
 @RETIRED
+@pytest.mark.cpu("the program that loads the model has the machine's own devices")
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
 def test_torchscript_runs_where_syncbn_is_not_installed(tmp_path, options):
     model, x, expected = trained(**options)

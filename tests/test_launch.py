@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,6 +300,79 @@ def test_slurm_ends_with_the_status_of_a_failed_rank(program, slurm):
     done, *_ = slurm(program(STUCK), "raises", PMI="none")
     assert done.returncode != 0
     assert "rank 1 gives up" in done.stderr
+
+
+# Stands in for the Python of gpu.sh: what it is told to run says how it ends.
+GPU_PYTHON = """#!/bin/bash
+echo "$SYNCBN_TEST_DEVICE $NPROC: $*"
+case "$*" in
+    "-c import pytest_mpi") exit {pytest_mpi} ;;
+    *test_layer.py*) echo "===== 1 failed, 2 passed in 3.00s ====="; exit {layer} ;;
+    *test_exactness.py*) echo "===== 5 passed in 1.00s =====" ;;
+esac
+"""
+TOOLS = ("bash", "env", "timeout", "mkdir", "rm", "grep", "tail", "basename", "dirname", "cat")
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """Runs gpu.sh in a tree of its own, where the tools on PATH and what they say are ours."""
+
+    def run(*present, layer=0, pytest_mpi=0, **extra):
+        for folder in ("launch", "bin"):
+            (tmp_path / folder).mkdir()
+        shutil.copy(LAUNCH / "gpu.sh", tmp_path / "launch")
+        for tool in TOOLS:
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+        python = GPU_PYTHON.format(layer=layer, pytest_mpi=pytest_mpi)
+        start = '#!/bin/bash\nexec "$PYTHON" "$@"\n'
+        texts = {"bin/python": python, "launch/mpirun.sh": start, "launch/torchrun.sh": start}
+        for name, text in (texts | {f"bin/{tool}": "#!/bin/bash\necho sanitized\n" for tool in present}).items():
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+        (tmp_path / "tests/multiprocess").mkdir(parents=True)
+        (tmp_path / "tests/multiprocess/test_exactness.py").touch()
+        words = {"PATH": tmp_path / "bin", "PYTHON": tmp_path / "bin/python", "OUT": tmp_path / "out", **extra}
+        done = processes.run("bash", tmp_path / "launch/gpu.sh", limit=LIMIT, **words)
+        table = done.stdout.partition("part  ")[2].splitlines()[1:]
+        return done, {line.split()[0]: line for line in table}, tmp_path / "out"
+
+    return run
+
+
+RANKS = [f"{launcher}{n}{what}" for launcher in ("mpirun", "torchrun") for n in (2, 3) for what in ("", "-bits")]
+PARTS = {*RANKS, "alone", "contract", "kernels", "gpu", "sanitizer", "mpirun-compiled", "torchrun-compiled", "bench"}
+
+
+def test_gpu_runs_all_its_parts_and_keeps_what_they_say(gpu):
+    done, table, out = gpu("mpirun", "compute-sanitizer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table.keys() == PARTS
+    assert all(" passed " in line for line in table.values())
+    assert "5 passed in 1.00s" in table["mpirun3"]
+    said = (out / "mpirun3.log").read_text()
+    assert said.startswith("cuda:0 3: -m pytest")
+    assert "--with-mpi" in said
+    assert "--with-mpi" not in (out / "torchrun3.log").read_text()
+    assert "cpu" in (out / "contract.log").read_text()
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(1, " FAILED "), (124, " TIMEOUT after 140 s ")])
+def test_gpu_ends_with_1_after_all_parts_where_one_fails(gpu, status, verdict):
+    done, table, _ = gpu("mpirun", layer=status)
+    assert done.returncode == 1
+    assert verdict in table["alone"]
+    assert "1 failed, 2 passed" in table["alone"]
+    assert all(" passed " in line for name, line in table.items() if name not in ("alone", "sanitizer"))
+
+
+def test_gpu_says_which_parts_it_leaves_out_and_why(gpu):
+    done, table, out = gpu(pytest_mpi=1, SYNCBN_TEST_DEVICE="cpu")
+    assert done.returncode == 0
+    assert table.keys() == {name for name in PARTS if not name.startswith("mpirun")} | {"mpirun"}
+    assert all("left out" in table[name] for name in ("mpirun", "kernels", "gpu", "sanitizer", "bench"))
+    assert "no mpirun" in table["mpirun"]
+    assert "cpu 2: " in (out / "torchrun2.log").read_text()
 
 
 def test_mpijob_starts_what_mpirun_sh_starts():

@@ -30,7 +30,6 @@ __all__ = [
     "explain_device",
     "look",
     "on_device",
-    "tells_late",
 ]
 
 CHOICES = ("auto", "host", "torch")
@@ -74,11 +73,6 @@ def look(device: torch.device) -> None:
     """Raises what the kernels of a CUDA device have left for the host, if they have. Waits for nothing."""
     if explain_device().name == "cupy":
         _launcher().mailbox(torch.empty(0, device=device)).look()
-
-
-def tells_late(wire: Tensor, transport: AbstractTransport) -> bool:
-    """Whether a rank with the kernels of this wire's device would not notice at once what the reduced counters say."""
-    return wire.is_cuda and not transport.on_host and explain_device().name == "cupy"
 
 
 @cache

@@ -53,42 +53,40 @@ class Mailbox:
             self._slots[0] = 0.0
             number, what, ranks = self._calls[int(call) % REMEMBERED]
             what = what.removeprefix("torch.") if number == call else "an earlier input"
-            raise late_error(count, Status(*status), what, ranks)
+            raise late_error(count, Status(*status), what, ranks, _LATE)
 
 
-def late_error(count: float, status: Status, what: str, ranks: int) -> Exception:
-    """Words a verdict on a call that is over."""
-    late = (
-        f"This rank's input was {what}. Found late, as a GPU is not waited for: the output of that call was NaN, and "
-        "its running statistics were left alone. End all processes; World.check() after a step tells at once."
-    )
-    return worded(count, status, ranks, late)
+_LATE = (
+    "Found late, as a GPU is not waited for: the output of that call was NaN, and its running statistics were left "
+    "alone. End all processes; World.check() after a step tells at once."
+)
 
 
-def worded(count: float, status: Status, ranks: int, more: str) -> Exception:
-    """Words a verdict for which no rank can be asked, with more behind it."""
+def late_error(count: float, status: Status, what: str, ranks: int, remark: str) -> Exception:
+    """Words a verdict for which nobody is asked any more."""
+    late = f"This rank's input was {what}. {remark}"
     if status.faults:
         return ValueError(
             f"SyncBatchNorm needs a right input on every rank; {status.faults:g} of {ranks} ranks had a wrong one, and "
-            f"said so there. {more}"
+            f"said so there. {late}"
         )
     if status.dtypes > 1:
         votes = zip(DTYPES, status[3:], strict=True)
         received = ", ".join(f"{str(d).removeprefix('torch.')} on {n:g}" for d, n in votes if n)
         return TypeError(
             f"SyncBatchNorm needs input of one dtype on every rank; received {received} of {ranks} ranks. Cast the "
-            f"input, or use the same autocast settings on every rank. {more}"
+            f"input, or use the same autocast settings on every rank. {late}"
         )
     if 0 < status.grad_enabled < ranks:
         return ValueError(
             "SyncBatchNorm needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever; "
             f"received True on {status.grad_enabled:g} of {ranks} ranks. Use torch.no_grad() on all ranks or on none, "
-            f"or model.eval(). {more}"
+            f"or model.eval(). {late}"
         )
     return ValueError(
         "SyncBatchNorm needs at least 2 values per channel in the group to estimate a variance; received "
         f"{count:g} over {ranks} rank{'s' if ranks > 1 else ''}. Give each rank more samples or call model.eval(). "
-        f"{more}"
+        f"{late}"
     )
 
 

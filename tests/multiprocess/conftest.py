@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import syncbn
-from syncbn import agreement, launchers
-from tests.conftest import DEVICE
+from syncbn import agreement, launchers, rendezvous
+from tests.conftest import DEVICE, LATE_VERDICT
 
 
 class AgreedError(AssertionError):
@@ -44,14 +44,15 @@ class Ranks:
 
     def raises(self, kind, call, *parts):
         """Asserts that ``call`` raises the same ``kind`` of error, with ``parts`` in its text, on every rank."""
+        raised = None
         try:
             call()
-        except kind as error:
-            text = f"{type(error).__name__}: {error}"
-        else:
-            text = "nothing was raised"
+        except Exception as error:  # of any kind: raised further on one rank, it would end this run
+            raised = error
+        text = f"{type(raised).__name__}: {raised}" if raised else "nothing was raised"
         texts = agreement.gather_notes(text, self.transport)
         self.check(all(t == texts[0] for t in texts), f"the ranks raised different things: {texts}")
+        self.check(isinstance(raised, kind), f"needs {kind.__name__}, got {text}")
         self.check(all(part in text for part in parts), f"{parts} not in {text!r}")
 
     def shares(self, sizes=None, total=None):
@@ -64,7 +65,21 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks():
     """Every rank of this run, connected by the transport that the launcher gives."""
+    if DEVICE.type == "cuda":  # one GPU for all, also where CUDA_VISIBLE_DEVICES looks as if each had its own
+        rendezvous.shares_gpus = lambda launch: True
     return Ranks(syncbn.init(device=DEVICE))
+
+
+@pytest.fixture(autouse=LATE_VERDICT)
+def _nothing_left(ranks):
+    """A verdict that a test leaves in its GPU is an error of that test, not of the next."""
+    yield
+    left = ""
+    try:
+        ranks.world.check()
+    except (ValueError, TypeError) as error:
+        left = str(error)
+    ranks.check(not left, left)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from syncbn.transports.single import SingleTransport
 from tests.conftest import DEVICE
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.multiprocess import batches
+from tests.multiprocess.test_bad_input import FAULTS
 
 pytestmark = pytest.mark.ranks(1)
 
@@ -49,25 +50,28 @@ def test_any_split_has_the_bits_of_one_rank(ranks, on_gpu, rng, monkeypatch, sha
         ranks.check_equal(actual, expected, name)
 
 
-def test_a_wrong_input_on_one_rank_raises_there_at_once_and_on_the_others_later(ranks, on_gpu):
-    layer, last = syncbn.SyncBatchNorm(4), ranks.size - 1
-    layer(torch.randn(3, 4))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_input_on_one_rank_raises_there_at_once_and_on_the_others_later(ranks, on_gpu, fault):
+    make, kind, parts = FAULTS[fault]
+    layer, last = syncbn.SyncBatchNorm(5), ranks.size - 1
+    layer(torch.randn(3, 5))
     before = layer.running_mean.clone()
     try:
-        y, error = layer(torch.randn(3, 5 if ranks.rank == last else 4)), ""
-    except ValueError as refused:
+        y, error = layer(make() if ranks.rank == last else torch.randn(3, 5)), ""
+    except kind as refused:
         y, error = torch.full((1,), torch.nan), str(refused)
-    ranks.check(("num_features=4" in error) == (ranks.rank == last), error)
+    parts = [*parts, f"On rank {last}: "] if ranks.rank == last else []
+    ranks.check(all(part in error for part in parts) and bool(error) == bool(parts), error)
     ranks.check(y.isnan().all().item(), "NaN, not a number that looks right")
     ranks.check_equal(layer.running_mean, before)
     try:
-        layer(torch.randn(3, 4))
+        layer(torch.randn(3, 5))
         late = ""
     except ValueError as found:
         late = str(found)
     expected = "" if ranks.rank == last else f"1 of {ranks.size} ranks had a wrong one"
     ranks.check(late == expected or (expected and expected in late), late)
-    ranks.check_equal(layer(torch.ones(3, 4)), torch.zeros(3, 4))  # and all are still in step
+    ranks.check_equal(layer(torch.ones(3, 5)), torch.zeros(3, 5))  # and all are still in step
 
 
 def test_a_step_without_any_gradient_still_joins_backward_on_every_rank(ranks, on_gpu):

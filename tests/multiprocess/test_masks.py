@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import functional, kernels
+from syncbn import functional
 from tests.multiprocess import batches, test_collectives
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C, settled
 
@@ -135,11 +135,10 @@ FAULTS = {
 }
 
 
+@pytest.mark.prompt_verdict
 @pytest.mark.parametrize("others", ["masked", "unmasked"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks, fault, others):
-    if tells_late(ranks):
-        pytest.skip("a GPU tells late, see the next test")
     make, kind, parts = FAULTS[fault]
     layer, bad = syncbn.SyncBatchNorm(C), ranks.rank == ranks.size - 1
     before = copy.deepcopy(layer.state_dict())
@@ -151,30 +150,40 @@ def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks, fault, others):
     ranks.check(layer.num_batches_tracked == 1, "the next step works")
 
 
-def tells_late(ranks):
-    return kernels.tells_late(torch.empty(0), ranks.transport)
-
-
 @pytest.mark.parametrize("others", ["masked", "unmasked"])
-def test_a_bad_mask_where_a_gpu_tells_late_leaves_the_ranks_in_step(ranks, others):
-    if not tells_late(ranks):
-        pytest.skip("the host waits: one error on all, see the test before")
-    layer, bad = syncbn.SyncBatchNorm(C), ranks.rank == ranks.size - 1
-    mask = -ones() if bad else ones() if others == "masked" else None
-    at_once, later = "", ""
+@pytest.mark.parametrize("fault", ["shape", "negative", "NaN"])
+def test_after_a_bad_mask_all_ranks_are_in_step(ranks, rng, fault, others):
+    """Also where ranks with a mask read the verdict at once, and those without are told late."""
+    make, kind, parts = FAULTS[fault]
+    layer, bad, text = syncbn.SyncBatchNorm(C), ranks.rank == ranks.size - 1, ""
+    mask = make() if bad else ones() if others == "masked" else None
     try:
         layer(torch.randn(3, C, 4), mask=mask)
-    except ValueError as error:
-        at_once = str(error)
+        ranks.world.check()
+    except kind as error:
+        text = str(error)
+    alone = "1 of" in text and "ranks had a wrong one" in text
+    ranks.check(all(part in text for part in parts) or (alone and not bad), text)
+    ranks.check_equal(layer.running_var, torch.ones(C), "nothing moved")
+    batch = batches.make((2 * ranks.size, C, 4), rng)
+    mine = ranks.shares([2] * ranks.size)[ranks.rank]
+    got = batches.run(batches.load(layer, batch), batch.x[mine], batch.grad_y[mine])
+    ranks.check_close(got.y, batches.exact(batch).y[mine], 1e-5, "y")
+    ranks.check_close(got.grad_x, batches.exact(batch).grad_x[mine], 1e-5, "grad_x")
+
+
+@pytest.mark.ranks(2)
+def test_weights_below_one_are_too_few_also_for_an_empty_share_without_a_mask(ranks):
+    layer, text = syncbn.SyncBatchNorm(C), ""
+    mask = torch.zeros(3, 4)
+    mask[0, 0] = 0.5
     try:
+        layer(torch.randn(3, C, 4), mask) if ranks.rank == 0 else layer(torch.randn(0, C, 4))
         ranks.world.check()
     except ValueError as error:
-        later = str(error)
-    said = later if others == "unmasked" and not bad else at_once
-    expected = "finite mask values >= 0" if bad else f"1 of {ranks.size} ranks had a wrong one"
-    ranks.check(expected in said and bool(at_once) != bool(later), f"{at_once!r}, {later!r}")
-    layer(torch.randn(3, C, 4), mask=ones())
-    ranks.check(layer.num_batches_tracked == 1, "the next step works")
+        text = str(error)
+    ranks.check("at least 2 values per channel" in text and "received 0.5" in text, text)
+    ranks.check_equal(layer.running_var, torch.ones(C), "nothing moved")
 
 
 def test_weights_that_sum_to_one_are_too_few(ranks):

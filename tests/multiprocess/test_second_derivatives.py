@@ -60,11 +60,12 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, transport, values):
         ctx.transport = transport
+        ctx.set_materialize_grads(False)  # autograd runs a node without a gradient on another thread than a GPU's
         return transport.all_reduce(values.clone())
 
     @staticmethod
     def backward(ctx, grad):
-        return None, Copies.apply(ctx.transport, grad)
+        return None, None if grad is None else Copies.apply(ctx.transport, grad)
 
 
 class Copies(torch.autograd.Function):
@@ -73,11 +74,12 @@ class Copies(torch.autograd.Function):
     @staticmethod
     def forward(ctx, transport, values):
         ctx.transport = transport
+        ctx.set_materialize_grads(False)  # autograd runs a node without a gradient on another thread than a GPU's
         return values.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return None, Sum.apply(ctx.transport, grad)
+        return None, None if grad is None else Sum.apply(ctx.transport, grad)
 
 
 @pytest.mark.parametrize("masked", [False, True])
