@@ -35,6 +35,6 @@ for n in 2 3; do
     part 80 "layer$n" env SYNCBN_TEST_DEVICE=cuda:0 NPROC=$n launch/torchrun.sh "${tests[@]}" "${layer[@]}"
 done
 command -v compute-sanitizer >/dev/null && part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
-part 170 bench "$PYTHON" -m syncbn bench --device cuda --time-limit 140 --output "$OUT/bench.json"
+part 170 bench "$PYTHON" -m syncbn bench --device cuda --repeats 5 --time-limit 140 --output "$OUT/bench.json"
 cat "$OUT/bench.log"
 exit $failed

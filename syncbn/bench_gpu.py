@@ -13,10 +13,11 @@ import importlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ from syncbn.bench_gpu_contenders import Group, Step, contenders, process_groups
 from syncbn.bench_gpu_plan import Cell, Options, plan
 from syncbn.bench_gpu_report import Report
 from syncbn.bench_gpu_timing import Capturer
-from syncbn.bench_gpu_verdict import Measured, derive
+from syncbn.bench_gpu_verdict import Measured, Row, derive
 
 TIMING = 0.75
 """Share of the time limit for the timing; the rest is the profiler's."""
+
+SAVE_EVERY = 2.0
+"""Seconds, at least, between two writes of the output."""
 
 
 def run(options: Options, *, form: str) -> int:
@@ -64,7 +68,8 @@ def run(options: Options, *, form: str) -> int:
             measure(cells, groups, options, report)
         except KeyboardInterrupt:
             status, report.ended = 128 + received[0], f"ended by {signal.Signals(received[0]).name}"
-        except RuntimeError as error:  # the GPU is lost to this process: what was measured before is not
+        except Exception as error:  # the GPU may be lost to this process: what was measured before is not
+            traceback.print_exc()
             status, report.ended = 1, f"ended by an error: {_first_line(error)}"
         _save(report, options)
         print(report.as_json() if form == "json" else report.as_tables(), flush=True)
@@ -73,13 +78,17 @@ def run(options: Options, *, form: str) -> int:
 
 def measure(cells: list[Cell], groups: list[Group], options: Options, report: Report) -> None:
     """Times and then profiles all contenders at every cell until the time limit, and adds to the report."""
-    start, found = time.monotonic(), dict[Cell, list[Measured]]()
+    start = saved = time.monotonic()
+    found, derived = dict[Cell, list[Measured]](), dict[Cell, list[Row]]()
     cache, capturer = _properties().L2_cache_size, Capturer()
 
     def keep(cell: Cell, rows: list[Measured]) -> None:
-        found[cell] = rows
-        report.rows = [row for each in found.values() for row in derive(each, cache)]
-        _save(report, options)
+        nonlocal saved
+        found[cell], derived[cell] = rows, derive(rows, cache)
+        report.rows = list(chain.from_iterable(derived.values()))
+        if time.monotonic() - saved > SAVE_EVERY:
+            _save(report, options)
+            saved = time.monotonic()
 
     def in_time(share: float) -> bool:
         if time.monotonic() - start > share * options.time_limit:
@@ -141,7 +150,7 @@ def _runs(step: Step, what: str, left_out: list[str]) -> bool:
     try:
         step()
         torch.cuda.synchronize()
-    except RuntimeError as error:
+    except Exception as error:
         left_out.append(f"{what}: {_first_line(error)}")
         torch.cuda.synchronize()
         return False

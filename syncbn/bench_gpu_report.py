@@ -67,7 +67,7 @@ class Report:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """Renders the bars."""
-    headers = ("bar", "", "needed", "worst", "median", "rows", "short", "worst at")
+    headers = ("bar", "verdict", "needed", "worst", "median", "rows", "short", "worst at")
     cells = [
         (v.bar, v.met, v.needed, _number(v.worst, 2), _number(v.median, 2), str(v.rows), str(v.short), v.where)
         for v in verdicts

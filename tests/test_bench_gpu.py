@@ -357,7 +357,7 @@ def test_a_time_limit_ends_the_measuring_and_not_the_report(gpu, capsys):
 
 @on_fake_cuda
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, number):
+def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, tmp_path, number):
     calls, in_turns = [], bench_gpu_timing.in_turns
 
     def interrupted(steps, repeats):
@@ -367,9 +367,11 @@ def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, number):
         return in_turns(steps, repeats)
 
     monkeypatch.setattr(bench_gpu_timing, "in_turns", interrupted)
-    before = signal.getsignal(number)
-    assert bench_gpu.run(SMALL, form="json") == 128 + number
+    before, output = signal.getsignal(number), tmp_path / "bench.json"
+    options = Options(SMALL.shapes, SMALL.dtypes, repeats=2, output=str(output))
+    assert bench_gpu.run(options, form="json") == 128 + number
     document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(output.read_text())
     assert (document["timed"], len(document["rows"]), document["ended"]) == (1, 7, f"ended by {number.name}")
     assert signal.getsignal(number) is before
 
@@ -386,7 +388,9 @@ def test_a_lost_gpu_leaves_what_was_measured_and_fails(gpu, capsys, monkeypatch)
 
     monkeypatch.setattr(bench_gpu_timing, "in_turns", lost)
     assert bench_gpu.run(SMALL, form="json") == 1
-    document = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert "Traceback" in err
     assert (document["timed"], document["ended"]) == (1, "ended by an error: CUDA error: an illegal memory access")
 
 
