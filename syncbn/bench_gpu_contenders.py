@@ -154,9 +154,9 @@ def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step
         return the three gradients. torch.nn.BatchNorm is torch's choice, cuDNN where it takes the input, and the one
         called as a module.
     """
-    C = x.size(1)
-    weight, bias = (torch.ones(C, device=x.device, requires_grad=True) for _ in range(2))
-    mean, var = torch.zeros(C, device=x.device), torch.ones(C, device=x.device)
+    C, dtype = x.size(1), torch.promote_types(x.dtype, torch.float32)  # parameters as under autocast
+    weight, bias = (torch.ones(C, dtype=dtype, device=x.device, requires_grad=True) for _ in range(2))
+    mean, var = torch.zeros_like(weight).detach(), torch.ones_like(weight).detach()
     running = Running(mean, var, torch.zeros((), dtype=torch.int64, device=x.device), 0.1)
 
     def step(forward: Callable[[], Tensor]) -> Step:
@@ -171,7 +171,7 @@ def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step
 
     source = torch.empty(5 * x.numel() * x.element_size() // 2, dtype=torch.uint8, device=x.device)
     target = torch.empty_like(source)
-    layer = (nn.BatchNorm2d if x.dim() == 4 else nn.BatchNorm1d)(C, device=x.device)
+    layer = (nn.BatchNorm2d if x.dim() == 4 else nn.BatchNorm1d)(C, dtype=dtype, device=x.device)
     steps: dict[str, Step] = {
         COPY: lambda: target.copy_(source),
         BATCH_NORM: lambda: torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad_y),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from syncbn import bench_gpu, bench_gpu_contenders, bench_gpu_timing, cli, kernels
 from syncbn.bench_gpu_contenders import COPY, OURS, THEIRS
@@ -279,6 +280,21 @@ def test_contenders_compute_the_same(gpu, rng, shape):
         torch.testing.assert_close(grad_bias, exact[2])
         if name != THEIRS[0]:  # of 8 shares, whose sums the fake all-reduce does not add
             torch.testing.assert_close(grad_x, exact[0])
+
+
+def test_only_the_fake_groups_gather_is_replaced_and_only_meanwhile(monkeypatch):
+    monkeypatch.setattr(bench_gpu_contenders, "_nccl_of_1", lambda: ([], ""))
+    name = next(name for name in bench_gpu_contenders.GATHERS if hasattr(dist, name))
+    calls = []
+    monkeypatch.setattr(dist, name, lambda *words: calls.append(words))
+    original, row, output = getattr(dist, name), torch.tensor([1.0, 2.0]), torch.zeros(1, 16)
+    with bench_gpu_contenders.process_groups() as (groups, _):
+        getattr(dist, name)(output, row, groups[0].torchs)
+        assert calls == []
+        assert torch.equal(output, row.repeat(8).view(1, 16))
+        getattr(dist, name)(output, row, "another group")
+    assert calls == [(output, row, "another group", False)]
+    assert getattr(dist, name) is original
 
 
 @on_fake_cuda
