@@ -2,6 +2,7 @@
 # make demo     four processes train on real data, synchronized and not
 # make test     every test, on 1 to 4 processes
 # make test-fake-gpu  a part of make test: the layer on CUDA tensors, on a device made of host memory
+# make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make gpu      on a machine with an NVIDIA GPU: the tests that want it, then the benchmark; needs no network
 PYTHON ?= python3.11
@@ -12,7 +13,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-one test-mpi test-torchrun test-fake-gpu test-mpich sanitize gpu lint docs clean
+.PHONY: demo test test-one test-mpi test-torchrun test-fake-gpu test-torch test-mpich sanitize gpu lint docs clean
 
 demo: $(VENV)/ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
@@ -38,6 +39,17 @@ test-fake-gpu: $(VENV)/ready
 	$(FAKE) python -m pytest $(patsubst %,tests/test_%.py,fake_cuda layer differentiable convert bench_gpu)
 	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
 	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp)
+
+# Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
+TORCH ?= 2.11.0
+OTHER := $(VENV)-torch-$(TORCH)
+test-torch:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[mpi,examples,test,docs,wrappers]" torch==$(TORCH)
+	PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1500 python -m pytest
+	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 600 launch/torchrun.sh -m pytest tests/multiprocess
 
 # The other MPI wheel, in an environment of its own: one environment holds one MPI.
 test-mpich: $(VENV)-mpich/ready

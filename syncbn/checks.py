@@ -116,20 +116,38 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
     return None
 
 
+def place(x: object, *tensors: Tensor | None) -> tuple[str, Exception | None]:
+    """Returns what :func:`device_type` and :func:`device_error` do, quickly where all is well."""
+    if isinstance(x, Tensor) and not x.is_meta:
+        here = x.device
+        for t in tensors:
+            if t is not None and t.device != here:
+                return device_type(x, *tensors), device_error(x, *tensors)
+        return here.type, None
+    return device_type(x, *tensors), None
+
+
 def device_type(x: object, *tensors: Tensor | None) -> str:
     """Returns where most of a layer's tensors and its input live; where they tie, not the CPU.
 
     It decides by which way a rank joins the others: one with an input left on the CPU, or that is no tensor, still goes
     the way of the group. What holds no values is refused later, together with the other ranks.
     """
-    if isinstance(x, Tensor) and not x.is_meta and device_error(x, *tensors) is None:
-        return x.device.type
     types = [t.device.type for t in (*tensors, x) if isinstance(t, Tensor) and not t.is_meta]
     most = types[0] if types else "cpu"
     for each in types:  # in the words that torch.compile knows
         if types.count(each) > types.count(most) - (most == "cpu"):
             most = each
     return most
+
+
+def device(x: object, *tensors: Tensor | None) -> torch.device:
+    """Returns the device of that type on which a refused call joins the others with an empty share."""
+    kind = device_type(x, *tensors)
+    for t in (*tensors, x):
+        if isinstance(t, Tensor) and t.device.type == kind:
+            return t.device
+    return torch.device(kind)
 
 
 def device_error(x: Tensor, *tensors: Tensor | None) -> Exception | None:

@@ -71,7 +71,7 @@ def batch_norm(
     if error is None:
         error = checks.mask_error(mask, x)
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
-        x, mask = torch.empty(0, num_features, device=checks.device_type(x, weight, mean)), None
+        x, mask = torch.empty(0, num_features, device=checks.device(x, weight, mean)), None
     mask = None if mask is None else mask.detach().reshape(x.size(0), 1, *x.shape[2:])
     alone = torch.compiler.is_compiling() or layer.owner is None
     if alone or not recomputation.concerns(torch.is_grad_enabled()):

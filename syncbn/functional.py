@@ -114,10 +114,10 @@ def apply(
     error: Exception | None = None,
 ) -> Tensor:
     """Runs the autograd function over a transport. See :func:`sync_batch_norm`."""
-    mean = None if running is None else running.mean
-    error = error or checks.input_error(x, num_features) or checks.device_error(x, weight, mean)
+    error = checks.input_error(x, num_features) or error
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
-        x = torch.empty(0, num_features, device=checks.device_type(x, weight, mean))
+        mean = None if running is None else running.mean
+        x = torch.empty(0, num_features, device=checks.device(x, weight, mean))
     grad_enabled = torch.is_grad_enabled()
     checkpointed = recomputation.concerns(grad_enabled)
     call = Call(running, eps, transport, grad_enabled, error, renorm, owner if checkpointed else None)

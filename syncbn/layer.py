@@ -132,7 +132,8 @@ class SyncBatchNorm(_BatchNorm):
         if torch.compiler.is_compiling():
             return self._compiled_forward(input, mask)
         weight, bias, mean, var, tracked = _held(self)
-        transport = transports.choose(self._group_spec, checks.device_type(input, weight, mean))
+        device_type, error = checks.place(input, weight, mean)
+        transport = transports.choose(self._group_spec, device_type)
         if transport.token != self._agreed_token and not recomputation.repeats(self):
             self._agree_on_settings(transport)
         running = None
@@ -152,7 +153,7 @@ class SyncBatchNorm(_BatchNorm):
                 differentiable.Layer(owner=self, renorm=self._renorm),
             )
         return functional.apply(
-            input, weight, bias, self.num_features, running, self.eps, transport, self, self._renorm
+            input, weight, bias, self.num_features, running, self.eps, transport, self, self._renorm, error
         )
 
     def _compiled_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
