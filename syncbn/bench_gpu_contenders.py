@@ -156,7 +156,7 @@ def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step
     """
     C, dtype = x.size(1), torch.promote_types(x.dtype, torch.float32)  # parameters as under autocast
     weight, bias = (torch.ones(C, dtype=dtype, device=x.device, requires_grad=True) for _ in range(2))
-    mean, var = torch.zeros_like(weight).detach(), torch.ones_like(weight).detach()
+    mean, var = torch.zeros_like(weight), torch.ones_like(weight)
     running = Running(mean, var, torch.zeros((), dtype=torch.int64, device=x.device), 0.1)
 
     def step(forward: Callable[[], Tensor]) -> Step:
