@@ -37,7 +37,7 @@ FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 300
 SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
 GLOO := late_verdict exactness ddp bad_input collectives masks groups world modes
 test-fake-gpu: $(VENV)/ready
-	$(FAKE) python -m pytest tests/test_fake_cuda.py tests/test_layer.py tests/test_differentiable.py tests/test_convert.py
+	$(FAKE) python -m pytest $(patsubst %,tests/test_%.py,fake_cuda layer differentiable convert bench_gpu)
 	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
 	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,$(GLOO))
 

@@ -32,18 +32,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "doctor":
         status = doctor.run(limit=args.timeout, as_json=args.json)
     elif args.device == "cuda":
-        from syncbn import bench_gpu
-
-        status = bench_gpu.run(repeats=args.repeats, output=args.output, shapes=tuple(args.shapes or bench_gpu.SHAPES))
+        status = _bench_gpu(args)
     else:
         form = "json" if args.json else "csv" if args.csv else "table"
         shapes = tuple(args.shapes or bench_report.SHAPES)
+        dtype, repeats = args.dtype or bench_report.DTYPES[0], args.repeats or bench_report.Options().repeats
         options = bench_report.Options(
-            shapes, args.dtype, args.channels_last, args.repeats, args.warmup, not args.no_composite, args.parts
+            shapes, dtype, args.channels_last, repeats, args.warmup, not args.no_composite, args.parts
         )
         status = bench.run(options, form=form)
     sys.stdout.flush()
     return _last(status)
+
+
+def _bench_gpu(args: argparse.Namespace) -> int:
+    """Runs ``syncbn bench --device cuda``."""
+    from syncbn import bench_gpu, bench_gpu_plan
+
+    if problem := _unfit_for_a_gpu(args):
+        if _rank() == 0:
+            print(f"syncbn bench: {problem}", file=sys.stderr, flush=True)
+        return 2
+    all_of_them = bench_gpu_plan.Options()
+    options = bench_gpu_plan.Options(
+        tuple(args.shapes or all_of_them.shapes),
+        (args.dtype,) if args.dtype else all_of_them.dtypes,
+        ("channels_last",) if args.channels_last else all_of_them.layouts,
+        args.repeats or all_of_them.repeats,
+        args.time_limit or all_of_them.time_limit,
+        args.output,
+    )
+    return bench_gpu.run(options, form="json" if args.json else "table")
+
+
+def _unfit_for_a_gpu(args: argparse.Namespace) -> str:
+    try:
+        processes = launchers.detect().size
+    except ValueError as error:
+        return str(error)
+    if processes > 1:
+        return f"--device cuda needs one process; received {processes}. Start it without a launcher."
+    if args.csv or args.parts:
+        return f"--device cuda prints tables of its own; received {'--csv' if args.csv else '--parts'}. Use --json."
+    return ""
 
 
 def _last(status: int) -> int:
@@ -109,12 +140,23 @@ def _add_bench(commands: Any) -> None:
         help="share of one process (default: those of a ResNet-50 at 2 images a process, and 2,64,8,8)",
     )
     command.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one process, every dtype and layout"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: one process beside torch's synchronised layer; shapes, dtypes and layouts of its own unless given",
     )
-    command.add_argument("--output", metavar="FILE", help="with --device cuda: write the rows there, as JSON")
-    command.add_argument("--dtype", choices=bench_report.DTYPES, default=defaults.dtype, help="(default: %(default)s)")
+    command.add_argument(
+        "--output", metavar="FILE", help="with --device cuda: write the JSON document there, all along"
+    )
+    command.add_argument(
+        "--time-limit",
+        type=_seconds,
+        metavar="SECONDS",
+        help="with --device cuda: what is not measured by then is left",
+    )
+    command.add_argument("--dtype", choices=bench_report.DTYPES, help=f"(default: {defaults.dtype})")
     command.add_argument("--channels-last", action="store_true", help="input in channels_last memory format")
-    command.add_argument("--repeats", type=_at_least(1), default=defaults.repeats, help="(default: %(default)s)")
+    command.add_argument("--repeats", type=_at_least(1), help=f"(default: {defaults.repeats}; with --device cuda 7)")
     command.add_argument("--warmup", type=_at_least(0), default=defaults.warmup, help="(default: %(default)s)")
     command.add_argument("--no-composite", action="store_true", help="leave the composite out, and torch.distributed")
     command.add_argument(

@@ -139,8 +139,8 @@ def install():
     torch.ops.load_library(build())
     for name, answer in {"DeviceCount": 1, "Device": 0, "CurrentRawStream": 0}.items():
         setattr(torch._C, f"_cuda_get{name}", lambda *args, answer=answer: answer)
-    for name in ("setDevice", "synchronize", "set_sync_debug_mode"):
-        setattr(torch._C, f"_cuda_{name}", lambda *args: None)
+    for name in ("setDevice", "synchronize", "set_sync_debug_mode", "emptyCache", "setStream"):
+        setattr(torch._C, f"_cuda_{name}", lambda *args, **options: None)
     cuda = torch.cuda
     cuda._initialized, cuda.default_generators = True, (torch.ops.fake_cuda.default_generator(),)
     cuda._exchange_device = lambda device: 0  # one function for each name: torch.compile keeps a list of them
@@ -150,7 +150,12 @@ def install():
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.get_device_name = lambda device=None: NAME
     cuda.get_device_properties = lambda device=None: SimpleNamespace(
-        name=NAME, uuid="00000000-0000-0000-0000-000000000001", major=9, minor=0, total_memory=1 << 30
+        name=NAME,
+        uuid="00000000-0000-0000-0000-000000000001",
+        major=9,
+        minor=0,
+        total_memory=1 << 30,
+        L2_cache_size=1 << 20,
     )
     cuda.Stream, cuda.Event, cuda.stream = Stream, Event, _in_stream
     cuda.current_stream = lambda device=None: Stream()

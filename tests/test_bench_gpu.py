@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`syncbn bench --device cuda`: what it computes from times, and, on the device of host memory, the whole command."""
+
+import json
+import os
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncbn import bench_gpu, bench_gpu_contenders, bench_gpu_timing, cli, kernels
+from syncbn.bench_gpu_contenders import COPY, OURS, THEIRS
+from syncbn.bench_gpu_plan import Options, plan
+from syncbn.bench_gpu_report import Report
+from syncbn.bench_gpu_timing import MARK, Capturer, Counts, counted
+from syncbn.bench_gpu_verdict import Measured, derive, judge, must_move
+from tests import fake_cuda, processes
+
+TWO = (2, 64, 56, 56)
+LARGE = (32, 64, 112, 112)
+MICROSECOND = 1e3  # of GB/s: B / us / 1000
+on_fake_cuda = pytest.mark.skipif(
+    os.environ.get("SYNCBN_TEST_DEVICE") != fake_cuda.NAME, reason=f"needs SYNCBN_TEST_DEVICE={fake_cuda.NAME}"
+)
+
+
+def measured(shape, contender, us, graph_us=None, host_waits=0.0):
+    """One contender whose GPU time is the time of a replay, for which `graph_us` stands, or `us`."""
+    graph_us = us if graph_us is None else graph_us
+    return Measured(shape, "float32", "contiguous", contender, 4, us, graph_us, graph_us, 4.0, host_waits)
+
+
+def cell(shape, ours, theirs, copy=10.0, **more):
+    rows = [measured(shape, COPY, copy)]
+    rows += [measured(shape, name, ours, **more) for name in OURS]
+    return rows + [measured(shape, name, theirs) for name in THEIRS]
+
+
+def bars(*cells):
+    return {verdict.bar.partition(":")[0]: verdict for verdict in judge([r for c in cells for r in derive(c, 0)])}
+
+
+def test_what_the_cache_holds_is_read_once_and_the_rest_twice():
+    B = 2 * 3 * 4 * 4 * 4
+    assert must_move((2, 3, 4, 4), 4, cache=2 * B) == 5 * B
+    assert must_move((2, 3, 4, 4), 4, cache=B) == 6 * B
+    assert must_move((2, 3, 4, 4), 4, cache=0) == 8 * B
+
+
+def test_a_row_has_bandwidth_and_ratios():
+    rows = {row.measured.contender: row for row in derive(cell(TWO, ours=20.0, theirs=50.0), cache=0)}
+    x_bytes = 2 * 64 * 56 * 56 * 4
+    assert rows[COPY].gb_per_s == pytest.approx(5 * x_bytes / 10.0 / MICROSECOND)
+    assert rows[COPY].of_copy == 1
+    assert rows[OURS[0]].gb_per_s == pytest.approx(8 * x_bytes / 20.0 / MICROSECOND)
+    assert rows[OURS[0]].of_copy == pytest.approx(8 / 20 * 10 / 5)
+    assert rows[OURS[0]].eager_ratio == rows[OURS[0]].gpu_ratio == 2.5
+    assert rows[THEIRS[0]].eager_ratio is None
+    assert rows[OURS[1]].as_dict()["must_move"] == 8 * x_bytes
+
+
+def test_bars_are_judged_by_the_worst_row():
+    found = bars(cell(TWO, ours=10.0, theirs=31.0), cell((2, 256, 14, 14), ours=10.0, theirs=29.0))
+    eager = found["2 images, eager"]
+    assert (eager.met, eager.rows, eager.short, eager.worst) == ("missed", 4, 2, 2.9)
+    assert eager.where.startswith("2,256,14,14 float32 contiguous, syncbn, ")
+    assert found["2 images, graph replay"].met == "met"
+    assert found["large shapes"].met == "not measured"
+    assert found["every row, GPU time"].worst == 2.9
+
+
+@pytest.mark.parametrize(("us", "met"), [(18.0, "met"), (19.0, "missed")])
+def test_bandwidth_is_held_against_the_copy_at_large_shapes(us, met):
+    found = bars(cell(LARGE, ours=us, theirs=us, copy=10.0), cell(TWO, ours=1000.0, theirs=3000.0))
+    assert found["large shapes"].met == met
+    assert found["large shapes"].worst == pytest.approx(8 / 5 * 10 / us)
+
+
+def test_slower_than_torchs_kernels_in_any_row_misses():
+    found = bars(cell((64, 2048), ours=10.0, theirs=9.0), cell(LARGE, ours=10.0, theirs=90.0))
+    assert (found["every row, GPU time"].met, found["every row, GPU time"].short) == ("missed", 2)
+
+
+def test_a_wait_of_the_host_misses():
+    assert bars(cell(TWO, 1.0, 9.0))["every row"].met == "met"
+    assert bars(cell(TWO, 1.0, 9.0, host_waits=1.0))["every row"].met == "missed"
+
+
+def test_what_only_torch_can_capture_misses_and_what_torch_cannot_is_not_judged():
+    def without_graph(names):
+        return [
+            Measured(m.shape, m.dtype, m.layout, m.contender, 4, m.eager_us, None if m.contender in names else 1.0)
+            for m in cell(TWO, ours=10.0, theirs=40.0)
+        ]
+
+    assert bars(without_graph(OURS))["2 images, graph replay"].met == "missed"
+    assert bars(without_graph(THEIRS))["2 images, graph replay"].met == "not measured"
+    assert bars(without_graph(THEIRS))["every row, GPU time"].met == "not measured"
+
+
+def test_what_is_worth_most_comes_first():
+    cells = plan(Options())
+    assert len(cells) == len(set(cells)) == 3 * (2 * 20 + 1)
+    kinds = [(len(c.shape) == 2, c.dtype == "float16", c.shape[-1] in (512, 56, 112) and c.shape[0] > 2) for c in cells]
+    assert cells[0].shape[0] == 2
+    assert [k[0] for k in kinds] == sorted(k[0] for k in kinds)
+    assert [k[1] for k in kinds if not k[0]] == sorted(k[1] for k in kinds if not k[0])
+    assert {c.layout for c in cells if len(c.shape) == 2} == {"contiguous"}
+
+
+def event(name, start, end, *, gpu=False, annotation=False):
+    kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, device_type=kind, is_user_annotation=annotation, time_range=span)
+
+
+def test_events_count_for_the_contender_whose_turn_it_was():
+    events = [
+        event(MARK + "a", 2000, 2100),
+        event(MARK + "a", 2001, 2300, gpu=True, annotation=True),
+        event("kernel", 2050, 2150, gpu=True),
+        event("kernel", 2200, 2300, gpu=True),  # when the host had launched everything
+        event("cudaDeviceSynchronize", 2101, 2301),  # the bench's own
+        event(MARK + "b", 3400, 3500),
+        event("cudaStreamSynchronize", 3450, 3460),
+        event("cudaLaunchKernel", 3461, 3462),
+        event("Memcpy DtoH", 3399, 3405, gpu=True),  # by a clock that is some microseconds behind
+    ]
+    found = counted(events, 2)
+    assert found == {"a": Counts(100.0, 1.0, 0.0), "b": Counts(3.0, 0.5, 0.5)}
+    assert counted(events[:1], 2) == {}, "no GPU seen"
+
+
+def test_a_document_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    report = Report({"gpu": "none"}, 1)
+    report.write(str(path))
+    report.rows = derive(cell(TWO, 1.0, 2.0), 0)
+    monkeypatch.setattr(bench_gpu.Report, "as_json", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write(str(path))
+    assert json.loads(path.read_text())["rows"] == []
+
+
+@pytest.fixture
+def one_stream(monkeypatch):
+    """Streams as names, and the one that is current."""
+    current = ["mine"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return current
+
+
+def test_a_capture_that_fails_leaves_stream_and_others_alone_and_is_not_tried_again(monkeypatch, one_stream):
+    tried = []
+
+    def captured(self, step):
+        tried.append(step())
+        one_stream[0] = "the capture's"
+        if step() == "waits":
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return SimpleNamespace(replay=step, reset=lambda: tried.append(f"{step()} reset"))
+
+    monkeypatch.setattr(Capturer, "_captured", captured)
+    capturer, steps = Capturer(), {"a": lambda: "waits", "b": lambda: "runs"}
+    assert list(capturer.replays(steps, 1)) == ["b"]
+    assert list(capturer.replays(steps, 1)) == ["b"]
+    assert one_stream == ["mine"]
+    assert tried == ["waits", "runs", "runs reset", "runs", "runs reset"]
+    assert capturer.refused == {"a": "operation not permitted"}
+
+
+def test_without_a_gpu_it_says_so_and_fails(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_gpu.run(Options(), form="table") == 1
+    assert "needs an NVIDIA GPU; torch finds none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("run", "more", "message"),
+    [
+        (processes.python, ("--csv",), "prints tables of its own; received --csv. Use --json."),
+        (processes.python, ("--parts",), "received --parts"),
+        (partial(processes.mpirun, 2), (), "needs one process; received 2. Start it without a launcher."),
+    ],
+)
+def test_what_it_cannot_do_is_refused_once(run, more, message):
+    done = run("-m", "syncbn", "bench", "--device", "cuda", *more)
+    assert done.returncode == 2
+    assert done.stderr.count(message) == 1
+
+
+# On the device of host memory: torch's own operators in Python, gloo for NCCL, a graph that runs the step again, and
+# as GPU time and launches those of the kernels' emulator.
+
+
+def batch_norm_stats(x, eps):
+    x = x.transpose(0, 1).flatten(1).float()
+    return x.mean(1), (x.var(1, correction=0) + eps).rsqrt()
+
+
+def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+    weights = (counts / counts.sum()).unsqueeze(1)
+    mean = (weights * means).sum(0)
+    var = (weights * (invstds**-2 - eps + means**2)).sum(0) - mean**2
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * counts.sum() / (counts.sum() - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def spread(values, x):
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+    return ((x - spread(mean, x)) * spread(invstd * weight, x) + spread(bias, x)).to(x.dtype)
+
+
+def batch_norm_backward_reduce(grad_y, x, mean, invstd, weight, *wanted):
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    sum_dy, sum_dy_xmu = grad_y.float().sum(dims), (grad_y * (x - spread(mean, x))).sum(dims)
+    return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy.clone()
+
+
+def batch_norm_backward_elemt(grad_y, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
+    mean_dy, scale = sum_dy / counts.sum(), invstd**2 * sum_dy_xmu / counts.sum()
+    of_mean = spread(mean_dy, x) + (x - spread(mean, x)) * spread(scale, x)
+    return ((grad_y - of_mean) * spread(invstd * weight, x)).to(x.dtype)
+
+
+OPERATORS = (
+    batch_norm_stats,
+    batch_norm_gather_stats_with_counts,
+    batch_norm_elemt,
+    batch_norm_backward_reduce,
+    batch_norm_backward_elemt,
+)
+SMALL = Options(((2, 4, 3, 3), (6, 3)), ("float32", "bfloat16"), repeats=2)
+
+
+def profiled(steps):
+    launches, found = kernels._launcher().emulated.launches, {}
+    for name, step in steps.items():
+        before = len(launches)
+        step()
+        found[name] = Counts(1.0, float(len(launches) - before), 0.0)
+    return found
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    library = torch.library.Library("aten", "IMPL", "CUDA")  # taken back with the object
+    for operator in OPERATORS:
+        library.impl(operator.__name__, operator)
+    monkeypatch.setattr(bench_gpu_contenders, "REAL", "gloo")
+    monkeypatch.setattr(bench_gpu_timing, "TURN", 0.0)
+    monkeypatch.setattr(bench_gpu_timing, "profiled", profiled)
+    graph = partial(SimpleNamespace, reset=lambda: None)
+    monkeypatch.setattr(Capturer, "_captured", lambda self, step: graph(replay=step))
+    yield
+    library._destroy()
+
+
+@on_fake_cuda
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (6, 3)], ids=str)
+def test_contenders_compute_the_same(gpu, rng, shape):
+    x, grad_y = (torch.randn(shape, generator=rng) for _ in range(2))
+    with bench_gpu_contenders.process_groups() as (groups, problem):
+        steps = bench_gpu_contenders.contenders(x.requires_grad_(), grad_y, groups)
+        found = {name: step() for name, step in steps.items() if name != COPY}
+    assert problem == ""
+    assert set(found) == {*OURS, *THEIRS, "syncbn, alone", "torch BatchNorm"}
+    for name, (grad_x, grad_weight, grad_bias) in found.items():
+        exact = found["torch BatchNorm"]
+        torch.testing.assert_close(grad_weight, exact[1])
+        torch.testing.assert_close(grad_bias, exact[2])
+        if name != THEIRS[0]:  # of 8 shares, whose sums the fake all-reduce does not add
+            torch.testing.assert_close(grad_x, exact[0])
+
+
+def test_only_the_fake_groups_gather_is_replaced_and_only_meanwhile(monkeypatch):
+    monkeypatch.setattr(bench_gpu_contenders, "_nccl_of_1", lambda: ([], ""))
+    name = next(name for name in bench_gpu_contenders.GATHERS if hasattr(dist, name))
+    calls = []
+    monkeypatch.setattr(dist, name, lambda *words: calls.append(words))
+    original, row, output = getattr(dist, name), torch.tensor([1.0, 2.0]), torch.zeros(1, 16)
+    with bench_gpu_contenders.process_groups() as (groups, _):
+        getattr(dist, name)(output, row, groups[0].torchs)
+        assert calls == []
+        assert torch.equal(output, row.repeat(8).view(1, 16))
+        getattr(dist, name)(output, row, "another group")
+    assert calls == [(output, row, "another group", False)]
+    assert getattr(dist, name) is original
+
+
+@on_fake_cuda
+def test_the_command_measures_every_contender_and_says_what_it_means(gpu, capsys, tmp_path):
+    output = tmp_path / "bench.json"
+    options = Options(SMALL.shapes, SMALL.dtypes, repeats=2, output=str(output))
+    assert bench_gpu.run(options, form="table") == 0
+    out, err = capsys.readouterr()
+    document = json.loads(output.read_text())
+    assert err == ""
+    assert (document["planned"], document["timed"], document["profiled"], document["left_out"]) == (6, 6, 6, [])
+    assert len(document["rows"]) == 6 * 7
+    assert all(row["eager_us"] > 0 and row["graph_us"] > 0 and row["of_copy"] > 0 for row in document["rows"])
+    ours = [row for row in document["rows"] if row["contender"].startswith("syncbn")]
+    assert all(row["launches"] == 4 and row["eager_ratio"] > 0 for row in ours)
+    assert [bar["verdict"] for bar in document["bars"]] == [*["not measured"] * 3, "met", "met"]
+    assert out.startswith(f"gpu       {fake_cuda.NAME}")
+    assert sum(line.startswith(("2,4,3,3 ", "6,3 ")) for line in out.splitlines()) == 6 * 7
+    assert "every row, GPU time: torch's / ours" in out
+    assert out.rstrip().endswith("6 of 6 shapes, dtypes and layouts timed, 6 profiled.")
+
+
+@on_fake_cuda
+def test_json_is_one_document_and_takes_shapes_dtype_and_layout(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    words = [
+        "bench",
+        "--device",
+        "cuda",
+        "--json",
+        "--shapes",
+        "2,4,3,3",
+        "--dtype",
+        "float16",
+        "--channels-last",
+        "--repeats",
+        "1",
+    ]
+    assert cli.main(words) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 7
+    assert {(tuple(row["shape"]), row["dtype"], row["layout"]) for row in rows} == {
+        ((2, 4, 3, 3), "float16", "channels_last")
+    }
+
+
+@on_fake_cuda
+def test_without_nccl_and_a_profiler_the_rest_goes_on_and_says_so(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(bench_gpu_contenders, "REAL", "nccl")
+    monkeypatch.setattr(bench_gpu_timing, "profiled", lambda steps: {})
+    assert bench_gpu.run(SMALL, form="json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["rows"]) == 6 * 5
+    assert document["left_out"][0] == "NCCL: this torch is built without nccl"
+    assert document["left_out"][1:] == ["GPU time, launches and host waits: torch's profiler sees no GPU"]
+
+
+@on_fake_cuda
+def test_a_contender_that_fails_is_left_out_alone(gpu, capsys, monkeypatch):
+    monkeypatch.delattr(torch, "batch_norm_stats")
+    monkeypatch.setattr(torch, "batch_norm_stats", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")), False)
+    assert bench_gpu.run(SMALL, form="json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["rows"]) == 6 * 5
+    assert "torch SyncBatchNorm, fake of 8" in document["left_out"][0]
+    assert document["left_out"][0].endswith(": no kernel")
+
+
+@on_fake_cuda
+def test_a_time_limit_ends_the_measuring_and_not_the_report(gpu, capsys):
+    assert bench_gpu.run(Options(SMALL.shapes, time_limit=1e-9), form="table") == 0
+    out = capsys.readouterr().out
+    assert "0 of 9 shapes, dtypes and layouts timed, 0 profiled; ended by the time limit." in out
+    assert out.count("not measured") == 5
+
+
+@on_fake_cuda
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, tmp_path, number):
+    calls, in_turns = [], bench_gpu_timing.in_turns
+
+    def interrupted(steps, repeats):
+        calls.append(1)
+        if len(calls) == 4:  # the graphs of the second shape
+            os.kill(os.getpid(), number)
+        return in_turns(steps, repeats)
+
+    monkeypatch.setattr(bench_gpu_timing, "in_turns", interrupted)
+    before, output = signal.getsignal(number), tmp_path / "bench.json"
+    options = Options(SMALL.shapes, SMALL.dtypes, repeats=2, output=str(output))
+    assert bench_gpu.run(options, form="json") == 128 + number
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(output.read_text())
+    assert (document["timed"], len(document["rows"]), document["ended"]) == (1, 7, f"ended by {number.name}")
+    assert signal.getsignal(number) is before
+
+
+@on_fake_cuda
+def test_a_lost_gpu_leaves_what_was_measured_and_fails(gpu, capsys, monkeypatch):
+    in_turns, left = bench_gpu_timing.in_turns, [3]
+
+    def lost(steps, repeats):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+        return in_turns(steps, repeats)
+
+    monkeypatch.setattr(bench_gpu_timing, "in_turns", lost)
+    assert bench_gpu.run(SMALL, form="json") == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert "Traceback" in err
+    assert (document["timed"], document["ended"]) == (1, "ended by an error: CUDA error: an illegal memory access")
+
+
+@on_fake_cuda
+def test_an_output_that_cannot_be_written_is_refused_first(gpu, capsys, tmp_path):
+    options = Options(SMALL.shapes, output=str(tmp_path / "missing" / "bench.json"))
+    assert bench_gpu.run(options, form="table") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "--output needs a file that can be written" in err
