@@ -35,11 +35,12 @@ test-torchrun: $(VENV)/ready
 # for minutes is left to the CPU.
 FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 300
 SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
-GLOO := late_verdict exactness ddp bad_input collectives masks groups world modes
+GLOO := $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp bad_input collectives masks groups world modes)
+GLOO += tests/multiprocess/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went
 test-fake-gpu: $(VENV)/ready
 	$(FAKE) python -m pytest $(patsubst %,tests/test_%.py,fake_cuda layer differentiable convert bench_gpu)
 	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
-	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(patsubst %,tests/multiprocess/test_%.py,$(GLOO))
+	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(GLOO)
 
 # Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
 TORCH ?= 2.11.0

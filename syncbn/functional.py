@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from syncbn import checks, collective, differentiable, groups, kernels, moments, recomputation, transports
+from syncbn.kernels import AbstractKernels
 from syncbn.moments import Running, Status
 from syncbn.renorm import RenormKernels, RenormLimits, corrected
 from syncbn.transports.base import AbstractTransport
@@ -138,15 +139,18 @@ def _apply() -> Callable[..., Tensor]:
     return _SyncBatchNorm.apply if transformed else _APPLY
 
 
+def _steps(x: Tensor, limits: RenormLimits | None, transport: AbstractTransport) -> AbstractKernels:
+    steps = kernels.choose(x) if x.is_cpu else kernels.on_device(x, transport)
+    return steps if limits is None else RenormKernels(steps, limits)
+
+
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor | None, call: Call
     ) -> Tensor:
         transport = call.transport
-        steps = kernels.choose(x) if x.is_cpu else kernels.on_device(x, transport)
-        if call.renorm is not None:
-            steps = RenormKernels(steps, call.renorm)
+        steps = _steps(x, call.renorm, transport)
         needs_grad = call.grad_enabled and anchor is None
         votes = moments.DTYPE_VOTES[x.dtype] if x.numel() else moments.NO_VOTE
         status = Status(call.error is not None, call.grad_enabled, needs_grad, *votes)
@@ -158,6 +162,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         known = None if first is None else first.reduced
         if first is not None and known is not None:
             transport = first.group  # no_sync may have begun or ended since
+            steps = _steps(x, call.renorm, transport)  # a GPU's count the ranks that the wire is of
         wire = transport.all_reduce(wire) if known is None else known
         count_global, status = steps.read_status(wire)
         checks.raise_if_disagreed(
