@@ -14,7 +14,7 @@ WHEELS=${WHEELS:-}
 SLOWER=${SLOWER:-1}
 export SYNCBN_TEST_DEVICE=${SYNCBN_TEST_DEVICE:-cuda:0}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
-rm -f "$OUT"/*.log "$OUT"/*.result
+rm -f "$OUT"/*.log "$OUT"/*.result "$OUT"/*.pid
 if [ -n "$WHEELS" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl || exit 1
 fi
@@ -29,10 +29,15 @@ if $real; then "$PYTHON" -c "$check" || exit 1; fi
 part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says and how it ended
     local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=passed
     shift 2
-    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
+    echo $! >"$OUT/$name.pid"
+    wait $!
     case $? in 0) ;; 124 | 137) verdict="TIMEOUT after $limit s" ;; *) verdict=FAILED ;; esac
     echo "$verdict|$((SECONDS - began))|$(grep -aE ' (passed|failed|skipped|error)' "$OUT/$name.log" | tail -n 1)" >"$OUT/$name.result"
+    rm -f "$OUT/$name.pid"
 }
+# Parts side by side do not see Ctrl-C: bash hides it from what runs in the background.
+trap 'kill $(jobs -p) $(cat "$OUT"/*.pid) 2>/dev/null; exit 130' INT TERM
 left_out() { # left_out NAME REASON
     echo "left out|0|$2" >"$OUT/$1.result"
 }

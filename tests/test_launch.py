@@ -308,10 +308,10 @@ echo "$SYNCBN_TEST_DEVICE $NPROC: $*"
 case "$*" in
     "-c import pytest_mpi") exit {pytest_mpi} ;;
     *test_layer.py*) echo "===== 1 failed, 2 passed in 3.00s ====="; exit {layer} ;;
-    *test_exactness.py*) echo "===== 5 passed in 1.00s =====" ;;
+    *test_exactness.py*) sleep "${{NAP:-0}}" && echo "===== 5 passed in 1.00s =====" ;;
 esac
 """
-TOOLS = ("bash", "env", "timeout", "mkdir", "rm", "grep", "tail", "basename", "dirname", "cat")
+TOOLS = ("bash", "env", "timeout", "mkdir", "rm", "grep", "tail", "basename", "dirname", "cat", "sleep")
 
 
 @pytest.fixture
@@ -333,6 +333,8 @@ def gpu(tmp_path):
         (tmp_path / "tests/multiprocess").mkdir(parents=True)
         (tmp_path / "tests/multiprocess/test_exactness.py").touch()
         words = {"PATH": tmp_path / "bin", "PYTHON": tmp_path / "bin/python", "OUT": tmp_path / "out", **extra}
+        if "NAP" in extra:
+            return processes.start("bash", tmp_path / "launch/gpu.sh", **words)
         done = processes.run("bash", tmp_path / "launch/gpu.sh", limit=LIMIT, **words)
         table = done.stdout.partition("part  ")[2].splitlines()[1:]
         return done, {line.split()[0]: line for line in table}, tmp_path / "out"
@@ -373,6 +375,22 @@ def test_gpu_says_which_parts_it_leaves_out_and_why(gpu):
     assert all("left out" in table[name] for name in ("mpirun", "kernels", "gpu", "sanitizer", "bench"))
     assert "no mpirun" in table["mpirun"]
     assert "cpu 2: " in (out / "torchrun2.log").read_text()
+
+
+def test_ctrl_c_ends_the_parts_of_gpu_that_run_side_by_side(gpu):
+    process, deadline, napping = gpu("mpirun", NAP=1000), time.monotonic() + LIMIT, []
+    try:
+        while len(napping) < 2 and time.monotonic() < deadline:  # over MPI, over gloo
+            family = processes.descendants(process)
+            napping = [p for p in family if processes.is_alive(p) and p.name() == "sleep"]
+            time.sleep(0.1)
+        assert len(napping) == 2
+        os.killpg(process.pid, signal.SIGINT)
+        assert processes.survivors([*family, psutil.Process(process.pid)]) == []
+        assert process.wait(10) == 130
+    finally:
+        processes.kill(process)
+        process.communicate()
 
 
 def test_mpijob_starts_what_mpirun_sh_starts():
