@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 test: test-one test-mpi test-torchrun test-fake-gpu
 
 test-one: $(VENV)/ready
-	timeout 1500 python -m pytest
+	timeout 2400 python -m pytest
 
 test-mpi: $(VENV)/ready
 	NPROC=2 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
