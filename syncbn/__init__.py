@@ -25,7 +25,8 @@ A tour, in reading order:
     joining.py        join(): ranks with fewer steps (announcing.py, empty_share.py, outputs.py)
     cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
                       bench_report.py; composite.py is what others do; bench_parts.py and bench_memory.py say
-                      where a step's time and memory go; bench_gpu.py)
+                      where a step's time and memory go; bench_gpu.py is for a GPU, with its plan, contenders, timing,
+                      verdict and report)
 """
 
 from syncbn import functional
