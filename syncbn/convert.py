@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import groups
+from syncbn import groups, obstacles
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm, never_agreed
 
-_EAGER = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_LAZY = obstacles.LAZY
 _BECOMES: dict[type, type] = {cls: cls.cls_to_become for cls in _LAZY}
 
 
@@ -40,12 +39,12 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, grou
         None.
     """
     found = {name: layer for name, layer in module.named_modules() if _is_batch_norm(layer)}
-    _refuse(
-        found,
-        {name: reason for name, layer in found.items() if (reason := _obstacle(layer))},
-        "SyncBatchNorm",
-    )
+    reasons = {name: reason for name, layer in found.items() if (reason := obstacles.to_ours(layer))}
+    _refuse(found, reasons, "SyncBatchNorm")
     spec = groups.specify_blocks(process_group, group_size)
+    for layer in found.values():
+        if spec is None and type(layer) is nn.SyncBatchNorm:
+            groups.specify(layer.process_group)  # raises before anything is changed
     for layer in found.values():
         if isinstance(layer, SyncBatchNorm):
             layer.process_group = spec if spec is not None else layer.process_group
@@ -70,16 +69,19 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
         ``module`` itself.
 
     Raises:
-        TypeError: naming every layer that was not converted from a torch class, if ``otherwise`` is not given.
-            Nothing is changed then.
+        TypeError: naming every layer that cannot be reverted without loss, and why: for example one that was not
+            converted from a torch class, if ``otherwise`` is not given. Nothing is changed then.
 
     Communication:
         None.
     """
     found = {name: layer for name, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)}
-    unknown = {name: "it was created as SyncBatchNorm; pass otherwise=torch.nn.BatchNorm2d, for example"
-               for name, layer in found.items() if layer.converted_from is None and otherwise is None}  # fmt: skip
-    _refuse(found, unknown, "its original class")
+    reasons = {
+        name: reason
+        for name, layer in found.items()
+        if (reason := obstacles.to_original(layer, layer.converted_from or otherwise))
+    }
+    _refuse(found, reasons, "its original class")
     for layer in found.values():
         original = layer.converted_from or otherwise
         assert original is not None
@@ -97,19 +99,6 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
 def _is_batch_norm(layer: nn.Module) -> bool:
     scripted = isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in str(layer.original_name)
     return isinstance(layer, _BatchNorm) or scripted
-
-
-def _obstacle(layer: nn.Module) -> str:
-    """Says what conversion would lose, or nothing."""
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "it is a compiled ScriptModule; convert before torch.jit.script"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance, and would go on unsynchronised"
-    if isinstance(layer, SyncBatchNorm) or type(layer) in _EAGER + _LAZY:
-        return ""
-    own = "forward" in vars(type(layer)) or type(layer).forward is not _BatchNorm.forward
-    lost = "forward" if own else "class and methods"
-    return f"its {lost} ({type(layer).__module__}.{type(layer).__qualname__}) would be lost; replace the layer by hand"
 
 
 def _refuse(found: Mapping[str, nn.Module], reasons: Mapping[str, str], target: str) -> None:
