@@ -3,7 +3,8 @@
 
 A live handle (a torch ProcessGroup, an mpi4py communicator) is turned into a :class:`GroupSpec` when it is
 given to a layer, and is kept here, per process, so that the first use of the layer finds it again. A process
-that has never seen the handle, for example after loading a checkpoint, makes an equal group from the ranks.
+that has never seen the handle, for example after loading a checkpoint, makes an equal group from the ranks: one for
+each label.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -24,7 +25,7 @@ class GroupSpec:
     ranks: tuple[int, ...]
     """The members, by their rank in the whole job."""
     label: str = ""
-    """Tells apart two torch groups of the same ranks."""
+    """Tells apart two groups of the same ranks. Empty for the one that syncbn makes of them."""
     size: int = 0
     """Of blocks, the number of consecutive ranks in each."""
 
@@ -33,12 +34,23 @@ class GroupSpec:
             return f"group of {self.size} consecutive ranks"
         return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles the label that no other job has, if the group has been used, see :func:`agree_on_label`."""
+        return vars(_pickled_as.get(self, self)).copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Returns to the label that this process has for the group, if it knows the group."""
+        vars(self).update(state)
+        vars(self).update(vars(_unpickled_as.get(self, self)))
+
 
 ALONE = GroupSpec("alone", ())
 """This process by itself, in any job."""
 
 
 _handles: dict[GroupSpec, Callable[[], Any | None]] = {}
+_pickled_as: dict[GroupSpec, GroupSpec] = {}
+_unpickled_as: dict[GroupSpec, GroupSpec] = {}
 
 
 def specify(group: Any) -> GroupSpec | None:
@@ -105,6 +117,26 @@ def handle(spec: GroupSpec) -> Any | None:
     return None if found is None else found()
 
 
+def forget_handle(spec: GroupSpec) -> None:
+    """Drops the handle of a specification: its owner has freed it."""
+    _handles.pop(spec, None)
+
+
+def agree_on_label(spec: GroupSpec, group_id: int) -> None:
+    """Gives a specification the label under which it is pickled: the number on which its members agreed at first use.
+
+    Within the process the label stays what it was. That one is a mere count, which another job, or a rank whose threads
+    made their groups in another order, has for another group.
+    """
+    pickled = _pickled_as.setdefault(spec, replace(spec, label=label_of_id(group_id)))
+    _unpickled_as.setdefault(pickled, spec)
+
+
+def label_of_id(group_id: int) -> str:
+    """Writes the number that no other group has as a label."""
+    return f"{group_id:x}"
+
+
 def _specify_torch(group: Any) -> GroupSpec | None:
     import torch.distributed as dist
 
@@ -127,9 +159,9 @@ def _specify_mpi(group: Any) -> GroupSpec | None:
         raise ValueError(_not_a_member("the communicator (it is MPI.COMM_NULL)"))
     if group.Is_inter():
         return None
-    from syncbn.transports.mpi import world_ranks
+    from syncbn.transports.mpi import spec_of
 
-    return GroupSpec("mpi", world_ranks(group))
+    return spec_of(group)
 
 
 def _describe(group: Any) -> str:

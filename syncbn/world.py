@@ -107,8 +107,10 @@ class World:
     def subgroup(self, size: int) -> GroupSpec | None:
         """Divides the ranks into consecutive groups of ``size`` and returns this process's, for ``process_group``.
 
+        Each call makes new groups, so two threads that train at one time can have one each.
+
         Communication:
-            Collective over all ranks: one communicator is made for each group.
+            Collective over all ranks: one communicator is made for each group. Call it on one thread.
 
         Raises:
             ValueError: on every rank, if ``size`` does not divide the number of ranks.

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which transport is chosen, why, and what is said where one is missing."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 import syncbn
 from syncbn import transports
+from syncbn.transports.single import SingleTransport
 from tests import processes
 from tests.test_launchers import MPICH, OPENMPI, SLURM, TORCHRUN
 
@@ -124,6 +129,29 @@ def test_an_mpi_that_joined_too_few_processes_is_refused():
     assert done.returncode == 1
     assert "openmpi started 4 processes (OMPI_COMM_WORLD_SIZE=4), but the MPI library joined 1" in done.stderr
     assert "syncbn doctor" in done.stderr
+
+
+def test_threads_that_use_a_group_first_make_it_once(monkeypatch):
+    made = []
+
+    def slowly(device_type):
+        time.sleep(0.05)
+        made.append(SingleTransport())
+        return made[-1]
+
+    monkeypatch.setattr("syncbn.transports._everyone", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        chosen = list(pool.map(lambda _: transports.choose(None), range(8)))
+    assert len(made) == 1
+    assert all(transport is made[0] for transport in chosen)
+
+
+def test_a_thread_that_makes_a_group_keeps_no_other_group_waiting(monkeypatch):
+    """Creation is collective: the threads of another rank may come in another order."""
+    both = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr("syncbn.transports._subset", lambda spec, device_type: both.wait() and SingleTransport())
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(transports.choose, [syncbn.GroupSpec("mpi", (0, 1), label) for label in "ab"]))
 
 
 def test_a_group_of_one_process_needs_no_launcher():

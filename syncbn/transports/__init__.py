@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import warnings
 import weakref
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
@@ -45,6 +47,8 @@ class _Live(NamedTuple):
 
 
 _live: dict[tuple[GroupSpec | None, str], _Live] = {}
+_locks: dict[tuple[GroupSpec | None, str], threading.Lock] = {}
+_locking = threading.Lock()
 
 
 def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTransport:
@@ -57,16 +61,23 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
     Communication:
         At the first use of a group, on every member: the communicator is duplicated and a number is
         broadcast. Later calls are a dictionary look-up, until torch.distributed's world changes.
+        Threads may use their groups for the first time in any order, with one exception: where torch makes groups
+        from ranks, because this process has no handle, the order must be the same on every rank.
 
     Raises:
-        ValueError: if ``SYNCBN_TRANSPORT`` is not one of ``CHOICES``, or the group's ranks are not in this job.
+        ValueError: if ``SYNCBN_TRANSPORT`` is not one of ``CHOICES``, or the group's ranks are not in this job; on
+            every member, if torch made groups from ranks in another order on another rank.
         RuntimeError: if the library that the group needs is missing or not initialised.
     """
     live = _live.get((spec, device_type))
     if live is not None and _holds(live):
         return live.transport
-    transport = _everyone(device_type) if spec is None else _subset(spec, device_type)
-    _live[spec, device_type] = _Live(_epoch(spec), transport)
+    with _lock_of(spec, device_type):
+        live = _live.get((spec, device_type))
+        if live is not None and _holds(live):  # another thread made it meanwhile
+            return live.transport
+        transport = _everyone(device_type) if spec is None else _subset(spec, device_type)
+        _live[spec, device_type] = _Live(_epoch(spec), transport)
     return transport
 
 
@@ -118,6 +129,12 @@ def explain(device_type: str = "cpu") -> Choice:
     return Choice("single", f"no group connects the {launch.size} processes", _unconnected(launch))
 
 
+def _lock_of(spec: GroupSpec | None, device_type: str) -> threading.Lock:
+    """One lock for each group: with one for all, threads whose order differs between ranks would wait for ever."""
+    with _locking:
+        return _locks.setdefault((spec, device_type), threading.Lock())
+
+
 def _everyone(device_type: str) -> AbstractTransport:
     choice = explain(device_type)
     if choice.unsynchronized:
@@ -140,11 +157,7 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
         launch = launchers.detect()
         if handle is None and not launch.speaks_mpi:
             return SingleTransport() if launch.size == 1 else _no_mpi_job(spec, launch)
-        from syncbn.transports import mpi
-
-        if handle is None:
-            _check_ranks(spec, mpi.world().Get_rank(), mpi.world().Get_size())
-        transport = mpi.MPITransport(mpi.comm_of(spec.ranks) if handle is None else handle)
+        transport = _mpi(spec, handle)
         return transport if device_type != "cuda" else _on_gpus(transport)
     if _torch_world() is None and launchers.detect().size == 1:
         return SingleTransport()
@@ -154,7 +167,9 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
         _check_ranks(spec, dist.get_rank(), dist.get_world_size())
         from syncbn.transports.torch_dist import group_of
 
-        handle = group_of(spec.ranks)
+        made = _torch(group_of(spec.ranks), device_type)
+        _require_same_label(spec, made)
+        return made
     return _torch(handle, device_type)
 
 
@@ -168,6 +183,21 @@ def _block(size: int, device_type: str) -> AbstractTransport:
     agreement.require_equal({"group_size": size}, everyone, "SyncBatchNorm", "Build the same model on every rank.")
     groups.require_divisor(size, everyone.size, "group_size")
     return everyone.split(everyone.rank // size)
+
+
+def _mpi(spec: GroupSpec, handle: Any | None) -> MPITransport:
+    """Connects an MPI group over a user's communicator, or over one made from the ranks."""
+    from syncbn.transports import mpi
+
+    if handle is not None:
+        transport = mpi.MPITransport(handle, spec)
+        groups.agree_on_label(spec, transport.token)
+        return transport
+    _check_ranks(spec, mpi.world().Get_rank(), mpi.world().Get_size())
+    transport = mpi.MPITransport(mpi.comm_of(spec), spec)
+    if spec.label:
+        _require_same_label(spec, transport)
+    return transport
 
 
 def _on_gpus(transport: MPITransport) -> AbstractTransport:
@@ -187,6 +217,18 @@ def _torch(group: Any, device_type: str) -> AbstractTransport:
     if group is None:  # gloo matches messages by their order: DDP's buckets would meet ours in a group in common
         group = dist.new_group() if device_type == "cpu" or _goes_over_gloo(device_type) else dist.group.WORLD
     return TorchTransport(group, device_type)
+
+
+def _require_same_label(spec: GroupSpec, transport: AbstractTransport) -> None:
+    """Raises on every member if a group made from ranks joins models of different groups.
+
+    torch names such a group by a count: ranks that make their groups in another order meet in the wrong one.
+    """
+    from syncbn import agreement
+
+    label = {"checksum of process_group's label": zlib.crc32(spec.label.encode())}
+    remedy = "Use layers of another job for the first time in one order on every rank, before they go to threads."
+    agreement.require_equal(label, transport, "SyncBatchNorm", remedy)
 
 
 def _goes_over_gloo(device_type: str) -> bool:

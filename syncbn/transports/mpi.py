@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import zlib
+from collections import Counter
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from syncbn import groups
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
+LEAST_TAG_UB = 32767
+"""Every MPI takes tags up to this one."""
 INSTALL = 'pip install "syncbn[mpi]"'
 
 try:
@@ -28,6 +34,11 @@ except RuntimeError as error:  # mpi4py is there, libmpi is not
     ) from error
 
 _MPI_TYPES = {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}
+# A communicator carries its specification as an attribute: every wrapper of the handle finds it, a duplicate does not
+# inherit it, and it goes when the communicator is freed, before MPI gives the handle to another one.
+_SPEC = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, spec: groups.forget_handle(spec))
+_given: Counter[tuple[int, ...]] = Counter()
+_giving = threading.Lock()
 
 
 @final
@@ -36,18 +47,19 @@ class MPITransport(AbstractTransport):
 
     Args:
         comm: the communicator. Duplicating it is collective over its members.
+        spec: by which specification it was found; None makes one that no other group has.
     """
 
     name = "mpi"
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, spec: GroupSpec | None = None) -> None:
         self.comm = comm.Dup()
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.ranks = world_ranks(comm)
-        self.spec = GroupSpec(self.name, self.ranks)
         token = torch.randint(1, 2**62, (1,), generator=_fresh_generator(), device="cpu")
         self.token = int(self.broadcast(token))
+        self.spec = spec or GroupSpec(self.name, self.ranks, groups.label_of_id(self.token))
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """See :meth:`AbstractTransport.all_reduce`. For a tensor on a GPU see ``mpi_staged.py``."""
@@ -100,10 +112,28 @@ def world() -> Any:
     return MPI.COMM_WORLD
 
 
-def comm_of(ranks: tuple[int, ...]) -> Any:
-    """Makes the communicator of some ranks of the job. Collective over those ranks alone."""
-    group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
-    return MPI.COMM_WORLD.Create_group(group)
+def spec_of(comm: Any) -> GroupSpec:
+    """Returns the specification of a communicator that a user made: the same one until it is freed.
+
+    The label counts the communicators of the same ranks. It sends nothing, so a layer can be built on any rank alone.
+    """
+    with _giving:
+        spec: GroupSpec | None = comm.Get_attr(_SPEC)
+        if spec is None:
+            ranks = world_ranks(comm)
+            _given[ranks] += 1
+            spec = GroupSpec("mpi", ranks, str(_given[ranks]))
+            comm.Set_attr(_SPEC, spec)
+        return spec
+
+
+def comm_of(spec: GroupSpec) -> Any:
+    """Makes the communicator of a specification. Collective over its ranks alone.
+
+    The tag is made of the label, so threads that make groups of the same ranks at one time do not meet.
+    """
+    group = MPI.COMM_WORLD.Get_group().Incl(list(spec.ranks))
+    return MPI.COMM_WORLD.Create_group(group, zlib.crc32(spec.label.encode()) % LEAST_TAG_UB)
 
 
 def _fresh_generator() -> torch.Generator:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn import groups
 from syncbn.groups import GroupSpec
 from syncbn.transports.base import AbstractTransport
 
@@ -40,6 +41,7 @@ class TorchTransport(AbstractTransport):
         generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
         token = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
         self.token = int(self.broadcast(token))
+        groups.agree_on_label(self.spec, self.token)  # group_name is a count, which another job has too
 
     @property
     def group(self) -> Any:

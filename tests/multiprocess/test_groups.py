@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import syncbn
-from syncbn import launchers
+from syncbn import groups, launchers, transports
 from tests import processes
 from tests.conftest import DEVICE
 from tests.multiprocess import batches
@@ -27,6 +27,13 @@ def even_group(ranks):
         return MPI.COMM_WORLD.Split(ranks.rank % 2, ranks.rank)
     made = [torch.distributed.new_group(range(odd, ranks.size, 2)) for odd in (0, 1)]
     return made[ranks.rank % 2]
+
+
+def forget_this_job(monkeypatch):
+    """Makes this process know no group, as in a job that loads a layer."""
+    monkeypatch.setattr("syncbn.transports._live", {})
+    for table in ("_handles", "_pickled_as", "_unpickled_as"):
+        monkeypatch.setattr(f"syncbn.groups.{table}", {})
 
 
 def check_group(ranks, group, members, rng):
@@ -79,6 +86,61 @@ def test_a_copy_of_a_used_layer_works_in_step_with_it(ranks, rng, copier, groupe
     ranks.check_equal(twin.running_var, layer.running_var)
 
 
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_specification_is_the_same_group(ranks, copier, used):
+    for group in (even_group(ranks), ranks.world.subgroup(ranks.size)):
+        spec = groups.specify(group)
+        if used:
+            transports.choose(spec)
+        ranks.check(copier(spec) == spec and transports.choose(copier(spec)) is transports.choose(spec), f"{spec!r}")
+
+
+def test_each_group_of_the_same_ranks_has_a_transport_of_its_own(ranks):
+    specs = [groups.specify(even_group(ranks)) for _ in range(2)]
+    subgroups = [ranks.world.subgroup(ranks.size) for _ in range(2)]
+    tokens = {transports.choose(spec).token for spec in [*specs, *subgroups, None]}
+    ranks.check(len(tokens) == (5 if ranks.size > 1 else len(tokens)), f"{specs} {subgroups} {tokens}")
+
+
+def test_a_communicator_given_twice_is_one_group(ranks):
+    """Also through another Python object; a duplicate is another group."""
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("no MPI job")
+    from mpi4py import MPI
+
+    comm = even_group(ranks)
+    spec = groups.specify(comm)
+    ranks.check(groups.specify(comm) == groups.specify(MPI.Intracomm(comm)) == spec, f"{spec!r}")
+    ranks.check(groups.specify(comm.Dup()) != spec, "a duplicate has the label of its parent")
+
+
+def test_a_communicator_that_is_made_where_one_was_freed_is_another_group(ranks):
+    """MPI gives the handle out again, and a wrapper that did not free it still holds it."""
+    if not launchers.detect().speaks_mpi:
+        pytest.skip("no MPI job")
+    from mpi4py import MPI
+
+    comm = even_group(ranks)
+    spec = groups.specify(comm)
+    MPI.Intracomm(comm).Free()
+    ranks.check(groups.handle(spec) is None, "the handle of a freed communicator is kept")
+    ranks.check(groups.specify(even_group(ranks)) != spec, "the label of a freed communicator is given again")
+    transports.choose(spec)  # makes an equal group
+
+
+def test_a_used_group_has_no_name_of_another_job(ranks, monkeypatch):
+    """Counts start anew in each job; the group of a loaded layer is none of those that this job makes."""
+    spec = groups.specify(even_group(ranks))
+    if transports.choose(spec).name == "single":
+        pytest.skip("no group")
+    stored = pickle.dumps(spec)
+    forget_this_job(monkeypatch)
+    loaded = pickle.loads(stored)
+    ranks.check(loaded.ranks == spec.ranks and len(loaded.label) > 8 and loaded != spec, f"{loaded!r} {spec!r}")
+    ranks.check(pickle.loads(pickle.dumps(loaded)) == loaded, "a loaded specification keeps its label")
+
+
 def test_a_communicator_that_was_freed_is_made_again(ranks, rng, monkeypatch):
     if not launchers.detect().speaks_mpi:
         pytest.skip("no MPI job")
@@ -93,8 +155,7 @@ def test_a_communicator_that_was_freed_is_made_again(ranks, rng, monkeypatch):
 def test_a_group_is_made_again_from_its_ranks(ranks, rng, monkeypatch):
     """As in a job that loads the layer and never saw the handle."""
     layer = syncbn.SyncBatchNorm(5, process_group=even_group(ranks))
-    monkeypatch.setattr("syncbn.groups._handles", {})
-    monkeypatch.setattr("syncbn.transports._live", {})
+    forget_this_job(monkeypatch)
     members = [r for r in range(ranks.size) if r % 2 == ranks.rank % 2]
     check_group(ranks, layer.process_group, members, rng)
 
