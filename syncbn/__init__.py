@@ -22,7 +22,8 @@ A tour, in reading order:
     agreement.py      verdicts that all ranks share; checks.py says what is checked
     world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
     recomputation.py  activation checkpointing: a forward that is repeated in backward
-    joining.py        join(): ranks with fewer steps (announcing.py, empty_share.py, outputs.py)
+    joining.py        join(): ranks with fewer steps (announcing.py, empty_share.py, outputs.py, join_errors.py);
+                      optimizer_state.py copies optimizers, by nested_values.py; stale_optimizers.py refuses others
     cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
                       bench_report.py; composite.py is what others do; bench_parts.py and bench_memory.py say
                       where a step's time and memory go; bench_gpu.py is for a GPU, with its plan, contenders, timing,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -16,10 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from syncbn import agreement, announcing, empty_share, groups, modes, outputs, transports
+from syncbn import (
+    agreement,
+    announcing,
+    empty_share,
+    groups,
+    join_errors,
+    modes,
+    optimizer_state,
+    outputs,
+    stale_optimizers,
+    transports,
+)
 from syncbn.announcing import Heard, Hook, Said
 from syncbn.empty_share import Call
+from syncbn.nested_values import Group
+from syncbn.optimizer_state import Source
 from syncbn.transports.base import AbstractTransport
 from syncbn.world import World
 
@@ -33,30 +48,37 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     Put it around the loop. A rank that leaves the loop runs the model on an empty share (N = 0) for every forward
     that others still make, its backward with zero gradients, and its part of ``World.average_gradients``,
-    ``World.loss_scale`` and ``World.raise_together``, until all have left. Then parameters and buffers are copied
-    from a rank that made the most forwards.
+    ``World.loss_scale`` and ``World.raise_together``, until all have left. Then parameters, buffers and the state of
+    the optimizer are copied from a rank that made the most forwards.
 
     Args:
         model: the model whose forward is called in the loop, plain or in DistributedDataParallel.
+        optimizer: the optimizer that steps in the loop, or a list of optimizers and of LR schedulers and GradScalers
+            that do. All of their ``state_dict()`` is copied. If numbers of steps differed, the next ``step()`` of an
+            optimizer that was not passed and has state is an error on every rank. Plain SGD has none.
         throw_on_early_termination: raise on every rank as soon as one has finished while others go on.
         empty: makes ``(args, kwargs)`` of an empty share from those of a forward. By default every tensor with
             dims loses its first one's entries, and everything else stays.
 
     Communication:
-        Entering: one comparison of 4 values a rank; at a process's first, one group of everyone is made.
+        Entering: two comparisons, of 4 and of 2 values a rank; at a process's first, one group of everyone is made.
         In training, each forward, backward and each of the three calls of World: one all-reduce of 13 float64
         values more, whether or not a rank has finished. Leaving: the same for every call that others still make,
-        and at the end one all-reduce of W values and, if numbers of steps differed, one ``World.broadcast``.
+        and at the end one all-reduce of W values. If numbers of steps differed, also one ``World.broadcast``, one
+        comparison and one broadcast for every 64 MB of the optimizers, and four of short texts.
 
     Raises:
         RuntimeError: on every rank, if ranks that train make different calls, if one leaves by an exception
             between two calls, or as ``throw_on_early_termination`` says.
-        ValueError: on every rank, at the first forward, if the model fails on an empty share.
+        ValueError: on every rank, at the first forward, if the model fails on an empty share; at entering, if ranks
+            pass different optimizers.
+        TypeError: on every rank, if ``optimizer`` is something else, or its state more than tensors, numbers and text.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        optimizer: Source | Sequence[Source] | None = None,
         *,
         throw_on_early_termination: bool = False,
         empty: Callable[[tuple[Any, ...], dict[str, Any]], Call] | None = None,
@@ -64,6 +86,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         self._model = model
         self._inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._optimizers: tuple[Source, ...] = optimizer_state.as_tuple(optimizer)
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the loop, on this rank
         self._throw = throw_on_early_termination
         self._empty = empty_share.of if empty is None else empty
         self._example: Call | None = None
@@ -76,15 +100,13 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     def __enter__(self) -> Self:
         if announcing.is_open():
-            raise RuntimeError(
-                "syncbn.join needs to be the only one that is open; received a second one inside the first. "
-                "Put one join around the outer loop."
-            )
+            raise join_errors.second_join()
         everyone = transports.choose(None)
         settings = {"throw_on_early_termination": self._throw, "number of parameters": len(list(self._params()))}
         settings |= {"DistributedDataParallel": self._inner is not self._model}
         settings |= {"number of lazy tensors": self._count_lazy()}
         agreement.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
+        optimizer_state.require_same(self._optimizers, self._inner, everyone)
         self._refuse_lazy()
         self._alone = self._which_are_alone()
         self._transport = _own_group(everyone)
@@ -93,6 +115,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         self._hooks = [
             self._model.register_forward_pre_hook(Hook(self._before_forward), prepend=True, with_kwargs=True),
             self._model.register_forward_hook(Hook(self._after_forward)),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._stepped.add(optimizer)),
         ]
         announcing.open_for(self)
         return self
@@ -121,10 +144,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         if self._quiet or self._within:
             return False
         if transport is not self._world.transport:  # ranks that have finished would answer in another group
-            raise RuntimeError(
-                f"World.{operation} inside syncbn.join needs a World that connects everyone as the layers are; "
-                "received one made before that changed. Call syncbn.init() again, before the join."
-            )
+            raise join_errors.other_world(operation)
         self._say(Said(operation))
         self._within = self._inside = True
         return True
@@ -137,11 +157,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         self._over = True
         heard = announcing.announce(said, self._transport)
         if self._throw and 0 < heard.finished < self._transport.size:
-            raise RuntimeError(
-                "syncbn.join(throw_on_early_termination=True) needs the same number of steps on every rank; received "
-                f"{heard.finished} of {self._transport.size} ranks that have finished while others go on. "
-                "Give every rank as many batches, or leave the option out."
-            )
+            raise join_errors.early_termination(heard.finished, self._transport.size)
         self._over = False
         return heard
 
@@ -149,7 +165,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         if self._quiet or not model.training:  # eval does not communicate
             return
         if torch._C._current_graph_task_id() != -1:
-            _refuse_reentrant_checkpoint()
+            join_errors.refuse_reentrant_checkpoint()
             return
         error = None
         with torch.no_grad():
@@ -158,7 +174,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             error = empty_share.refusal(self._inner, self._example, self._hush)
         alone = self._which_are_alone()
         if alone != self._alone and not all(alone):
-            error = error or ValueError(_NO_SYNC_OF_A_PART)
+            error = error or ValueError(join_errors.NO_SYNC_OF_A_PART)
         flags = torch.is_grad_enabled() + 2 * getattr(model, "require_backward_grad_sync", True)
         flags += 4 * (alone != self._alone)
         heard = self._say(Said("forward", self._forwards, flags, error=error))
@@ -181,7 +197,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         """Announces the backward of a forward, through the outputs that are used."""
         fresh = all(p.grad is None or not p.grad.any() for p in self._params())
         flags = sum(2**i for i, each in enumerate(used) if each)
-        error = None if forward >= self._forwards - KEPT else _too_old(self._forwards - forward)
+        error = None if forward >= self._forwards - KEPT else join_errors.too_old(self._forwards - forward, KEPT)
         self._say(Said("backward", forward, flags, fresh, error=error))
         self._inside = True
         torch.autograd.Variable._execution_engine.queue_callback(self.leave)
@@ -195,10 +211,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     def _refuse_lazy(self) -> None:
         if lazy := self._count_lazy():
-            raise ValueError(
-                "syncbn.join needs a model whose lazy layers have seen an input, since a rank may finish without one; "
-                f"received {lazy} lazy tensors. Run one batch through the model first, on every rank."
-            )
+            raise join_errors.lazy_tensors(lazy)
 
     def _params(self) -> Iterator[nn.Parameter]:
         return (p for p in self._inner.parameters() if p.requires_grad)
@@ -230,13 +243,27 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
                 world.raise_together(None)
             else:
                 follow[heard.operation](heard)
-        made = agreement.gather(
-            torch.tensor([float(own)], dtype=torch.float64, device="cpu"), self._transport
-        ).flatten()
-        if made.min() < made.max():
-            world.broadcast(self._inner, int(made.argmax()))
-        if own < made.max():
+        row = torch.tensor([float(own)], dtype=torch.float64, device="cpu")
+        made = [int(forwards) for (forwards,) in agreement.gather(row, self._transport).tolist()]
+        if min(made) < max(made):
+            self._hand_over(made, made.index(max(made)))
+        if own < max(made):
             self._inner.zero_grad()
+
+    def _hand_over(self, made: list[int], root: int) -> None:
+        """Copies model and optimizers from ``root``; of optimizers that it cannot copy the next step is refused."""
+        self._world.broadcast(self._inner, root)
+        error: Exception | None = None
+        try:
+            group = Group(self._transport, self._world.transport, self._device)
+            optimizer_state.broadcast(self._optimizers, self._inner, root, group)
+        except (TypeError, ValueError) as refused:  # by every rank alike
+            error = refused
+        received = agreement.by_rank([f"{forwards} forwards" for forwards in made], self._transport.ranks)
+        copied = () if error else self._optimizers
+        stale_optimizers.refuse(self._stepped, copied, self._inner, root, received=received, host=self._transport)
+        if error:
+            raise error
 
     def _follow_forward(self, heard: Heard) -> None:
         self._share(heard)
@@ -257,17 +284,12 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     def _follow_backward(self, heard: Heard) -> None:
         if heard.forward not in self._waiting:
-            raise RuntimeError(_unfinished(heard.forward))
+            raise join_errors.unfinished(heard.forward)
         if heard.fresh:  # else a sum over several backwards is under way, of which this rank's part counts
             self._inner.zero_grad()
         used = [y for i, y in enumerate(self._waiting[heard.forward]) if heard.flags & 2**i]
         torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
 
-
-_NO_SYNC_OF_A_PART = (
-    "syncbn.no_sync inside syncbn.join needs the whole model, or finished ranks would not know which layers to follow; "
-    "received a part of it. Call no_sync(model), or put no_sync of a part around the join."
-)
 
 _groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()
 
@@ -277,26 +299,3 @@ def _own_group(everyone: AbstractTransport) -> AbstractTransport:
     if everyone not in _groups:
         _groups[everyone] = everyone.split(0)
     return _groups[everyone]
-
-
-def _refuse_reentrant_checkpoint() -> None:
-    """A forward of the whole model within backward: under hooks a repetition that stands for nothing, else backward."""
-    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        raise RuntimeError(
-            "syncbn.join needs to see the backward of the model; received a forward of it within backward, as "
-            "checkpoint(model, x, use_reentrant=True) makes. Pass use_reentrant=False, or checkpoint parts of it."
-        )
-
-
-def _too_old(age: int) -> Exception:
-    return RuntimeError(
-        f"syncbn.join needs the backward of a forward within the next {KEPT} forwards; received it after {age}. "
-        "Call backward earlier."
-    )
-
-
-def _unfinished(forward: int) -> str:
-    return (
-        f"syncbn.join needs a rank to leave the loop between two steps; received the backward of forward {forward} "
-        "from ranks that train, which this rank ran itself without a backward. Leave the loop before the forward."
-    )
