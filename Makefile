@@ -24,21 +24,21 @@ test-one: $(VENV)/ready
 	timeout 2400 python -m pytest
 
 test-mpi: $(VENV)/ready
-	NPROC=2 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-	NPROC=3 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-	NPROC=4 timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=2 timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=3 timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=4 timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
 
 test-torchrun: $(VENV)/ready
-	NPROC=2 timeout 600 launch/torchrun.sh -m pytest tests/multiprocess
+	NPROC=2 timeout 1200 launch/torchrun.sh -m pytest tests/multiprocess
 
 # CUDA tensors without a GPU: the kernels from their own source, pinned memory, gloo; see tests/fake_cuda. What compiles
 # for minutes is left to the CPU.
-FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 300
+FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 600
 SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
 GLOO := $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp bad_input collectives masks groups world modes)
 GLOO += tests/multiprocess/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went
 test-fake-gpu: $(VENV)/ready
-	$(FAKE) python -m pytest $(patsubst %,tests/test_%.py,fake_cuda layer differentiable convert bench_gpu)
+	$(FAKE) python -m pytest $(patsubst %,tests/test_%.py,fake_cuda layer derivatives convert bench_gpu)
 	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
 	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(GLOO)
 
@@ -50,12 +50,12 @@ test-torch:
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[mpi,examples,test,docs,wrappers]" torch==$(TORCH)
 	PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1500 python -m pytest
-	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 600 launch/torchrun.sh -m pytest tests/multiprocess
+	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1200 launch/torchrun.sh -m pytest tests/multiprocess
 
 # The other MPI wheel, in an environment of its own: one environment holds one MPI.
 test-mpich: $(VENV)-mpich/ready
-	NPROC=3 PATH=$(BIN_MPICH):$$PATH timeout 600 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	NPROC=3 PATH=$(BIN_MPICH):$$PATH timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
 
 sanitize: $(VENV)/ready
 	timeout 900 tests/sanitize.sh

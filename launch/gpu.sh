@@ -48,7 +48,7 @@ tests=(-m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --color=no -W i
 has pytest_timeout && tests+=(--timeout $((100 * SLOWER)) --timeout-method thread)
 with_mpi=()
 has pytest_mpi && with_mpi=(--with-mpi)
-one=(tests/test_{layer,differentiable,convert,deployment,compile,moments}.py)
+one=(tests/test_{layer,derivatives,convert,deployment,compile,moments}.py)
 contract=(tests/test_{kernels,cuda_launch,gpu_transports}.py) # with CPU tensors: they make their own on a GPU
 quick=() slow=(tests/multiprocess/test_{compile,combinations}.py)
 for file in tests/multiprocess/test_*.py; do

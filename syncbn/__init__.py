@@ -9,19 +9,21 @@ Data takes five steps, and the same names stand wherever a step is done:
 A tour, in reading order:
 
     reference.py      the whole layer over the global batch, in one process: what the rest must equal
-    functional.py     the autograd function: the picture above, step by step
-    differentiable.py the same in torch operators, for compilers, second derivatives and masks
-    collective.py     the all-reduce as a registered operator
-    moments.py        what travels: sums of x and x * x, in float64
+    functional.py     the skeleton: the picture above, step by step, for every way through the layer
+    calls.py          one forward and its backward in eager mode: kernels, group and identity
+    moments.py        what travels: the call, and sums of x and x * x, in float64
+    sites.py          what a layer is called, and the numbers by which a message says which call it is
     kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++, cuda/ for GPUs
     transports/       the step across processes
-    layer.py          the module; convert.py makes one of a torch batch norm, and back
-    renorm.py         batch renormalization: other kernels, with a corrected weight and bias
-    modes.py          freeze, unfreeze, no_sync; statistics.py has recalibrate, with recorder.py
+    agreement.py      errors that all ranks raise alike; checks.py says what is checked
+    compiled/         calls for compilers and second derivatives; operators.py is the all-reduce, order.py its order
+    layer.py          the module; convert.py makes one of a torch batch norm, and back, unless obstacles.py objects
     groups.py         what a module stores instead of a communicator
-    agreement.py      verdicts that all ranks share; checks.py says what is checked
+    renorm.py         batch renormalization: another weight and bias
+    recomputation.py  activation checkpointing: a transport that returns the sums of the first forward
+    modes.py          freeze, unfreeze, no_sync; statistics.py has recalibrate, with recorder.py
+    deployment.py     torch.jit.script
     world.py          init(): launchers.py finds who started us, rendezvous.py connects torch.distributed
-    recomputation.py  activation checkpointing: a forward that is repeated in backward
     joining.py        join(): ranks with fewer steps (announcing.py, empty_share.py, outputs.py, join_errors.py);
                       optimizer_state.py copies optimizers, by nested_values.py; stale_optimizers.py refuses others
     cli.py            `syncbn doctor` (doctor.py, checkup.py, mpi_probe.py) and `syncbn bench` (bench.py,
@@ -31,7 +33,7 @@ A tour, in reading order:
 """
 
 from syncbn import functional
-from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.convert import convert_sync_batchnorm, name_layers, revert_sync_batchnorm
 from syncbn.groups import GroupSpec
 from syncbn.joining import join
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
@@ -51,6 +53,7 @@ __all__ = [
     "functional",
     "init",
     "join",
+    "name_layers",
     "no_sync",
     "recalibrate",
     "revert_sync_batchnorm",

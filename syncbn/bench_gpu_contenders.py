@@ -25,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import functional
+from syncbn.calls import Call, Layer
 from syncbn.moments import Running
+from syncbn.sites import Site
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
 from syncbn.transports.torch_dist import TorchTransport
@@ -62,6 +64,10 @@ class FakeTransport(AbstractTransport):
         """See :meth:`AbstractTransport.all_reduce`. The fake group leaves the wire as it is."""
         dist.all_reduce(wire, group=self._group)
         return wire
+
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return [note]
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`."""
@@ -163,7 +169,13 @@ def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step
         return lambda: torch.autograd.grad(forward(), (x, weight, bias), grad_y)
 
     def ours(transport: AbstractTransport) -> Step:
-        return step(lambda: functional.apply(x, weight, bias, C, running, 1e-5, transport, weight))
+        layer = Layer(Site("SyncBatchNorm", compares=False), (C, 1e-5, 0.1, True, None), None, weight)
+
+        def forward() -> Tensor:
+            call = Call(x, None, True, layer, transport, running, None, None)
+            return functional.batch_norm(x, None, weight, bias, call)
+
+        return step(forward)
 
     def theirs(group: Any) -> Step:
         size, function = dist.get_world_size(group), torch.nn.modules._functions.SyncBatchNorm

@@ -26,13 +26,15 @@ from tqdm import tqdm
 from syncbn import bench_memory, kernels, moments
 from syncbn.bench_report import Machine, Options, Shape
 from syncbn.kernels import AbstractKernels
+from syncbn.kernels.base import Parameters
 from syncbn.layer import SyncBatchNorm
-from syncbn.moments import Status
+from syncbn.moments import Message, Status
 from syncbn.transports.single import SingleTransport
 
 ELEMENTS_MOVED = {"local_moments": 1, "normalize": 2, "backward_sums": 2, "backward_input": 3}
 """Elements that a step reads and writes for each element of x; a copy moves 2."""
 TINY: Shape = (2, 8, 2, 2)
+MESSAGE = Message((1, 1, 2, 3), 1, "a layer that is timed", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,19 @@ def step_rows(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, rep
 
 
 def _steps(steps: AbstractKernels, x: Tensor, grad_y: Tensor) -> dict[str, Callable[[], object]]:
-    C, count = x.size(1), float(x.numel() // x.size(1))
+    C = x.size(1)
     status = Status(0.0, 1.0, 1.0, *moments.DTYPE_VOTES[x.dtype])
-    weight, bias = torch.ones(C), torch.zeros(C)
-    wire = steps.local_moments(x, status)
-    stats = steps.normalize(x, wire, weight, bias, None, 1e-5, count)[1]
-    sums = steps.backward_sums(grad_y, x, stats)
+    parameters = Parameters(torch.ones(C), torch.zeros(C))
+    numbers = MESSAGE.numbers
+    wire = steps.local_moments(x, None, numbers, status)
+    stats = steps.normalize(x, wire, parameters, MESSAGE)[1]
+    affine = torch.float32, torch.float32
+    sums = steps.backward_sums(grad_y, x, stats, numbers)[0]
     return {
-        "local_moments": partial(steps.local_moments, x, status),
-        "normalize": partial(steps.normalize, x, wire, weight, bias, None, 1e-5, count),
-        "backward_sums": partial(steps.backward_sums, grad_y, x, stats),
-        "backward_input": partial(steps.backward_input, grad_y, x, sums, weight, stats),
+        "local_moments": partial(steps.local_moments, x, None, numbers, status),
+        "normalize": partial(steps.normalize, x, wire, parameters, MESSAGE),
+        "backward_sums": partial(steps.backward_sums, grad_y, x, stats, numbers, *affine),
+        "backward_input": partial(steps.backward_input, grad_y, x, None, sums, parameters.weight, stats, MESSAGE),
     }
 
 
@@ -94,21 +98,23 @@ class _Nothing(torch.autograd.Function):
 def overhead_rows(repeats: int) -> dict[str, float]:
     """Times a whole step at (2,8,2,2) and its parts, in microseconds.
 
-    The layer has a group of one process. The rest is the module call, the choice of transport and kernels, the checks.
+    The layer has a group of one process. The rest is the module call, the choice of transport and kernels, the checks,
+    and the identity of the call.
     """
     layer, torchs = SyncBatchNorm(TINY[1]), nn.BatchNorm2d(TINY[1])
     x, grad_y = torch.randn(TINY).requires_grad_(), torch.randn(TINY)
     steps, transport = kernels.choose(x), SingleTransport()
     weight, bias = layer.weight, layer.bias
-    wire = torch.zeros(2 * TINY[1], dtype=torch.float64)
+    wire = steps.local_moments(x.detach(), None, MESSAGE.numbers, Status())
+    sums = torch.zeros(moments.sums_length(TINY[1]), dtype=torch.float64)
     calls: dict[str, Callable[[], object]] = {
         "whole step": lambda: layer(x).backward(grad_y),
         "torch.nn.BatchNorm2d": lambda: torchs(x).backward(grad_y),
         "autograd function that does nothing": lambda: _Nothing.apply(x, weight, bias).backward(grad_y),  # type: ignore[no-untyped-call]
         **_steps(steps, x.detach(), grad_y),
-        "parameter_gradients": lambda: steps.parameter_gradients(wire, torch.float32, torch.float32),
-        "read_status": partial(steps.read_status, steps.local_moments(x.detach(), Status())),
-        "two all-reduces of one process": lambda: (transport.all_reduce(wire), transport.all_reduce(wire)),
+        "read_counters": partial(steps.read_counters, wire, MESSAGE),
+        "check_sums": partial(steps.check_sums, sums, MESSAGE),
+        "two all-reduces of one process": lambda: (transport.all_reduce(wire), transport.all_reduce(sums)),
     }
     times = dict(zip(calls, _in_turn(list(calls.values()), 100 * repeats), strict=True))
     parts = [us for name, us in times.items() if name not in ("whole step", "torch.nn.BatchNorm2d")]

@@ -8,23 +8,20 @@ between ranks returns its error instead of raising it: the verdict travels with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from syncbn import kernels, moments
-from syncbn.agreement import by_rank, gather_notes, raise_gathered, require_equal
-from syncbn.kernels import cuda_verdict
-from syncbn.moments import DTYPES, Status
-from syncbn.renorm import RenormLimits
+from syncbn import moments
+from syncbn.agreement import Notes, by_rank, calls_differ, gather_notes, raise_gathered
+from syncbn.moments import DTYPES, Counters, Message, Status
 from syncbn.transports.base import AbstractTransport
 
 NAME = "SyncBatchNorm"
 MAX_DIMS = 32
 """What the compiled kernels take."""
-_STRIDED = torch.strided
-SETTINGS = ("num_features", "eps", "momentum (-1 is None)", "track_running_stats", *RenormLimits._fields)
+_STRIDED, _CPU = torch.strided, torch.device("cpu")
 
 
 def input_error(x: object, num_features: int | None) -> Exception | None:
@@ -60,6 +57,20 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
     return None
 
 
+def call_error(x: object, mask: object, num_features: int, eps: float) -> Exception | None:
+    """Returns what is wrong with the input, the mask or eps of a call, or None."""
+    if not eps > 0:
+        return ValueError(
+            f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {eps:g}. The "
+            "default is 1e-5."
+        )
+    error = input_error(x, num_features)
+    if error is None and mask is not None:
+        assert isinstance(x, Tensor)
+        error = mask_error(mask, x)
+    return error
+
+
 def parameter_error(parameters: Mapping[str, Tensor | None], x: object, num_features: int) -> Exception | None:
     """Returns what is wrong with a weight, a bias or running statistics that a caller gave, or None."""
     for name, p in parameters.items():
@@ -77,10 +88,10 @@ def parameter_error(parameters: Mapping[str, Tensor | None], x: object, num_feat
     return None
 
 
-def agreed_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
-    """Returns C as most of the tensors have it; where they tie, as the first does, and x last.
+def most_common_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
+    """Returns the most common C among the parameters and x; ties: the first.
 
-    Every rank must send a wire of one length: a rank with one tensor of another width still finds the others' C.
+    So every rank sends a wire of the same length, also one of whose tensors one has another width.
     """
     widths = [p.numel() for p in parameters.values() if p is not None]
     if isinstance(x, Tensor) and x.dim() >= 2:
@@ -119,6 +130,11 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
 
 def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception | None]:
     """Returns what :func:`device` and :func:`device_error` do, quickly where all is well."""
+    if isinstance(x, Tensor) and x.is_cpu:  # a device is an object to make, this is not
+        for t in tensors:
+            if t is not None and not t.is_cpu:
+                return device(x, *tensors), device_error(x, *tensors)
+        return _CPU, None
     if isinstance(x, Tensor) and not x.is_meta:
         here = x.device
         for t in tensors:
@@ -163,29 +179,33 @@ def device_error(x: Tensor, *tensors: Tensor | None) -> Exception | None:
 
 
 def is_recorded(x: object) -> bool:
-    """Whether an input stands for others: in torch.jit.trace, in torch.fx, or on the meta device."""
-    tracing = bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    """Whether an input stands for others: in torch.export, torch.jit.trace, torch.fx, or on the meta device."""
+    tracing = torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
     return tracing or isinstance(x, torch.fx.Proxy) or (isinstance(x, Tensor) and x.is_meta)
 
 
-def raise_if_disagreed(
-    count_global: float,
-    status: Status,
+def raise_problem(
+    counters: Counters,
+    message: Message,
+    notes: Notes,
     transport: AbstractTransport,
     *,
     x: Tensor,
     error: Exception | None,
     grad_enabled: bool,
+    late: bool,
 ) -> None:
-    """Raises, alike on every rank, what the all-reduced counters of a forward call reveal. Or see :func:`is_late`.
+    """Raises, alike on every rank, what a reduced forward wire says is wrong. Or see :func:`is_late`.
 
     Args:
-        count_global: samples per channel in the global batch.
-        status: counters summed over the ranks.
+        counters: read from the wire.
+        message: the identity of this rank's call.
+        notes: of its layer.
         transport: the group.
         x: this rank's input.
         error: what is wrong with it, or None.
         grad_enabled: whether autograd records on this rank.
+        late: whether nobody may be asked, see :func:`is_late`.
 
     Communication:
         None if all is well. One all-reduce of texts if not, on every rank, since all read the same counters.
@@ -193,32 +213,20 @@ def raise_if_disagreed(
     Raises:
         ValueError, TypeError: on every rank of the group.
     """
-    if x.is_cuda and is_late(x, transport):
-        _raise_alone(count_global, status, transport, what=f"{_name(x.dtype)} {tuple(x.shape)}", error=error)
-        return
-    if status.faults:
+    problem, what = counters.problem(transport.size), f"{_name(x.dtype)} {tuple(x.shape)}"
+    if problem and late:
+        own_error = None if error is None else alone(error, transport)
+        raise own_error or deferred_error(problem, counters, message, what, LATE_ELSEWHERE)
+    if problem == "call":
+        transport.serial = message.serial  # no forward was agreed on: after this error the ranks are in step
+        raise calls_differ(message, notes, transport)
+    if problem == "input":
         raise_gathered(error, transport)
-    if status.dtypes > 1:
-        notes = gather_notes(_name(x.dtype) if x.numel() else "an empty share", transport)
-        raise TypeError(
-            f"{NAME} needs input of one dtype on every rank; received {by_rank(notes, transport.ranks)}. "
-            "Cast the input, or use the same autocast settings on every rank."
-        )
-    if 0 < status.grad_enabled < transport.size:
-        notes = gather_notes(f"{grad_enabled}", transport)
-        raise ValueError(
-            f"{NAME} needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever; "
-            f"received {by_rank(notes, transport.ranks)}. Use torch.no_grad() on all ranks or on none, or model.eval()."
-        )
-    if 0 < count_global <= 1:  # with a mask, a sum of weights
-        shapes = by_rank(gather_notes(f"shape {tuple(x.shape)}", transport), transport.ranks)
-        raise ValueError(
-            f"{NAME} needs at least 2 values per channel in the group to estimate a variance; received "
-            f"{count_global:g} over {transport.size} rank{'s' if transport.size > 1 else ''}: {shapes}. "
-            "Give each rank more samples or call model.eval()."
-        )
-    if error is not None:  # of one process on a GPU, whose counters nobody has read
-        _raise_alone(count_global, status, transport, what="", error=error)
+    if problem:
+        own = {"dtype": _name(x.dtype) if x.numel() else "an empty local batch", "grad_enabled": f"{grad_enabled}"}
+        received = by_rank(gather_notes(own.get(problem, f"shape {tuple(x.shape)}"), transport), transport.ranks)
+        over = f"{counters.samples:g} over {_ranks(transport.size)}: " if problem == "count" else ""
+        raise problem_error(problem, over + received)
 
 
 def is_late(x: Tensor, transport: AbstractTransport) -> bool:
@@ -230,16 +238,63 @@ def is_late(x: Tensor, transport: AbstractTransport) -> bool:
     return x.is_cuda and transport.size > 1 and not transport.on_host
 
 
-def _raise_alone(
-    count_global: float, status: Status, transport: AbstractTransport, *, what: str, error: Exception | None
-) -> None:
-    """Raises what the counters reveal without a word to the others, see kernels/cuda_verdict.py."""
-    if error is not None:
-        raise type(error)(by_rank([str(error)], (transport.ranks[transport.rank],), skip_empty=True))
-    disagreed = status.faults or status.dtypes > 1 or 0 < status.grad_enabled < transport.size
-    if disagreed or 0 < count_global <= 1:
-        remark = "Other ranks may find it later, as a GPU is not waited for. End all processes."
-        raise cuda_verdict.late_error(count_global, status, what, transport.size, remark)
+def alone(error: Exception, transport: AbstractTransport) -> Exception:
+    """Returns an error that this rank raises without a word to the others, led by its rank."""
+    return type(error)(by_rank([str(error)], (transport.ranks[transport.rank],), skip_empty=True))
+
+
+def problem_error(problem: str, received: str, remark: str = "") -> Exception:
+    """Words a problem of :meth:`syncbn.moments.Counters.problem`."""
+    needs, remedy, kind = _PROBLEMS[problem]
+    return kind(f"{needs}; received {received}. {remedy}{remark}")
+
+
+_PROBLEMS: dict[str, tuple[str, str, type[Exception]]] = {
+    "call": (
+        "All ranks must be in one call",
+        "Ranks took different branches, ran backward passes in another order, or one of them changed settings.",
+        ValueError,
+    ),
+    "input": (f"{NAME} needs a right input on every rank", "Those ranks say what was wrong with theirs.", ValueError),
+    "dtype": (
+        f"{NAME} needs input of one dtype on every rank",
+        "Cast the input, or use the same autocast settings on every rank.",
+        TypeError,
+    ),
+    "grad_enabled": (
+        f"{NAME} needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever",
+        "Use torch.no_grad() on all ranks or on none, or model.eval().",
+        ValueError,
+    ),
+    "count": (
+        f"{NAME} needs at least 2 values per channel in the group to estimate a variance",
+        "Give each rank more samples or call model.eval().",
+        ValueError,
+    ),
+}
+LATE_ELSEWHERE = "Other ranks may find it later, as a GPU is not waited for. End all processes."
+
+
+def deferred_error(problem: str, counters: Counters, message: Message, what: str, remark: str) -> Exception:
+    """Words a problem for which nobody is asked any more: in numbers of ranks, with this rank's call and input.
+
+    Args:
+        problem: of the counters.
+        counters: of the reduced wire.
+        message: the identity of this rank's call.
+        what: its input.
+        remark: when and where else it is found.
+    """
+    W, status = message.ranks, Status._make(counters.status)
+    votes = ", ".join(f"{_name(d)} on {n:g}" for d, n in zip(DTYPES, status[3:], strict=True) if n)
+    received = {
+        "call": f"{message} here and another one on some of {_ranks(W)}",
+        "input": f"a wrong one on {status.faults:g} of {_ranks(W)}",
+        "dtype": f"{votes} of {_ranks(W)}",
+        "grad_enabled": f"True on {status.grad_enabled:g} of {_ranks(W)}",
+        "count": f"{counters.samples:g} over {_ranks(W)}",
+    }[problem]
+    return problem_error(problem, received, f" This rank was in {message}, with input {what}. {remark}")
 
 
 def describe(error: Exception | None) -> str:
@@ -250,43 +305,64 @@ def describe(error: Exception | None) -> str:
 
 
 def raise_if_wires_disagree(
-    wire: Tensor, own: Tensor, transport: AbstractTransport, *, fault: str, mask: Tensor | None
+    wire: Tensor,
+    own: Tensor,
+    message: Message,
+    notes: Notes,
+    transport: AbstractTransport,
+    *,
+    fault: str,
+    mask: Tensor | None,
 ) -> None:
-    """Does what :func:`raise_if_disagreed` does where only wires are at hand, as inside an operator.
+    """Does what :func:`raise_problem` does where only wires are at hand, as inside an operator.
 
     Args:
-        wire: float64 (2C + 8,), summed over the ranks.
-        own: float64 (2C + 8,), what this rank gave.
+        wire: float64 (2C + 15,), summed over the ranks.
+        own: float64 (2C + 15,), what this rank gave.
+        message: the identity of this rank's call.
+        notes: of its layer.
         transport: the group.
         fault: :func:`describe` of what is wrong with this rank's input.
         mask: this rank's mask, for the error about its values.
 
     Communication:
-        As :func:`raise_if_disagreed`. None where a GPU tells late: a rank that has no mask would not answer.
+        As :func:`raise_problem`.
 
     Raises:
-        ValueError, TypeError: on every rank of the group, there with another text on each.
+        ValueError, TypeError: on every rank of the group.
     """
-    count_global, status = kernels.choose(wire).read_status(wire)
-    unanimous = status.faults == 0 and status.dtypes <= 1 and status.grad_enabled in (0, transport.size)
-    if unanimous and not 0 < count_global <= 1:
+    counters = moments.read_counters(wire, message.numbers)
+    if not counters.problem(transport.size):
         return
-    count_local, local = moments.read_status(own)
+    local = moments.read_counters(own, message.numbers)
     error: Exception | None = None
-    if local.faults:
-        error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else _mask_values_error(mask)
-    dtype = next((d for d in DTYPES if getattr(local, _name(d))), torch.float32)
-    samples = int(min(max(count_local, 0.0), 2.0**31)) if math.isfinite(count_local) else 0  # a mask may hold anything
-    if is_late(wire, transport):
-        _raise_alone(count_global, status, transport, what=f"{_name(dtype)}, {samples} samples", error=error)
-    C = (wire.numel() - 1 - len(local)) // 2
-    share = torch.empty(samples, C, dtype=dtype, device="meta")  # what is known of it: (N * S, C)
-    raise_if_disagreed(count_global, status, transport, x=share, error=error, grad_enabled=bool(local.grad_enabled))
+    status = Status._make(local.status)
+    if status.faults:
+        error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else mask_values_error(mask)
+    dtype = next((d for d in DTYPES if getattr(status, _name(d))), torch.float32)
+    samples = (
+        int(min(max(local.samples, 0.0), 2.0**31)) if math.isfinite(local.samples) else 0
+    )  # a mask may hold anything
+    known = torch.empty(samples, moments.channels(wire), dtype=dtype, device="meta")  # of the input: (N * S, C)
+    raise_problem(
+        counters,
+        message,
+        notes,
+        transport,
+        x=known,
+        error=error,
+        grad_enabled=bool(status.grad_enabled),
+        late=is_late(wire, transport),
+    )
 
 
-def _mask_values_error(mask: Tensor | None) -> Exception:
-    assert mask is not None
+def mask_values_error(mask: Tensor | None) -> Exception | None:
+    """Returns what is wrong with the values of a mask, which travel as a fault before anyone looks at them, or None."""
+    if mask is None:
+        return None
     values = mask.double()
+    if bool(((values >= 0) & (values < torch.inf)).all()):
+        return None
     return ValueError(
         f"{NAME} needs finite mask values >= 0; received values from {values.nan_to_num().min().item():g} to "
         f"{values.nan_to_num(posinf=torch.inf).max().item():g}, {int(values.isnan().sum())} of them NaN. "
@@ -294,20 +370,8 @@ def _mask_values_error(mask: Tensor | None) -> Exception:
     )
 
 
-def require_same_settings(settings: Sequence[float], transport: AbstractTransport) -> None:
-    """Compares the settings of a layer over the ranks: another C would give the wire another length.
-
-    Args:
-        settings: as :data:`SETTINGS` names them.
-        transport: the group.
-
-    Communication:
-        One all-reduce of 6 W float64 values, by every rank of the group.
-
-    Raises:
-        ValueError: on every rank.
-    """
-    require_equal(dict(zip(SETTINGS, settings, strict=True)), transport, NAME, "Build the same model on every rank.")
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def _name(dtype: torch.dtype) -> str:

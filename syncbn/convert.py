@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import groups, obstacles
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm, never_agreed
+from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.sites import Site
 
 _LAZY = obstacles.LAZY
 _BECOMES: dict[type, type] = {cls: cls.cls_to_become for cls in _LAZY}
@@ -52,10 +53,30 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, grou
         original = type(layer)
         kept_group = layer.__dict__.pop("process_group", None)
         layer.__class__ = LazySyncBatchNorm if original in _LAZY else SyncBatchNorm
-        layer.process_group = spec if spec is not None else kept_group
-        layer.converted_from = original
-        layer._agreed_token, layer._agreed, layer._renorm = 0, never_agreed(), None
-    return module
+        layer._site = Site("SyncBatchNorm", groups.specify(kept_group) if spec is None else spec)
+        layer._site.converted_from = original
+    return name_layers(module)
+
+
+def name_layers(model: nn.Module) -> nn.Module:
+    """Gives every SyncBatchNorm its qualified name in a model, by which errors call it and ranks tell it from others.
+
+    ``convert_sync_batchnorm`` does it for what it converts. A layer without a name is called by its class, C and the
+    order of its first use. A copy keeps the name. Every rank must name its layers alike.
+
+    Args:
+        model: a model, or one layer.
+
+    Returns:
+        ``model`` itself.
+
+    Communication:
+        None.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer._site.name = name.replace("_orig_mod.", "")  # of torch.compile: a compiled model is the same model
+    return model
 
 
 def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | None = None) -> nn.Module:
@@ -87,9 +108,7 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
         assert original is not None
         if original in _LAZY and not isinstance(layer, LazySyncBatchNorm):
             original = _BECOMES[original]  # it has seen its first input since it was converted
-        spec = layer._group_spec
-        for attribute in ("_group_spec", "converted_from", "_agreed_token", "_agreed", "_renorm", "frozen"):
-            layer.__dict__.pop(attribute, None)
+        spec = layer.__dict__.pop("_site").group
         layer.__class__ = original  # type: ignore[assignment]
         if original is nn.SyncBatchNorm:
             layer.process_group = None if spec is None else groups.handle(spec)

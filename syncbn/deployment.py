@@ -34,7 +34,7 @@ def scriptable(layer: SyncBatchNorm) -> SyncBatchNorm:
 class ScriptableSyncBatchNorm(SyncBatchNorm):
     """A SyncBatchNorm that has been through torch.jit.script. Trains as before; compiled, it does eval alone."""
 
-    __jit_unused_properties__ = ("process_group", "renorm_limits")
+    __jit_unused_properties__ = ("process_group", "renorm_limits", "converted_from")
 
     def forward(self, input: Tensor, mask: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 - TorchScript
         """Normalises by the running statistics where it is compiled, else as :class:`SyncBatchNorm` does."""

@@ -6,7 +6,7 @@ N batch, C channels, S product of the spatial dims, W ranks.
 
 from __future__ import annotations
 
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedParameter
 
-from syncbn import agreement, checks, collective, differentiable, functional, groups, recomputation, renorm, transports
+from syncbn import agreement, checks, functional, groups, renorm, transports
+from syncbn.calls import Layer
 from syncbn.groups import GroupSpec
 from syncbn.moments import Running
 from syncbn.renorm import RenormLimits
-from syncbn.transports.base import AbstractTransport
+from syncbn.sites import Settings, Site
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -45,26 +46,25 @@ class SyncBatchNorm(_BatchNorm):
             divide the number of all ranks.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization; None is batch normalization. See
             :class:`syncbn.renorm.RenormLimits`.
+        replays: whether a forward inside backward may be one that activation checkpointing repeats, so that it sends
+            nothing. False for a layer that is called inside backward for another reason, as in an adjoint ODE block or
+            a reversible network: there every forward communicates.
 
     Shape:
         Input and output: (N, C, *spatial), with any number of spatial dims, N from 0.
 
     Communication:
-        Training: one all-reduce of 2C + 8 float64 values in forward and one of 2C in backward, by every rank of
-        the group, also with an empty share. At the first training step of a layer one more of 6 W, which
-        compares its settings. Eval: none.
+        Training: one all-reduce of 2C + 15 float64 values in forward and one of 2C + 7 in backward, by every rank of
+        the group, also with an empty local batch. At the first training step of a layer in a group one more of 7 W + 7,
+        which compares its name and settings. Eval: none.
 
     Raises:
         ValueError, TypeError: on every rank of the group alike, if the input of any rank is wrong, if settings,
-            dtypes or gradient modes differ, or if the group has one value per channel.
+            dtypes or gradient modes differ, if ranks are in different calls, or if the group has one value per channel.
 
     Source:
         Ioffe and Szegedy 2015 (arXiv 1502.03167); the interface is that of torch.nn.SyncBatchNorm.
     """
-
-    frozen = False
-    """Whether the layer stays in eval whatever ``train()`` is told, see :func:`syncbn.freeze`."""
-    _renorm = cast("RenormLimits | None", None)  # no annotation: TorchScript would evaluate it
 
     def __init__(
         self,
@@ -80,32 +80,45 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         group_size: int | None = None,
         renorm_limits: tuple[float, float] | None = None,
+        replays: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # an argument that the layers of torch 2.11 do not have yet
             self.register_parameter("bias", None)
-        self.process_group = groups.specify_blocks(process_group, group_size)
+        self._site = Site("SyncBatchNorm", groups.specify_blocks(process_group, group_size), replays=replays)
         self.renorm_limits = renorm_limits
-        self.converted_from: type[_BatchNorm] | None = None
-        self._agreed_token, self._agreed = 0, never_agreed()
 
     @property
     def process_group(self) -> GroupSpec | None:
         """The group, as a specification that copies and pickles. Assign any kind of group to change it."""
-        return self._group_spec
+        return self._site.group
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self._group_spec = groups.specify(group)
+        self._site.group = groups.specify(group)
+
+    @property
+    def converted_from(self) -> type[_BatchNorm] | None:
+        """The class that ``revert_sync_batchnorm`` gives back; None for a layer that was created as this one."""
+        return self._site.converted_from
 
     @property
     def renorm_limits(self) -> RenormLimits | None:
         """``(r_max, d_max)`` of batch renormalization, or None. Assign other limits as training goes on."""
-        return self._renorm
+        limits = self._site.renorm
+        return None if limits is None else RenormLimits(*limits)
 
     @renorm_limits.setter
     def renorm_limits(self, limits: tuple[float, float] | None) -> None:
-        self._renorm = renorm.checked(limits, self.track_running_stats)
+        found = renorm.checked(limits, self.track_running_stats)
+        self._site.renorm = None if found is None else (found.r_max, found.d_max)  # plain: it pickles
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles describe the group; nothing that is live goes with them."""
+        return {**self.__dict__, "_site": self._site.state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_site": Site.of_state(state["_site"])})  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
         """Starts anew: running statistics of nothing, weight 1, bias 0."""
@@ -116,7 +129,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; a frozen layer stays in eval."""
-        return super().train(mode and not self.frozen)
+        return super().train(mode and not self._site.frozen)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalises this rank's share, (N, C, *spatial), by the statistics of the global batch.
@@ -129,61 +142,18 @@ class SyncBatchNorm(_BatchNorm):
         """
         if not self.training:
             return self._eval_forward(input, mask)
-        if torch.compiler.is_compiling():
-            return self._compiled_forward(input, mask)
         weight, bias, mean, var, tracked = _held(self)
         device, error = checks.place(input, weight, mean)
-        transport = transports.choose(self._group_spec, device.type)
-        if transport.token != self._agreed_token and not recomputation.repeats(self):
-            self._agree_on_settings(transport)
         running = None
         if self.track_running_stats and mean is not None and var is not None:
-            running = Running(mean, var, tracked, self.momentum)
-        if mask is not None:
-            group = collective.key_of(transport)
-            return differentiable.batch_norm(
-                input,
-                mask,
-                weight,
-                bias,
-                self.num_features,
-                running,
-                self.eps,
-                group,
-                differentiable.Layer(owner=self, renorm=self._renorm),
-                error,
-                device=device,
-            )
-        return functional.apply(
-            input,
-            weight,
-            bias,
-            self.num_features,
-            running,
-            self.eps,
-            transport,
-            self,
-            self._renorm,
-            error,
-            device=device,
-        )
+            running = Running._make((mean, var, tracked, self.momentum))
+        site = self._site
+        layer = Layer._make((site, self.settings(), site.group, self))
+        return functional.forward(input, mask, weight, bias, running, layer, device, error)
 
-    def _compiled_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Does the same in operators that a compiler sees; what depends on the other ranks happens when they run."""
-        running = None
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-        return differentiable.batch_norm(
-            x,
-            mask,
-            self.weight,
-            self.bias,
-            self.num_features,
-            running,
-            self.eps,
-            collective.key_for(self._group_spec, checks.device_type(x, self.weight, self.running_mean)),
-            differentiable.Layer(self._agreed, self._settings(), renorm=self._renorm),
-        )
+    def settings(self) -> Settings:
+        """Returns what must be equal on every rank."""
+        return self.num_features, self.eps, self.momentum, self.track_running_stats, self._site.renorm
 
     def _eval_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         error = None
@@ -191,36 +161,23 @@ class SyncBatchNorm(_BatchNorm):
             error = checks.input_error(x, self.num_features) or checks.mask_error(mask, x)
         if error is not None:
             raise error
-        local = self.running_mean is None  # no running statistics: those of this share, without communication
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            local,
-            self.momentum or 0.0,
-            self.eps,
-        )
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None and not checks.is_recorded(x) and self._records(x):
+            # backward needs them as they are now: a training step in between moves the buffers
+            mean, var = mean.clone(), var.clone()
+        local = mean is None  # no running statistics: those of this batch, without communication
+        return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
+
+    def _records(self, x: Tensor) -> bool:
+        """Whether autograd records an eval forward."""
+        tensors = (x, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def __prepare_scriptable__(self) -> SyncBatchNorm:
         """Is called by torch.jit.script before it compiles."""
         from syncbn.deployment import scriptable
 
         return scriptable(self)
-
-    def _settings(self) -> tuple[float, ...]:
-        """Returns what ``checks.SETTINGS`` names."""
-        momentum = -1.0 if self.momentum is None else self.momentum
-        limits = self._renorm or renorm.OFF
-        return float(self.num_features), self.eps, momentum, float(self.track_running_stats), *limits
-
-    def _agree_on_settings(self, transport: AbstractTransport) -> None:
-        """Compares settings over the ranks, once, also where a compiled graph has done it."""
-        if self._agreed.item() != transport.token:
-            checks.require_same_settings(self._settings(), transport)
-        self._agreed.fill_(transport.token)
-        self._agreed_token = transport.token  # a number: it copies and pickles, and no later job has it
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
@@ -244,6 +201,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         bias: False leaves the bias out.
         group_size: the number of consecutive ranks to synchronise over.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization.
+        replays: whether a forward inside backward may be one that activation checkpointing repeats.
     """
 
     cls_to_become = SyncBatchNorm
@@ -261,11 +219,12 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         bias: bool = True,
         group_size: int | None = None,
         renorm_limits: tuple[float, float] | None = None,
+        replays: bool = True,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.process_group = groups.specify_blocks(process_group, group_size)
+        self._site = Site("SyncBatchNorm", groups.specify_blocks(process_group, group_size), replays=replays)
         self.renorm_limits = renorm_limits
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
@@ -273,8 +232,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         del mask  # forward looks at it
         error = checks.input_error(input, None)
         if self.training:
-            transport = transports.choose(self._group_spec, checks.device_type(input, self.weight, self.running_mean))
-            agreement.raise_together(error, transport)
+            transport = transports.choose(self._site.group, checks.device_type(input, self.weight, self.running_mean))
+            agreement.raise_together(error, transport, "the first forward of a LazySyncBatchNorm")
         elif error is not None:
             raise error
         without_bias = self.weight is not None and self.bias is None
@@ -283,11 +242,6 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         super().initialize_parameters(input)
         if without_bias:
             self.register_parameter("bias", None)
-
-
-def never_agreed() -> Tensor:
-    """Makes what a compiled graph can read and write: int64 (), the token of the group that compared the settings."""
-    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:

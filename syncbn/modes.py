@@ -32,7 +32,7 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         None, and a frozen layer makes none. Every rank must freeze the same layers.
     """
     for layer in layers_of(model):
-        layer.frozen = True
+        layer._site.frozen = True
         layer.eval()
         if affine:
             layer.requires_grad_(False)
@@ -53,9 +53,9 @@ def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         None.
     """
     for layer in layers_of(model):
-        if not layer.frozen:
+        if not layer._site.frozen:
             continue
-        del layer.frozen
+        layer._site.frozen = False
         layer.train(model.training)
         if affine:
             layer.requires_grad_(True)
@@ -68,7 +68,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
     A backward does what its forward did, wherever it is called: that of a forward inside the block stays local
     after it, and that of an earlier forward communicates inside it. Running statistics move by the own share,
-    so they differ between ranks afterwards: see ``World.broadcast`` and :func:`syncbn.recalibrate`.
+    so they differ between ranks afterwards: see ``World.broadcast`` and :func:`syncbn.recalibrate`. A copy that is made
+    inside is synchronised.
 
     Args:
         model: a model, or one layer.
@@ -79,12 +80,11 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: inside, on this rank alone, for a share of one value per channel: nobody waits for it there.
     """
-    before = [(layer, layer._group_spec, layer._agreed_token, layer._agreed.clone()) for layer in layers_of(model)]
+    sites = [layer._site for layer in layers_of(model)]
+    for site in sites:
+        site.enter(groups.ALONE)
     try:
-        for layer, *_ in before:
-            layer._group_spec, layer._agreed_token = groups.ALONE, 0
         yield
     finally:
-        for layer, spec, token, agreed in before:
-            layer._group_spec, layer._agreed_token = spec, token
-            layer._agreed.copy_(agreed)  # or a compiled graph would compare settings again, on this rank alone
+        for site in sites:
+            site.leave()

@@ -3,15 +3,18 @@
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-    forward    [count, sum_x (C), sum_x2 (C), status (len(STATUS_SLOTS))]     float64, 2C + 1 + 7 values
-    backward   [sum_grad_y (C), sum_grad_y_xhat (C)]                          float64, 2C values
+    forward    [call (7), count, sum_x (C), sum_x2 (C), status (7)]     float64, 2C + 15 values
+    backward   [call (7), sum_grad_y (C), sum_grad_y_xhat (C)]          float64, 2C + 7 values
 
 Every value is a plain sum over samples or over ranks, so one SUM all-reduce combines any partition of the
-batch, and neither size nor dtype of the wire depends on the data of a rank.
+batch, and neither size nor dtype of the wire depends on the data of a rank. The call comes first: it is still
+read where ranks send wires of different length and a library cuts the longer one short.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +22,35 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The input dtypes of the layer, in the order of their status slots."""
+
+Numbers = tuple[int, int, int, int]
+"""What identifies a call: 1, and three integers below ``LIMIT``, see ``sites.py``; or ``ABSTAINS``."""
+ABSTAINS: Numbers = (0, 0, 0, 0)
+"""Of a rank that joins without a say: it adds nothing, and cannot tell which of several calls it repeats."""
+LIMIT = 2**18
+"""Sums of squares of smaller integers are exact in float64 for up to 65,536 ranks: 2^16 * (2^18)^2 < 2^53."""
+
+
+class Message(NamedTuple):
+    """The identity of a message."""
+
+    numbers: Numbers
+    ranks: int
+    """W, the ranks of the group."""
+    label: str
+    """The layer."""
+    direction: int
+    """0 forward, 1 backward; the derivative of a message of direction d has direction d + 2. Below 0: of no layer."""
+    serial: int
+    """The number of forwards of the group before that forward."""
+
+    def __str__(self) -> str:
+        if self.direction < 0:
+            return f"{self.label} (call {self.serial})"
+        text = "backward" if self.direction % 2 else "forward"
+        if self.direction >= 2:
+            text = f"derivative {self.direction // 2 + 1} through the {text}"
+        return f"{text} of {self.label} (call {self.serial})"
 
 
 class Status(NamedTuple):
@@ -34,17 +66,40 @@ class Status(NamedTuple):
     bfloat16: float = 0.0
     float32: float = 0.0
     float64: float = 0.0
-    """1 for the dtype of a share that is not empty. An empty share votes for none."""
-
-    @property
-    def dtypes(self) -> int:
-        """How many different dtypes the non-empty shares have."""
-        return (self[3] > 0) + (self[4] > 0) + (self[5] > 0) + (self[6] > 0)
+    """1 for the dtype of a local batch that is not empty. An empty one votes for none."""
 
 
 STATUS_SLOTS = Status._fields
 DTYPE_VOTES = {d: tuple(float(d == other) for other in DTYPES) for d in DTYPES}
 NO_VOTE = (0.0,) * len(DTYPES)
+CALL = 1 + 2 * 3
+"""Slots of the call: 1, three integers and their squares."""
+_increment_version = torch._C._increment_version  # torch.autograd.graph.increment_version, past its Python
+_COUNT, _TAIL = CALL, len(STATUS_SLOTS)
+
+
+class Counters(NamedTuple):
+    """What an all-reduced forward wire says of the call, read on the host."""
+
+    same_call: bool
+    """Whether every rank sent the numbers of this rank's call."""
+    samples: float
+    """Per channel in the global batch; with masks a sum of weights."""
+    status: Sequence[float]
+    """As :class:`Status` names them."""
+
+    def problem(self, ranks: int) -> str:
+        """Names what forbids the call, the first that applies: call, input, dtype, grad_enabled, count; or nothing."""
+        count, status = self.samples, self.status
+        if not self.same_call:
+            return "call"
+        if status[0]:
+            return "input"
+        if (status[3] > 0) + (status[4] > 0) + (status[5] > 0) + (status[6] > 0) > 1:
+            return "dtype"
+        if 0 < status[1] < ranks:
+            return "grad_enabled"
+        return "count" if 0 < count <= 1 else ""
 
 
 class Running(NamedTuple):
@@ -56,33 +111,80 @@ class Running(NamedTuple):
     momentum: float | None
 
 
-def pack(count: float, sum_x: Tensor, sum_x2: Tensor, status: Status) -> Tensor:
+def wire_length(C: int) -> int:
+    """Returns the length of a forward wire."""
+    return CALL + 1 + 2 * C + _TAIL
+
+
+def sums_length(C: int) -> int:
+    """Returns the length of a backward wire."""
+    return CALL + 2 * C
+
+
+def channels(wire: Tensor) -> int:
+    """Returns C of a forward wire."""
+    return (wire.numel() - wire_length(0)) // 2
+
+
+def count(wire: Tensor) -> Tensor:
+    """Views the count of a forward wire, float64 ()."""
+    return wire[_COUNT]
+
+
+def sums(wire: Tensor) -> Tensor:
+    """Views ``[sum_x (C), sum_x2 (C)]`` of a forward wire, float64 (2C,)."""
+    return wire[_COUNT + 1 : _COUNT + 1 + 2 * channels(wire)]
+
+
+def head(numbers: Numbers) -> tuple[int, ...]:
+    """Returns the call slots of a rank: its numbers and their squares."""
+    speaks, a, b, c = numbers
+    return speaks, a, b, c, a * a, b * b, c * c
+
+
+def same_call(slots: Sequence[float], numbers: Numbers) -> bool:
+    """Whether every rank that has a say sent the same numbers; all ranks find the same.
+
+    Of n integers all are equal to v iff their sum is n * v and the sum of their squares n * v^2. All are equal iff
+    n * sum(v^2) = (sum v)^2. Every sum is exact, see ``LIMIT``.
+
+    Args:
+        slots: the call slots, summed over the ranks.
+        numbers: of this rank's call.
+    """
+    if not all(math.isfinite(s) and s == int(s) for s in slots):  # not slots of calls at all
+        return False
+    n, *sums = map(int, slots)
+    integers, squares = sums[:3], sums[3:]
+    if numbers[0] == 0:
+        return all(n * square == integer * integer for integer, square in zip(integers, squares, strict=True))
+    return [*integers, *squares] == [n * v for v in head(numbers)[1:]]
+
+
+def pack(numbers: Numbers, count: float | Tensor, sum_x: Tensor, sum_x2: Tensor, status: Status) -> Tensor:
     """Packs local moments into the forward wire.
 
     Args:
-        count: samples per channel on this rank, N * S.
+        numbers: of this rank's call.
+        count: samples per channel on this rank, N * S; or float64 ().
         sum_x: float64 (C,), sum of x over N and S.
         sum_x2: float64 (C,), sum of x * x over N and S.
-        status: this rank's counters.
+        status: this rank's counters. ``faults`` may be a float64 () tensor.
 
     Returns:
-        float64 (2C + 8,), on the device of ``sum_x``.
+        float64 (2C + 15,), on the device of ``sum_x``.
     """
-    ends = torch.tensor((count, *status), dtype=torch.float64, device=sum_x.device)
-    return torch.cat((ends[:1], sum_x, sum_x2, ends[1:]))
+    if isinstance(count, Tensor):
+        rest = sum_x.new_tensor((*head(numbers), *status[1:]))
+        return torch.cat((rest[:CALL], count.view(1), sum_x, sum_x2, status[0].view(1), rest[CALL:]))  # type: ignore[attr-defined]
+    ends = sum_x.new_tensor((*head(numbers), count, *status))
+    return torch.cat((ends[: CALL + 1], sum_x, sum_x2, ends[CALL + 1 :]))
 
 
-def read_status(wire: Tensor) -> tuple[float, Status]:
-    """Reads ``(count_global, status)`` of an all-reduced wire on the host."""
-    tail = len(STATUS_SLOTS)
-    count, *status = torch.cat((wire[:1], wire[-tail:])).tolist()
-    return count, Status(*status)
-
-
-def unpack(wire: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits a forward wire into views ``count ()``, ``sum_x (C,)``, ``sum_x2 (C,)``."""
-    C = (wire.numel() - 1 - len(STATUS_SLOTS)) // 2
-    return wire[0], wire[1 : C + 1], wire[C + 1 : 2 * C + 1]
+def read_counters(wire: Tensor, numbers: Numbers) -> Counters:
+    """Reads an all-reduced forward wire on the host, in one copy from its device."""
+    ends = torch.cat((wire[: CALL + 1], wire[-_TAIL:])).tolist()
+    return Counters(same_call(ends[:CALL], numbers), ends[CALL], Status._make(ends[CALL + 1 :]))
 
 
 def finalize(wire: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +196,7 @@ def finalize(wire: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     With no samples at all the results are 0, 0 and 1 / sqrt(eps), never NaN.
 
     Args:
-        wire: float64 (2C + 8,), as :func:`pack` makes it, summed over the ranks.
+        wire: float64 (2C + 15,), as :func:`pack` makes it, summed over the ranks.
         eps: added to the variance.
 
     Returns:
@@ -103,26 +205,49 @@ def finalize(wire: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     Source:
         Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1.
     """
-    count, sum_x, sum_x2 = unpack(wire)
+    return finalize_sums(count(wire), sums(wire), eps)
+
+
+def finalize_sums(count: Tensor, sums: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what :func:`finalize` does, from the parts of a wire; differentiable with respect to ``sums``."""
+    sum_x, sum_x2 = sums.chunk(2)
     count = count.clamp(min=1.0)
     mean = sum_x / count
-    var = (sum_x2 / count).sub_(mean * mean).clamp_(min=0.0)
-    return mean, var, (var + eps).rsqrt_()
+    var = (sum_x2 / count - mean * mean).clamp(min=0.0)
+    return mean, var, (var + eps).rsqrt()
 
 
-def update_running(running: Running, mean: Tensor, var: Tensor, count_global: float) -> None:
-    """Moves the running statistics, in place, towards this batch.
+def update_running(running: Running, wire: Tensor, moves: Tensor | None = None) -> None:
+    """Moves the running statistics, in place, towards this batch. Waits for no device.
 
     running = (1 - momentum) * running + momentum * batch, with the unbiased variance var * count / (count - 1).
     ``momentum=None`` averages over all batches seen. Computed in float64, rounded once to the buffers' dtype.
+    A batch without samples is counted in num_batches_tracked, as torch does, and moves nothing else.
+
+    Args:
+        running: what moves.
+        wire: float64 (2C + 15,), summed over the ranks.
+        moves: bool (), whether to move at all; None for yes.
     """
-    momentum = running.momentum
-    if running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(running.num_batches_tracked)
-    if momentum is None:  # torch, too, leaves the buffers alone where nothing counts the batches
-        momentum = 0.0
-    unbiased = var * (count_global / (count_global - 1.0))
+    mean, var, _ = finalize(wire, 0.0)
+    n, tracked = count(wire), running.num_batches_tracked
+    any_sample = n > 0 if moves is None else (n > 0) & moves
+    momentum: float | Tensor = 0.0 if running.momentum is None else running.momentum
+    if tracked is not None:
+        tracked.add_(1 if moves is None else moves.to(torch.int64))
+        if running.momentum is None:  # where nothing counts the batches torch, too, leaves the buffers alone
+            momentum = 1.0 / tracked.double().clamp(min=1.0)
+    unbiased = var * (n / (n - 1.0))
     for buffer, batch in ((running.mean, mean), (running.var, unbiased)):
-        buffer.copy_(buffer.double().mul_(1.0 - momentum).add_(batch * momentum))
+        before = buffer.double()
+        buffer.copy_(torch.where(any_sample, before * (1.0 - momentum) + batch * momentum, before))
+
+
+def tell_autograd(running: Running) -> None:
+    """Counts, for autograd, a change that a kernel has made to the running statistics behind its back.
+
+    A graph that has saved a buffer then refuses backward instead of using values that have moved.
+    """
+    mean, var, tracked, _ = running
+    if not mean.is_inference():
+        _increment_version((mean, var) if tracked is None else (mean, var, tracked))

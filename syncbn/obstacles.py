@@ -24,7 +24,7 @@ EAGER = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _OURS = (SyncBatchNorm, LazySyncBatchNorm, ScriptableSyncBatchNorm)
 
-_CALLS_SUPER = frozenset({"train", "initialize_parameters"})
+_CALLS_SUPER = frozenset({"train", "initialize_parameters", "__setstate__"})
 """Our methods that call the one they override: a patch on a class that we inherit from still runs."""
 _ABOUT_CLASSES = frozenset({"__init__", "__new__", "__init_subclass__", "convert_sync_batchnorm"})
 """Not used by a layer that exists. Some redirect torch's convert_sync_batchnorm to ours, which is no obstacle."""

@@ -13,9 +13,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from syncbn import collective, moments, transports
+from syncbn import agreement, moments, transports
+from syncbn.compiled import operators
 from syncbn.groups import GroupSpec
 from syncbn.layer import SyncBatchNorm
+from syncbn.sites import Site
 from syncbn.transports.base import AbstractTransport
 
 
@@ -42,7 +44,7 @@ class Recorder(AbstractTransport):
     def __init__(self, inner: AbstractTransport, C: int, label: str, device: torch.device) -> None:
         self.inner, self.C = inner, C
         self.rank, self.size, self.ranks, self.token = inner.rank, inner.size, inner.ranks, inner.token
-        self.spec = GroupSpec(self.name, inner.ranks, label)
+        self.spec, self.on_host = GroupSpec(self.name, inner.ranks, label), inner.on_host
         self.counts = True
         """Whether this rank's share is part of the data; if not, it joins without samples."""
         self.calls = 0
@@ -52,11 +54,16 @@ class Recorder(AbstractTransport):
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """Merges a forward wire, then passes it on."""
-        if wire.numel() == 2 * self.C + 1 + len(moments.STATUS_SLOTS):
+        if wire.numel() == moments.wire_length(self.C):
             if not self.counts:
-                wire[: 2 * self.C + 1] = 0.0
+                moments.count(wire).zero_()
+                moments.sums(wire).zero_()
             self._merge(wire)
         return self.inner.all_reduce(wire)
+
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return self.inner.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`."""
@@ -71,7 +78,7 @@ class Recorder(AbstractTransport):
         self.inner.barrier()
 
     def _merge(self, wire: Tensor) -> None:
-        count_b = wire[0].clone()
+        count_b = moments.count(wire).clone()
         mean_b, var_b, _ = moments.finalize(wire, 1.0)
         count = self.count + count_b
         share = count_b / count.clamp(min=1.0)
@@ -85,24 +92,27 @@ class Recorder(AbstractTransport):
 def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
     """Lets layers normalise as in training and keep the moments of their inputs, and nothing else."""
     recorders: list[Recorder] = []
-    before = [(layer, layer.training, layer.track_running_stats, layer._group_spec) for layer in layers]
+    before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
+    entered: list[Site] = []
     try:
         for i, layer in enumerate(layers):
             assert layer.running_mean is not None
             device = layer.running_mean.device
-            transport = transports.choose(layer._group_spec, device.type)
-            if transport.token != layer._agreed_token:
-                layer._agree_on_settings(transport)
+            transport = transports.choose(layer._site.group, device.type)
+            agreement.agree_once(layer._site, layer.settings(), transport)
             recorders.append(Recorder(transport, layer.num_features, str(i), device))
-            layer._group_spec = transports.adopt(recorders[-1], device.type)
+            layer._site.enter(transports.adopt(recorders[-1], device.type))
+            entered.append(layer._site)
             layer.training, layer.track_running_stats = True, False  # without them it does not renormalise either
         yield recorders
     finally:
         for recorder in recorders:
             transports.discard(recorder, recorder.mean.device.type)
-            collective.forget(recorder)
-        for layer, training, tracks, spec in before:
-            layer.training, layer.track_running_stats, layer._group_spec = training, tracks, spec
+            operators.forget(recorder)
+        for site in entered:
+            site.leave()
+        for layer, training, tracks in before:
+            layer.training, layer.track_running_stats = training, tracks
 
 
 def merge_ranks(recorders: list[Recorder], world: AbstractTransport, device: torch.device) -> None:

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from syncbn import moments
-from syncbn.kernels.base import AbstractKernels, BatchStats
-from syncbn.moments import Running, Status
+from syncbn.moments import Running
 
 
 class RenormLimits(NamedTuple):
@@ -64,7 +62,7 @@ def correction(wire: Tensor, running: Running, eps: float, limits: RenormLimits)
     """Returns r and d, float64 (C,), of a batch and the running statistics that earlier batches made.
 
     Args:
-        wire: float64 (2C + 8,), summed over the ranks.
+        wire: float64 (2C + 15,), summed over the ranks.
         running: before this batch moves it.
         eps: added to both variances.
         limits: of r and d.
@@ -77,73 +75,31 @@ def correction(wire: Tensor, running: Running, eps: float, limits: RenormLimits)
 
 
 def corrected(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the weight and bias, float64 (C,), of the batch normalization that is equal."""
+    """Returns the weight and bias, float64 (C,), of the batch normalization that is equal. Autograd records it."""
+    if weight is not None:
+        weight = weight.double()  # once: its gradient, d * sum_grad_y + r * sum_grad_y_xhat, is rounded once too
     shift = d if weight is None else d * weight
-    return r if weight is None else r * weight, shift if bias is None else shift + bias
+    return r if weight is None else r * weight, shift if bias is None else shift + bias.double()
 
 
 @final
-class RenormKernels(AbstractKernels):
-    """Other kernels with the weight and bias of batch renormalization. One for each call: it keeps r and d.
+class Renormalize:
+    """The adjustment of weight and bias that is batch renormalization.
 
     Args:
-        inner: the kernels that do the work.
         limits: of r and d.
     """
 
-    name = "renorm"
+    def __init__(self, limits: RenormLimits) -> None:
+        self.limits = limits
 
-    def __init__(self, inner: AbstractKernels, limits: RenormLimits) -> None:
-        self.inner, self.limits = inner, limits
-        self.correction: tuple[Tensor, Tensor] | None = None
+    def correction(self, wire: Tensor, running: Running | None, eps: float) -> tuple[Tensor, Tensor] | None:
+        """Returns r and d; None, which is batch normalization, where there are no running statistics."""
+        return None if running is None else correction(wire, running, eps, self.limits)
 
-    def local_moments(self, x: Tensor, status: Status) -> Tensor:
-        """See :meth:`AbstractKernels.local_moments`."""
-        return self.inner.local_moments(x, status)
-
-    def read_status(self, wire: Tensor) -> tuple[float, Status]:
-        """See :meth:`AbstractKernels.read_status`."""
-        return self.inner.read_status(wire)
-
-    def normalize(
-        self,
-        x: Tensor,
-        wire: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running: Running | None,
-        eps: float,
-        count_global: float,
-    ) -> tuple[Tensor, BatchStats]:
-        """See :meth:`AbstractKernels.normalize`.
-
-        Without ``running`` it is that of batch normalization, or, where activation checkpointing repeats a forward,
-        that of the first time.
-        """
-        if running is not None:
-            self.correction = correction(wire, running, eps, self.limits)
-        if self.correction is not None:
-            weight, bias = corrected(*self.correction, weight, bias)
-        return self.inner.normalize(x, wire, weight, bias, running, eps, count_global)
-
-    def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
-        """See :meth:`AbstractKernels.backward_sums`."""
-        return self.inner.backward_sums(grad_y, x, stats)
-
-    def parameter_gradients(
-        self, wire: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
+    def __call__(
+        self, wire: Tensor, running: Running | None, eps: float, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See :meth:`AbstractKernels.parameter_gradients`. grad_weight = r * sum_grad_y_xhat + d * sum_grad_y."""
-        if self.correction is not None:
-            r, d = self.correction
-            sum_grad_y, sum_grad_y_xhat = wire.chunk(2)
-            wire = torch.cat((sum_grad_y, r * sum_grad_y_xhat + d * sum_grad_y))
-        return self.inner.parameter_gradients(wire, weight, bias)
-
-    def backward_input(
-        self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
-    ) -> Tensor:
-        """See :meth:`AbstractKernels.backward_input`."""
-        if self.correction is not None:
-            weight, _ = corrected(*self.correction, weight, None)
-        return self.inner.backward_input(grad_y, x, wire, weight, stats)
+        """Returns the weight and bias to normalise with."""
+        found = self.correction(wire, running, eps)
+        return (weight, bias) if found is None else corrected(*found, weight, bias)

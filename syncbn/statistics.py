@@ -47,8 +47,8 @@ def recalibrate(
         progress: whether rank 0 shows a progress bar.
 
     Communication:
-        By every rank: one comparison of the layers, one all-reduce of 2 values before each batch, which says who
-        has one, one of 2C + 8 for each layer and batch, and at the end one of C + 1 and one of C values a layer.
+        By every rank: one comparison of the layers, one all-reduce of 9 values before each batch, which says who
+        has one, one of 2C + 15 for each layer and batch, and at the end one of C + 1 and one of C values a layer.
         A rank that has no batch left runs its last one again, counted as nothing, until none has any.
 
     Raises:
@@ -60,7 +60,7 @@ def recalibrate(
             f"{NAME} needs every rank, and ranks that have finished in syncbn.join do not follow it; received a call "
             "inside syncbn.join. Call it after the join."
         )
-    layers = [layer for layer in layers_of(model) if layer.track_running_stats and not layer.frozen]
+    layers = [layer for layer in layers_of(model) if layer.track_running_stats and not layer._site.frozen]
     means = (layer.running_mean for layer in layers)
     somewhere = next((t for t in (*means, *model.parameters(), *model.buffers()) if t is not None), None)
     device = torch.device("cpu") if somewhere is None else somewhere.device  # a rank without layers joins the others
@@ -106,7 +106,7 @@ def _rounds(inputs: Iterator[_Input], world: AbstractTransport, device: torch.de
     while True:
         mine, error = _next(inputs)
         flags = torch.tensor((mine is not None, error is not None), dtype=torch.float64, device=device)
-        having, failed = world.all_reduce(flags).tolist()
+        having, failed = agreement.exchange(flags, world, NAME).tolist()
         if failed:
             agreement.raise_gathered(error, world)
         if last is None and having < world.size:

@@ -96,8 +96,9 @@ class World:
         """
         usable = isinstance(count, SupportsIndex) and operator.index(count) >= 0
         error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
-        self.raise_together(None if usable else error)
-        total = self.transport.all_reduce(torch.tensor([float(count)], dtype=torch.float64, device="cpu")).item()
+        agreement.raise_together(None if usable else error, self.transport, "World.loss_scale")
+        mine = torch.tensor([float(count)], dtype=torch.float64, device="cpu")
+        total = agreement.exchange(mine, self.transport, "World.loss_scale").item()
         if total == 0:
             raise ValueError(
                 f"World.loss_scale needs a sample on some rank; received 0 on all {self.size}. Skip the step."
@@ -146,7 +147,7 @@ class World:
         Raises:
             ValueError, TypeError or RuntimeError: on every rank, naming the ranks that brought it.
         """
-        agreement.raise_together(error, self.transport)
+        agreement.raise_together(error, self.transport, "World.raise_together")
 
     def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
         # torch.compile puts _orig_mod into the names; a compiled model is the same model.

@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "explain",
     "explain_device",
+    "for_call",
     "look",
     "on_device",
 ]
@@ -45,6 +46,13 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
+
+
+def for_call(x: Tensor, masked: bool, transport: AbstractTransport) -> AbstractKernels:
+    """Returns the kernels for a call over a group; with a mask the readable ones, which alone take it."""
+    if masked:
+        return _torch_kernels()
+    return choose(x) if x.is_cpu else on_device(x, transport)
 
 
 def choose(x: Tensor) -> AbstractKernels:
@@ -66,13 +74,13 @@ def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
         return _torch_kernels()
     if x.numel() > cuda_geometry.MOST and prod(x.shape[2:]) > cuda_geometry.MOST:
         return _torch_kernels()
-    return _cuda_kernels(transport.size, transport.on_host)
+    return _cuda_kernels(transport.on_host)
 
 
 def look(device: torch.device) -> None:
     """Raises what the kernels of a CUDA device have left for the host, if they have. Waits for nothing."""
     if explain_device().name == "cupy":
-        _launcher().mailbox(torch.empty(0, device=device)).look()
+        _launcher().deferred_errors(torch.empty(0, device=device)).look()
 
 
 @cache
@@ -155,7 +163,7 @@ def _torch_kernels() -> AbstractKernels:
 
 
 @cache
-def _cuda_kernels(ranks: int, on_host: bool) -> AbstractKernels:
+def _cuda_kernels(on_host: bool) -> AbstractKernels:
     choice = explain_device()
     if choice.name == "torch":
         if not choice.reason.startswith(OVERRIDE):
@@ -163,7 +171,7 @@ def _cuda_kernels(ranks: int, on_host: bool) -> AbstractKernels:
         return _torch_kernels()
     from syncbn.kernels.cupy_ops import CupyKernels
 
-    return CupyKernels(_launcher(), ranks, on_host=on_host)
+    return CupyKernels(_launcher(), on_host=on_host)
 
 
 @cache

@@ -6,8 +6,9 @@ N batch, C channels, S product of the spatial dims, W ranks.
     forward    x -> local_moments  -> all_reduce -> normalize      -> y
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
-An implementation is stateless, accepts any strides and an empty share (N * S == 0), and is checked by
-``tests/test_kernels.py`` against ``reference.py`` in float64. ``torch_ops.py`` is the readable one.
+An implementation is stateless, accepts any strides and an empty local batch (N * S == 0), and is checked by
+``tests/test_kernels.py`` against ``reference.py`` in float64. ``torch_ops.py`` is the readable one, and the only one
+that takes a mask, is compiled by torch.compile, and is differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -18,63 +19,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn import moments
-from syncbn.moments import Running, Status
+from syncbn.moments import Counters, Message, Numbers, Running, Status
+
+PROBLEM, RECORDS, NEEDED = -1, 1, 2
 
 
-class BatchStats(NamedTuple):
-    """Statistics of the global batch that backward needs."""
+class Parameters(NamedTuple):
+    """What ``normalize`` takes beside x and the wire."""
 
-    values: Tensor
-    """float64 ``[mean (C), invstd (C)]``, and the count where only the device has it. One tensor, since an allocation
-    costs as much as a small step."""
-    count_global: float
-    """Samples per channel in the global batch."""
-
-    @property
-    def mean(self) -> Tensor:
-        """A view, float64 (C,)."""
-        return self.values[: self.values.numel() // 2]
-
-    @property
-    def invstd(self) -> Tensor:
-        """A view, float64 (C,)."""
-        C = self.values.numel() // 2
-        return self.values[C : 2 * C]
+    weight: Tensor | None = None
+    """(C,) or None for 1; any floating dtype."""
+    bias: Tensor | None = None
+    """(C,) or None for 0; any floating dtype."""
+    eps: float = 1e-5
+    """Added to the variance."""
+    running: Running | None = None
+    """Updated in place, or None to leave them alone."""
 
 
 class AbstractKernels(ABC):
     """Four steps on one process's data. Nothing here communicates."""
 
     name: str
+    deferred = False
+    """Whether the device compares calls and counters itself, and errors come later: the host waits for nothing."""
 
     @abstractmethod
-    def local_moments(self, x: Tensor, status: Status) -> Tensor:
-        """Sums x and x * x over N and S into a new forward wire.
+    def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
+        """Sums x and x * x over N and S into a new forward wire; with a mask, weighted by it.
 
         Args:
             x: (N, C, *spatial), float16, bfloat16, float32 or float64; N or S may be 0.
+            mask: (N, 1, *spatial), booleans or weights, or None.
+            numbers: of the call.
             status: counters that ride in the wire's tail.
 
         Returns:
-            float64 (2C + 8,), laid out as in :mod:`syncbn.moments`. The sums are accumulated in float64.
+            float64 (2C + 15,), laid out as in :mod:`syncbn.moments`. The sums are accumulated in float64.
         """
 
-    def read_status(self, wire: Tensor) -> tuple[float, Status]:
-        """Reads ``(count_global, status)`` of an all-reduced wire on the host."""
-        return moments.read_status(wire)
+    @abstractmethod
+    def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
+        """Reads what an all-reduced forward wire says of the call; None where kernels are ``deferred``.
+
+        Raises:
+            ValueError, TypeError: where they are, what the device found wrong with an earlier call.
+        """
+
+    def agreement(self, wire: Tensor, message: Message) -> int | None:
+        """Says in short what :meth:`read_counters` says: most calls need no more.
+
+        Returns:
+            ``PROBLEM`` where the counters name one. Else ``RECORDS`` where autograd records on all ranks, plus
+            ``NEEDED`` where any rank needs a gradient. None where kernels are ``deferred``.
+        """
+        counters = self.read_counters(wire, message)
+        if counters is None:
+            return None
+        _, recording, needing, *_ = counters.status
+        return PROBLEM if counters.problem(message.ranks) else RECORDS * bool(recording) + NEEDED * bool(needing)
 
     @abstractmethod
-    def normalize(
-        self,
-        x: Tensor,
-        wire: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running: Running | None,
-        eps: float,
-        count_global: float,
-    ) -> tuple[Tensor, BatchStats]:
+    def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
         """Finalises the statistics, moves the running ones, and normalises x.
 
         y = (x - mean) * (invstd * weight) + bias
@@ -83,72 +89,77 @@ class AbstractKernels(ABC):
 
         Args:
             x: (N, C, *spatial), as given to :meth:`local_moments`.
-            wire: float64 (2C + 8,), summed over the ranks.
-            weight: (C,) or None for 1; any floating dtype.
-            bias: (C,) or None for 0; any floating dtype.
-            running: updated in place, or None to leave them alone.
-            eps: added to the variance.
-            count_global: samples per channel in the global batch, read from the wire by the caller.
+            wire: float64 (2C + 15,), summed over the ranks.
+            parameters: weight, bias, eps and running statistics.
+            message: the identity of the wire, which deferred kernels compare.
 
         Returns:
-            y, of x's shape, dtype and layout, and the statistics that backward needs.
+            y, of x's shape, dtype and layout; and the statistics of the global batch that backward needs, float64
+            (2C + 1,): ``[mean (C), invstd (C), count]``.
         """
 
     @abstractmethod
-    def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
-        """Sums grad_y and grad_y * xhat over N and S, xhat = (x - mean) * invstd.
+    def backward_sums(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        numbers: Numbers,
+        weight: torch.dtype | None = None,
+        bias: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Sums grad_y and grad_y * xhat over N and S, xhat = (x - mean) * invstd, also where a mask is 0.
 
         Args:
             grad_y: (N, C, *spatial), in any layout, also another one than x.
             x: (N, C, *spatial).
             stats: as :meth:`normalize` returned them.
-
-        Returns:
-            float64 (2C,): ``[sum_grad_y (C), sum_grad_y_xhat (C)]``. Before the all-reduce these are also the
-            local gradients of bias and weight.
-        """
-
-    def parameter_gradients(
-        self, wire: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Makes the local gradients of weight and bias of a wire that has not been reduced yet.
-
-        Args:
-            wire: float64 (2C,), as :meth:`backward_sums` returned it.
+            numbers: of the message.
             weight: the dtype of weight, or None where it needs no gradient.
             bias: the dtype of bias, or None where it needs no gradient.
 
         Returns:
-            ``grad_weight (C,)`` and ``grad_bias (C,)``, new tensors, or None.
+            The backward wire, float64 (2C + 7,), and the local gradients of weight and bias, new tensors (C,), or None.
         """
-        grad_bias, grad_weight = wire.chunk(2)
-        return (
-            None if weight is None else grad_weight.to(weight, copy=True),
-            None if bias is None else grad_bias.to(bias, copy=True),
-        )
 
-    def backward_sums_and_gradients(
-        self, grad_y: Tensor, x: Tensor, stats: BatchStats, weight: torch.dtype | None, bias: torch.dtype | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Runs :meth:`backward_sums` and :meth:`parameter_gradients`; one kernel where that saves a launch."""
-        wire = self.backward_sums(grad_y, x, stats)
-        return wire, *self.parameter_gradients(wire, weight, bias)
+    @abstractmethod
+    def check_sums(self, wire: Tensor, message: Message) -> bool:
+        """Whether all ranks sent this backward message; True where kernels are ``deferred``.
+
+        Raises:
+            ValueError, TypeError: as :meth:`read_counters`.
+        """
 
     @abstractmethod
     def backward_input(
-        self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        wire: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        message: Message,
     ) -> Tensor:
         """Forms the gradient of the input from the global sums.
 
-        grad_x = (grad_y - sum_grad_y / count - xhat * sum_grad_y_xhat / count) * invstd * weight
+        grad_x = (grad_y - (sum_grad_y / count + xhat * sum_grad_y_xhat / count) * mask) * invstd * weight
 
         Args:
             grad_y: (N, C, *spatial).
             x: (N, C, *spatial).
-            wire: float64 (2C,), :meth:`backward_sums` summed over the ranks.
+            mask: (N, 1, *spatial) or None for 1: what is masked out has no part in the statistics.
+            wire: float64 (2C + 7,), of :meth:`backward_sums` summed over the ranks.
             weight: (C,) or None for 1.
             stats: as :meth:`normalize` returned them.
+            message: the identity of the wire, which deferred kernels compare.
 
         Returns:
             grad_x, of x's shape, dtype and layout.
         """
+
+
+def split_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views mean (C,), invstd (C,) and count () of what ``normalize`` returned."""
+    C = stats.numel() // 2
+    return stats[:C], stats[C : 2 * C], stats[2 * C]

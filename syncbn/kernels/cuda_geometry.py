@@ -68,9 +68,9 @@ def plan(
         The geometry; None where the tensor is neither contiguous nor channels_last and wants a copy.
     """
     N, C, S = shape[0], shape[1], prod(shape[2:])
-    if N * S == 0:
+    if N * C * S == 0:
         columns, V = min(32, threads), 16 // itemsize
-        return Geometry("Rows", 0, C, 1, _ceil(C, columns * V), 1, 1, 16, (columns, 1))
+        return Geometry("Rows", N * S, C, 1, max(1, _ceil(C, columns * V)), 1, 1, 16, (columns, 1))
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
     if planes and C == 1 and N * S <= MOST:

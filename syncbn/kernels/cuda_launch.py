@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from syncbn.kernels.cuda_verdict import Mailbox
+from syncbn.kernels.cuda_verdict import DeferredErrors
 
 OPTIONS = ("--std=c++17", "--fmad=false")  # fused by the compiler, an element's bits would depend on its place
 FLOAT32_TO_FLOAT64 = 87
@@ -54,8 +54,8 @@ class AbstractLauncher(ABC):
         """Returns uint32 (>= groups,), 0 between launches, which no other stream and no other graph uses."""
 
     @abstractmethod
-    def mailbox(self, x: Tensor) -> Mailbox:
-        """Returns where the device of x leaves a late verdict."""
+    def deferred_errors(self, x: Tensor) -> DeferredErrors:
+        """Returns where the device of x leaves an error for the host."""
 
 
 @final
@@ -76,7 +76,7 @@ class CupyLauncher(AbstractLauncher):
         self._functions: dict[tuple[str, int], int] = {}
         self._loaded: list[Any] = []  # what the pointers in _functions lead into, also after cupy.clear_memo()
         self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
-        self._mailboxes: dict[int, Mailbox] = {}
+        self._deferred_errors: dict[int, DeferredErrors] = {}
         self._local = threading.local()  # forward and backward launch from threads of their own
 
     def launch(
@@ -115,13 +115,13 @@ class CupyLauncher(AbstractLauncher):
             self._tickets[key] = found
         return found[1]
 
-    def mailbox(self, x: Tensor) -> Mailbox:
-        """See :meth:`AbstractLauncher.mailbox`. Pinned memory has one address for host and device."""
-        found = self._mailboxes.get(x.get_device())
+    def deferred_errors(self, x: Tensor) -> DeferredErrors:
+        """See :meth:`AbstractLauncher.deferred_errors`. Pinned memory has one address for host and device."""
+        found = self._deferred_errors.get(x.get_device())
         if found is None:
             self._refuse_capture("the first training step")
-            found = Mailbox(torch.zeros(Mailbox.SIZE, dtype=torch.float64, device="cpu").pin_memory())
-            self._mailboxes[x.get_device()] = found
+            memory = torch.zeros(DeferredErrors.SIZE, dtype=torch.float64, device="cpu").pin_memory()
+            found = self._deferred_errors[x.get_device()] = DeferredErrors(memory)
         return found
 
     def _argument(self) -> tuple[Any, int]:

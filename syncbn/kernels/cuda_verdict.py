@@ -1,46 +1,54 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The late verdict: what a GPU finds wrong with a call reaches the host without a wait.
+"""Deferred errors: what a GPU finds wrong with a call reaches the host without a wait.
 
-``cuda/normalize.cu`` reads the counters of the reduced wire. Where they forbid the call it makes y NaN, leaves the
-running statistics alone and stores the counters in host memory. The next call of any layer looks there.
+``cuda/normalize.cu`` and ``cuda/backward_input.cu`` compare the call in a reduced wire with this rank's, and the first
+reads the counters too. Where they forbid the call, y or grad_x is NaN, the running statistics stay, and the kernel
+writes a few numbers to host memory. The next call of any layer looks there, and raises.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import final
 
 import torch
 from torch import Tensor
 
-from syncbn.moments import DTYPES, STATUS_SLOTS, Status
+from syncbn import checks
+from syncbn.moments import STATUS_SLOTS, Counters, Message, Status
 
-REMEMBERED = 256
-"""Calls whose input is still known when the verdict comes."""
+REMEMBERED = 512
+"""Launches of which the call and the input are still known when the error comes."""
+FORGOTTEN = "something else in a call too long ago to be named, as in the replay of a CUDA graph"
+REMARK = (
+    "Found at a later call, as a GPU is not waited for: what that call returned was NaN, and its running statistics "
+    "were left alone. End all processes; World.check() after a step finds it there."
+)
 
 
 @final
-class Mailbox:
-    """Host memory that the device writes to: [call, count, status...], float64; call is 0 while it is empty.
+class DeferredErrors:
+    """Host memory that the device writes to: ``[number, ranks, same_call, count, status (7)]``, 0 while it is empty.
 
     Args:
         memory: float64 (SIZE,), zeros, pinned.
     """
 
-    SIZE = 2 + len(STATUS_SLOTS)
+    SIZE = 4 + len(STATUS_SLOTS)
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
         self.address = memory.data_ptr()
         self._slots = (ctypes.c_double * self.SIZE).from_address(self.address)
-        self._calls: list[tuple[int, str, int]] = [(0, "", 1)] * REMEMBERED
-        self._count = 0
+        self._numbers = itertools.count(1)  # forward and backward come from threads of their own
+        self._calls: list[tuple[int, Message, torch.dtype, torch.Size] | None] = [None] * REMEMBERED
 
-    def number(self, x: Tensor, ranks: int) -> float:
-        """Numbers a call and remembers what it was about."""
-        self._count += 1
-        self._calls[self._count % REMEMBERED] = (self._count, f"{x.dtype} {tuple(x.shape)}", ranks)
-        return float(self._count)
+    def number(self, message: Message, x: Tensor) -> float:
+        """Numbers a launch and remembers what it was about."""
+        number = next(self._numbers)
+        self._calls[number % REMEMBERED] = number, message, x.dtype, x.shape
+        return float(number)
 
     def look(self) -> None:
         """Raises what the device has found, once. Waits for nothing: what is not there yet is found later.
@@ -48,46 +56,17 @@ class Mailbox:
         Raises:
             ValueError, TypeError: on every rank of the group, but not at the same call on all.
         """
-        if self._slots[0]:
-            call, count, *status = self._slots
-            self._slots[0] = 0.0
-            number, what, ranks = self._calls[int(call) % REMEMBERED]
-            what = what.removeprefix("torch.") if number == call else "an earlier input"
-            raise late_error(count, Status(*status), what, ranks, _LATE)
-
-
-_LATE = (
-    "Found late, as a GPU is not waited for: the output of that call was NaN, and its running statistics were left "
-    "alone. End all processes; World.check() after a step tells at once."
-)
-
-
-def late_error(count: float, status: Status, what: str, ranks: int, remark: str) -> Exception:
-    """Words a verdict for which nobody is asked any more."""
-    late = f"This rank's input was {what}. {remark}"
-    if status.faults:
-        return ValueError(
-            f"SyncBatchNorm needs a right input on every rank; {status.faults:g} of {ranks} ranks had a wrong one, and "
-            f"said so there. {late}"
-        )
-    if status.dtypes > 1:
-        votes = zip(DTYPES, status[3:], strict=True)
-        received = ", ".join(f"{str(d).removeprefix('torch.')} on {n:g}" for d, n in votes if n)
-        return TypeError(
-            f"SyncBatchNorm needs input of one dtype on every rank; received {received} of {ranks} ranks. Cast the "
-            f"input, or use the same autocast settings on every rank. {late}"
-        )
-    if 0 < status.grad_enabled < ranks:
-        return ValueError(
-            "SyncBatchNorm needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever; "
-            f"received True on {status.grad_enabled:g} of {ranks} ranks. Use torch.no_grad() on all ranks or on none, "
-            f"or model.eval(). {late}"
-        )
-    return ValueError(
-        "SyncBatchNorm needs at least 2 values per channel in the group to estimate a variance; received "
-        f"{count:g} over {ranks} rank{'s' if ranks > 1 else ''}. Give each rank more samples or call model.eval(). "
-        f"{late}"
-    )
+        if not self._slots[0]:
+            return
+        number, ranks, same, count, *status = self._slots
+        self._slots[0] = 0.0
+        counters = Counters(bool(same), count, Status._make(status))
+        problem, found = counters.problem(int(ranks)), self._calls[int(number) % REMEMBERED]
+        if found is None or found[0] != number:
+            raise checks.problem_error(problem, FORGOTTEN, f" {REMARK}")
+        _, message, dtype, shape = found
+        what = f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+        raise checks.deferred_error(problem, counters, message, what, REMARK)
 
 
 def check(device: torch.device) -> None:

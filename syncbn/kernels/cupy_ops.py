@@ -3,7 +3,7 @@
 
 Nothing is computed here and nothing is waited for: outputs are allocated, by torch, and arguments are packed in the
 order of the structs in the ``.cu`` files. Contiguous and channels_last tensors are read where they are; others are
-copied, once a step.
+copied, once a step. They take no mask.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from torch import Tensor
 
 from syncbn import moments
 from syncbn.kernels import cuda_geometry
-from syncbn.kernels.base import AbstractKernels, BatchStats
+from syncbn.kernels.base import AbstractKernels, Parameters
 from syncbn.kernels.cuda_geometry import THREADS, Geometry
 from syncbn.kernels.cuda_launch import AbstractLauncher
-from syncbn.moments import DTYPES, STATUS_SLOTS, Running, Status
+from syncbn.moments import DTYPES, STATUS_SLOTS, Counters, Message, Numbers, Status
 
 NAMES = dict(zip(DTYPES, ("Float16", "BFloat16", "float", "double"), strict=True))
 REDUCTIONS = ("local_moments", "backward_sums")
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_ENDS = 1 + len(STATUS_SLOTS)
-# The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq.
-LOCAL_MOMENTS = struct.Struct(f"=7qQQ{_ENDS}dQQ")
-NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdddQd")
-BACKWARD_SUMS = struct.Struct("=7qQQQQQQqqQqqQQ")
-BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq")
+# The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq, Numbers 4d, Reduction QQ,
+# DeferredError Qd.
+LOCAL_MOMENTS = struct.Struct(f"=7qQQ4d{1 + len(STATUS_SLOTS)}dQQ")
+NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdd4ddQd")
+BACKWARD_SUMS = struct.Struct("=7qQQQQQ4dQqqQqqQQ")
+BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq4ddQd")
 _ABSENT = (0, 0, 0)
-_UNKNOWN = (2.0, Status(needs_grad=1.0))  # nothing is wrong, and every rank joins backward
 
 
 @final
@@ -41,23 +40,22 @@ class CupyKernels(AbstractKernels):
 
     Args:
         launcher: what runs them.
-        ranks: W, for the verdict on the device.
-        on_host: whether the host has waited for the all-reduce anyway, and reads the verdict there and then.
+        on_host: whether the host has waited for the all-reduce anyway, and so compares calls and counters at once.
+            Otherwise the device does, and what it finds is a deferred error.
         threads: the largest block.
     """
 
     name = "cupy"
 
-    def __init__(
-        self, launcher: AbstractLauncher, ranks: int = 1, *, on_host: bool = False, threads: int = THREADS
-    ) -> None:
-        self._launcher, self._ranks, self._on_host, self._threads = launcher, ranks, on_host, threads
+    def __init__(self, launcher: AbstractLauncher, *, on_host: bool = False, threads: int = THREADS) -> None:
+        self._launcher, self._threads = launcher, threads
+        self.deferred = not on_host
 
-    def local_moments(self, x: Tensor, status: Status) -> Tensor:
+    def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
+        assert mask is None
         x, plan = self._laid_out(x, sums=True)
-        C = plan.C
-        wire = x.new_empty(2 * C + _ENDS, dtype=torch.float64)
+        wire = x.new_empty(moments.wire_length(plan.C), dtype=torch.float64)
         pointer = x.data_ptr()
         keep, scratch = self._scratch(x, plan)
         self._run(
@@ -65,45 +63,33 @@ class CupyKernels(AbstractKernels):
             x,
             plan,
             LOCAL_MOMENTS,
-            (*_shape(plan, pointer), pointer, wire.data_ptr(), float(plan.N * plan.S), *status, *scratch),
+            (*_shape(plan, pointer), pointer, wire.data_ptr(), *numbers, float(plan.N * plan.S), *status, *scratch),
         )
         del keep  # torch hands it to nobody else before this stream is done with it
         return wire
 
-    def read_status(self, wire: Tensor) -> tuple[float, Status]:
-        """See :meth:`AbstractKernels.read_status`. Where that would be a wait, the verdict is left to the device.
+    def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
+        """See :meth:`AbstractKernels.read_counters`. Where that would be a wait, normalize reads them on the device.
 
-        What it has found in earlier calls is raised here, and in backward_input: after the all-reduce, in which the
-        other ranks would wait for this one.
+        What the device has found in earlier calls is raised here, and in check_sums: after the all-reduce, in which
+        the other ranks would wait for this one.
         """
-        if self._on_host:
-            return moments.read_status(wire)
-        self._launcher.mailbox(wire).look()
-        return _UNKNOWN
+        if not self.deferred:
+            return moments.read_counters(wire, message.numbers)
+        self._launcher.deferred_errors(wire).look()
+        return None
 
-    def normalize(
-        self,
-        x: Tensor,
-        wire: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running: Running | None,
-        eps: float,
-        count_global: float,
-    ) -> tuple[Tensor, BatchStats]:
-        """See :meth:`AbstractKernels.normalize`. The count is that of the wire, which only the device has read."""
+    def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
+        """See :meth:`AbstractKernels.normalize`."""
+        weight, bias, eps, running = parameters
         dense, plan = self._laid_out(x, sums=False)
         C = plan.C
         y = torch.empty_like(dense)
         stats = wire.new_empty(2 * C + 1)
         first, pointer, out = stats.data_ptr(), dense.data_ptr(), y.data_ptr()
-        mailbox = (0, 0.0)
-        if not self._on_host:
-            box = self._launcher.mailbox(x)
-            mailbox = (box.address, box.number(x, self._ranks))
         threads = plan.block[0] * plan.block[1]
-        keepers = max(1, -(-C // threads))  # blocks with the numbers per channel
-        moves = (*_ABSENT, *_ABSENT, 0, keepers, 0.0)
+        stats_blocks = max(1, -(-C // threads))  # blocks with the numbers per channel
+        moves = (*_ABSENT, *_ABSENT, 0, stats_blocks, 0.0)
         if running is not None:
             tracked = running.num_batches_tracked
             momentum = -1.0 if running.momentum is None else running.momentum
@@ -113,8 +99,8 @@ class CupyKernels(AbstractKernels):
                     "Move the layer with layer.to(x.device)."
                 )
             counter = 0 if tracked is None else tracked.data_ptr()
-            keepers = 1 if running.momentum is None else keepers  # one that counts the batches, and no race for it
-            moves = (*_values(running.mean, x), *_values(running.var, x), counter, keepers, momentum)
+            stats_blocks = 1 if running.momentum is None else stats_blocks  # one counts the batches, and no race for it
+            moves = (*_values(running.mean, x), *_values(running.var, x), counter, stats_blocks, momentum)
         self._run(
             "normalize",
             dense,
@@ -127,35 +113,33 @@ class CupyKernels(AbstractKernels):
                 *_values(bias, x),
                 *(first, first + 8 * C, first + 16 * C),
                 *moves,
-                *(eps, float(self._ranks)),
-                *mailbox,
+                eps,
+                *self._comparison(message, x),
             ),
-            more=keepers,
+            more=stats_blocks,
         )
         if dense is not x:
             y = torch.empty_like(x).copy_(y)
-        return y, BatchStats(stats, count_global)
+        if running is not None:
+            moments.tell_autograd(running)
+        return y, stats
 
-    def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
-        """See :meth:`AbstractKernels.backward_sums`."""
-        return self._backward_sums(grad_y, x, stats, None, None)
-
-    def backward_sums_and_gradients(
-        self, grad_y: Tensor, x: Tensor, stats: BatchStats, weight: torch.dtype | None, bias: torch.dtype | None
+    def backward_sums(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        numbers: Numbers,
+        weight: torch.dtype | None = None,
+        bias: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See :meth:`AbstractKernels.backward_sums_and_gradients`. One launch."""
-        C = x.size(1)
-        grad_weight = None if weight is None else x.new_empty(C, dtype=weight)
-        grad_bias = None if bias is None else x.new_empty(C, dtype=bias)
-        return self._backward_sums(grad_y, x, stats, grad_weight, grad_bias), grad_weight, grad_bias
-
-    def _backward_sums(
-        self, grad_y: Tensor, x: Tensor, stats: BatchStats, grad_weight: Tensor | None, grad_bias: Tensor | None
-    ) -> Tensor:
+        """See :meth:`AbstractKernels.backward_sums`. One launch."""
         x, plan = self._laid_out(x, sums=True)
         grad_y = _like(grad_y, x)
-        wire = stats.values.new_empty(2 * plan.C)
-        g, pointer, mean = grad_y.data_ptr(), x.data_ptr(), stats.values.data_ptr()
+        wire = stats.new_empty(moments.sums_length(plan.C))
+        grad_weight = None if weight is None else stats.new_empty(plan.C, dtype=weight)
+        grad_bias = None if bias is None else stats.new_empty(plan.C, dtype=bias)
+        g, pointer, mean = grad_y.data_ptr(), x.data_ptr(), stats.data_ptr()
         keep, scratch = self._scratch(x, plan)
         self._run(
             "backward_sums",
@@ -165,26 +149,40 @@ class CupyKernels(AbstractKernels):
             (
                 *_shape(plan, g | pointer),
                 *(g, pointer, mean, mean + 8 * plan.C, wire.data_ptr()),
+                *numbers,
                 *_values(grad_weight, x),
                 *_values(grad_bias, x),
                 *scratch,
             ),
         )
         del keep
-        return wire
+        return wire, grad_weight, grad_bias
+
+    def check_sums(self, wire: Tensor, message: Message) -> bool:
+        """See :meth:`AbstractKernels.check_sums`. Raises what :meth:`read_counters` raises."""
+        if not self.deferred:
+            return moments.same_call(wire[: moments.CALL].tolist(), message.numbers)
+        self._launcher.deferred_errors(wire).look()
+        return True
 
     def backward_input(
-        self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        wire: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        message: Message,
     ) -> Tensor:
-        """See :meth:`AbstractKernels.backward_input`."""
-        if not self._on_host:
-            self._launcher.mailbox(x).look()
+        """See :meth:`AbstractKernels.backward_input`. Without elements one block compares the calls."""
+        assert mask is None
         dense, plan = self._laid_out(x, sums=False)
         grad_x = torch.empty_like(dense)
-        if plan.N:
+        if self.deferred or dense.numel():
             grad_y = _like(grad_y, dense)
             g, pointer, out = grad_y.data_ptr(), dense.data_ptr(), grad_x.data_ptr()
-            mean = stats.values.data_ptr()  # invstd and the count lie behind it, see normalize
+            mean = stats.data_ptr()  # invstd and the count lie behind it, see normalize
             self._run(
                 "backward_input",
                 dense,
@@ -194,6 +192,7 @@ class CupyKernels(AbstractKernels):
                     *_shape(plan, g | pointer | out),
                     *(g, pointer, out, wire.data_ptr(), mean, mean + 8 * plan.C, mean + 16 * plan.C),
                     *_values(weight, x),
+                    *self._comparison(message, x),
                 ),
             )
         return grad_x if dense is x else torch.empty_like(x).copy_(grad_x)
@@ -210,11 +209,21 @@ class CupyKernels(AbstractKernels):
         partials = x.new_empty(2 * plan.blocks * plan.C, dtype=torch.float64)
         return partials, (partials.data_ptr(), self._launcher.tickets(x, plan.groups).data_ptr())
 
+    def _comparison(self, message: Message, x: Tensor) -> tuple[int | float, ...]:
+        """The fields by which a kernel compares the call of a wire with this one, and where it leaves an error."""
+        numbers, ranks, *_ = message
+        if not self.deferred:
+            return *numbers, ranks, 0, 0.0
+        errors = self._launcher.deferred_errors(x)
+        return *numbers, ranks, errors.address, errors.number(message, x)
+
     def _run(
         self, step: str, x: Tensor, plan: Geometry, layout: struct.Struct, values: tuple[Any, ...], more: int = 0
     ) -> None:
         kernel = kernel_name(step, x.dtype, plan.layout, self._launcher.slow_float64(x))
-        grid = more + (plan.grid if plan.N or step != "normalize" else 0)
+        grid = more + plan.grid
+        if not x.numel() and step not in REDUCTIONS:  # nothing to write but numbers per channel
+            grid = more or 1
         self._launcher.launch(kernel, grid, plan.block, layout, values, x)
 
 

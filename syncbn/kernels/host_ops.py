@@ -14,81 +14,93 @@ from typing import final
 import torch
 from torch import Tensor
 
+from syncbn import moments
 from syncbn.kernels import _host
-from syncbn.kernels.base import AbstractKernels, BatchStats
-from syncbn.moments import STATUS_SLOTS, Running, Status
+from syncbn.kernels.base import AbstractKernels, Parameters
+from syncbn.moments import Counters, Message, Numbers, Running, Status
 
 _host.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
 # torch.empty would follow torch.set_default_device; new_empty of this follows nothing but this.
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")
-_ENDS = 1 + len(STATUS_SLOTS)
+_FORWARD = moments.wire_length(0)
 _ABSENT = Running(None, None, None, None)  # type: ignore[arg-type]
 
 
 @final
 class HostKernels(AbstractKernels):
-    """The compiled kernels. The same bits with every instruction set and number of threads."""
+    """The compiled kernels. The same bits with every instruction set and number of threads. They take no mask."""
 
     name = "host"
 
-    def local_moments(self, x: Tensor, status: Status) -> Tensor:
+    def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
-        wire = _FLOAT64.new_empty(2 * x.size(1) + _ENDS)
+        assert mask is None
+        wire = _FLOAT64.new_empty(2 * x.size(1) + _FORWARD)
         threads = torch.get_num_threads()
-        if not _host.local_moments(x, wire, status, threads):
-            _host.local_moments(x.contiguous(), wire, status, threads)
+        if not _host.local_moments(x, wire, numbers, status, threads):
+            _host.local_moments(x.contiguous(), wire, numbers, status, threads)
         return wire
 
-    def read_status(self, wire: Tensor) -> tuple[float, Status]:
-        """See :meth:`AbstractKernels.read_status`."""
-        count, *status = _host.read_status(wire)
-        return count, Status._make(status)
+    def read_counters(self, wire: Tensor, message: Message) -> Counters:
+        """See :meth:`AbstractKernels.read_counters`."""
+        return Counters._make(_host.read_counters(wire, message.numbers))
 
-    def normalize(
-        self,
-        x: Tensor,
-        wire: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running: Running | None,
-        eps: float,
-        count_global: float,
-    ) -> tuple[Tensor, BatchStats]:
+    def agreement(self, wire: Tensor, message: Message) -> int:
+        """See :meth:`AbstractKernels.agreement`."""
+        return _host.agreement(wire, message.numbers, message.ranks)
+
+    def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
         """See :meth:`AbstractKernels.normalize`."""
-        y, stats = torch.empty_like(x), _FLOAT64.new_empty(2 * x.size(1))
-        rest = (wire, weight, bias, stats, *(running or _ABSENT), eps, count_global, torch.get_num_threads())
+        weight, bias, eps, running = parameters
+        y, stats = torch.empty_like(x), _FLOAT64.new_empty(2 * x.size(1) + 1)
+        rest = (wire, weight, bias, stats, *(running or _ABSENT), eps, torch.get_num_threads())
         if not _host.normalize(x, y, *rest):
             dense = x.contiguous()
             result = torch.empty_like(dense)
             _host.normalize(dense, result, *rest)
             y.copy_(result)
-        return y, BatchStats(stats, count_global)
+        if running is not None:
+            moments.tell_autograd(running)
+        return y, stats
 
-    def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
+    def backward_sums(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        numbers: Numbers,
+        weight: torch.dtype | None = None,
+        bias: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :meth:`AbstractKernels.backward_sums`."""
-        wire = _FLOAT64.new_empty(2 * x.size(1))
-        rest = (stats.values, wire, torch.get_num_threads())
+        C = x.size(1)
+        wire = _FLOAT64.new_empty(2 * C + moments.CALL)
+        rest = (stats, wire, numbers, torch.get_num_threads())
         if grad_y.dtype != x.dtype or grad_y.is_neg() or not _host.backward_sums(grad_y, x, *rest):
             any(_host.backward_sums(g, dense, *rest) for dense, g in _copies(x, grad_y))
-        return wire
-
-    def parameter_gradients(
-        self, wire: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See :meth:`AbstractKernels.parameter_gradients`."""
-        C = wire.numel() // 2
         grad_weight = None if weight is None else _FLOAT64.new_empty(C, dtype=weight)
         grad_bias = None if bias is None else _FLOAT64.new_empty(C, dtype=bias)
         _host.parameter_gradients(wire, grad_weight, grad_bias)
-        return grad_weight, grad_bias
+        return wire, grad_weight, grad_bias
+
+    def check_sums(self, wire: Tensor, message: Message) -> bool:
+        """See :meth:`AbstractKernels.check_sums`."""
+        return _host.check_sums(wire, message.numbers)
 
     def backward_input(
-        self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        wire: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        message: Message,
     ) -> Tensor:
         """See :meth:`AbstractKernels.backward_input`."""
         grad_x = torch.empty_like(x)
-        rest = (wire, weight, stats.values, stats.count_global, torch.get_num_threads())
+        rest = (wire, weight, stats, torch.get_num_threads())
         if grad_y.dtype == x.dtype and not grad_y.is_neg() and _host.backward_input(grad_y, x, grad_x, *rest):
             return grad_x
         for dense, g in _copies(x, grad_y):

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The four steps in plain torch operators: right on every device, and written to be read.
 
-Per-channel numbers are float64 and are rounded once, to float32 (or float64 for float64 input), before they
-meet the elements. The elementwise work is single multiplications and additions, never a fused operator:
-vector and tail code then round alike, so an element's bits do not depend on where in the tensor it stands.
+N batch, C channels, S product of the spatial dims.
+
+The one implementation that takes a mask, that a compiler looks into and that autograd differentiates: nothing here
+is done in place but moving the running statistics. Per-channel numbers are float64 and are rounded once, to float32
+(or float64 for float64 input), before they meet the elements. The elementwise work is single multiplications and
+additions, never a fused operator: vector and tail code then round alike, so an element's bits do not depend on
+where in the tensor it stands.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ import torch
 from torch import Tensor
 
 from syncbn import moments
-from syncbn.kernels.base import AbstractKernels, BatchStats
-from syncbn.moments import Running, Status
+from syncbn.kernels.base import AbstractKernels, Parameters, split_stats
+from syncbn.moments import Counters, Message, Numbers, Status
 
 
 @final
@@ -24,66 +28,116 @@ class TorchKernels(AbstractKernels):
 
     name = "torch"
 
-    def local_moments(self, x: Tensor, status: Status) -> Tensor:
-        """See :meth:`AbstractKernels.local_moments`."""
-        dims = _reduced_dims(x)
-        x64 = x.to(torch.float64, copy=True)
-        sum_x = x64.sum(dims)
-        sum_x2 = x64.square_().sum(dims)  # in place: one temporary of the input's size, not two
-        return moments.pack(x.numel() // x.size(1), sum_x, sum_x2, status)
+    def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
+        """See :meth:`AbstractKernels.local_moments`. Whether a mask's values are wrong travels as a fault, unread."""
+        x = x.detach()
+        sum_x, sum_x2 = local_sums(x, mask).chunk(2)
+        if mask is None:
+            return moments.pack(numbers, x.numel() // x.size(1), sum_x, sum_x2, status)
+        weights = mask.double()
+        usable = ((weights >= 0) & (weights < torch.inf)).all()
+        status = Status((~usable).double(), *status[1:])  # type: ignore[arg-type]
+        return moments.pack(numbers, weights.sum(), sum_x, sum_x2, status)
 
-    def normalize(
-        self,
-        x: Tensor,
-        wire: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running: Running | None,
-        eps: float,
-        count_global: float,
-    ) -> tuple[Tensor, BatchStats]:
+    def read_counters(self, wire: Tensor, message: Message) -> Counters:
+        """See :meth:`AbstractKernels.read_counters`."""
+        return moments.read_counters(wire, message.numbers)
+
+    def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
         """See :meth:`AbstractKernels.normalize`."""
-        mean, var, invstd = moments.finalize(wire, eps)
+        del message
+        weight, bias, eps, running = parameters
+        mean, _, invstd = moments.finalize(wire, eps)
         if running is not None:
-            moments.update_running(running, mean, var, count_global)
-        scale = invstd if weight is None else invstd * weight.double()
-        y = _centered(x, mean).mul_(_channels(scale, x))
+            moments.update_running(running, wire)
+        y = _centered(x, mean) * _channels(_scale(invstd, weight), x)
         if bias is not None:
-            y.add_(_channels(bias, x))
-        return y.to(x.dtype), BatchStats(torch.cat((mean, invstd)), count_global)
+            y = y + _channels(bias, x)
+        stats = torch.cat((mean, invstd, moments.count(wire).view(1)))
+        return _laid_out(y, x), stats
 
-    def backward_sums(self, grad_y: Tensor, x: Tensor, stats: BatchStats) -> Tensor:
+    def backward_sums(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        numbers: Numbers,
+        weight: torch.dtype | None = None,
+        bias: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :meth:`AbstractKernels.backward_sums`."""
         dims = _reduced_dims(x)
-        xhat = x.to(torch.float64, copy=True).sub_(_broadcast(stats.mean, x)).mul_(_broadcast(stats.invstd, x))
+        mean, invstd, _ = split_stats(stats)
+        xhat = (x.double() - _broadcast(mean, x)) * _broadcast(invstd, x)
         sum_grad_y = grad_y.sum(dims, dtype=torch.float64)
-        sum_grad_y_xhat = xhat.mul_(grad_y).sum(dims)
-        return torch.cat((sum_grad_y, sum_grad_y_xhat))
+        sum_grad_y_xhat = (xhat * grad_y).sum(dims)
+        head = stats.new_tensor(moments.head(numbers))
+        return (
+            torch.cat((head, sum_grad_y, sum_grad_y_xhat)),
+            None if weight is None else sum_grad_y_xhat.to(weight),
+            None if bias is None else sum_grad_y.to(bias),
+        )
+
+    def check_sums(self, wire: Tensor, message: Message) -> bool:
+        """See :meth:`AbstractKernels.check_sums`."""
+        return moments.same_call(wire[: moments.CALL].tolist(), message.numbers)
 
     def backward_input(
-        self, grad_y: Tensor, x: Tensor, wire: Tensor, weight: Tensor | None, stats: BatchStats
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        wire: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        message: Message,
     ) -> Tensor:
         """See :meth:`AbstractKernels.backward_input`."""
-        sum_grad_y, sum_grad_y_xhat = wire.chunk(2)
-        count = max(stats.count_global, 1.0)
-        scale = stats.invstd if weight is None else stats.invstd * weight.double()
-        slope = stats.invstd * sum_grad_y_xhat / count
-        grad_x = _centered(x, stats.mean).mul_(_channels(-slope, x))
-        grad_x.add_(grad_y).sub_(_channels(sum_grad_y / count, x)).mul_(_channels(scale, x))
-        return grad_x.to(x.dtype)
+        del message
+        mean, invstd, count = split_stats(stats)
+        sum_grad_y, sum_grad_y_xhat = wire[moments.CALL :].chunk(2)
+        count = count.clamp(min=1.0)
+        through_statistics = _centered(x, mean) * _channels(-(invstd * sum_grad_y_xhat / count), x)
+        offset = _channels(sum_grad_y / count, x)
+        if mask is None:
+            grad_x = through_statistics + grad_y - offset
+        else:  # what is masked out is not even read, so it may be NaN
+            grad_x = torch.where(mask > 0, (through_statistics - offset) * mask, 0.0) + grad_y
+        return _laid_out(grad_x * _channels(_scale(invstd, weight), x), x)
+
+
+def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sums x and x * x over N and S: float64 (2C,). What is masked out is not even read, so it may be NaN."""
+    dims = _reduced_dims(x)
+    x = x.double()
+    if mask is None:
+        return torch.cat((x.sum(dims), (x * x).sum(dims)))
+    x = torch.where(mask > 0, x, 0.0)
+    weighted = x * mask
+    return torch.cat((weighted.sum(dims), (weighted * x).sum(dims)))
+
+
+def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
+    return invstd if weight is None else invstd * weight.double()
 
 
 def _reduced_dims(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _centered(x: Tensor, mean: Tensor) -> Tensor:
-    """Returns x - mean in the dtype that elementwise arithmetic runs in and in the layout of x."""
-    return torch.sub(x, _channels(mean, x), out=torch.empty_like(x, dtype=_compute_dtype(x)))
+    """Returns x - mean in the dtype that elementwise arithmetic runs in."""
+    return x - _channels(mean, x)
+
+
+def _laid_out(values: Tensor, x: Tensor) -> Tensor:
+    """Returns values in the dtype and layout of x. Operators may choose another layout where a dim has size 1."""
+    if values.stride() != x.stride() and not torch.compiler.is_compiling():
+        like = torch.empty_like(x)
+        if values.stride() != like.stride():
+            return like.copy_(values)
+    # Not `to` where it would be y again: torch 2.11 then compiles a backward that gets no gradient.
+    return values if values.dtype == x.dtype else values.to(x.dtype)
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
@@ -93,4 +147,4 @@ def _broadcast(values: Tensor, x: Tensor) -> Tensor:
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:
     """Rounds (C,) values once to the dtype of elementwise arithmetic and broadcasts them over x."""
-    return _broadcast(values.to(_compute_dtype(x)), x)
+    return _broadcast(values.to(torch.float64 if x.dtype == torch.float64 else torch.float32), x)

@@ -12,6 +12,14 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from syncbn.groups import GroupSpec
+from syncbn.moments import Message
+
+PATIENCE = 10.0
+"""Seconds that a rank waits for the notes of the others, once it knows that something is wrong."""
+
+
+class MismatchError(RuntimeError):
+    """The library below refused a message, most likely since ranks sent some of different length."""
 
 
 class AbstractTransport(ABC):
@@ -29,8 +37,19 @@ class AbstractTransport(ABC):
     """A number that this group has and no other of this or any other job; equal on all members."""
     spec: GroupSpec | None
     """What a module stores of this group. None for a process alone."""
+    serial = 0
+    """How many forwards this group has agreed on: a part of the identity of every message."""
+    layers = 0
+    """How many layers this group has compared the settings of."""
+    repeated: Message | None = None
+    """The forward whose sums a wrapper has returned again instead of sending. None where the last sums were sent."""
     on_host = False
     """Whether all_reduce waits on the host for the sum of a GPU tensor, so that reading it costs no further wait."""
+
+    @property
+    def sender(self) -> AbstractTransport:
+        """What sends for this transport: itself, but where a wrapper may return sums again."""
+        return self
 
     @abstractmethod
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -44,6 +63,20 @@ class AbstractTransport(ABC):
 
         Communication:
             One SUM all-reduce of ``wire``. On a GPU it is ordered on the caller's current stream.
+
+        Raises:
+            MismatchError: on some ranks, where ranks sent wires of different length and the library notices.
+        """
+
+    @abstractmethod
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """Collects a text from every rank that calls this, where all_reduce can no longer be relied on.
+
+        Returns:
+            The notes in the order of the ranks; None of a rank that is silent for ``PATIENCE`` seconds.
+
+        Communication:
+            Not a collective: messages of their own, beside those of all_reduce.
         """
 
     @abstractmethod

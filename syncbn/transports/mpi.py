@@ -14,7 +14,7 @@ from torch import Tensor
 
 from syncbn import groups
 from syncbn.groups import GroupSpec
-from syncbn.transports.base import AbstractTransport
+from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
 
 LEAST_TAG_UB = 32767
 """Every MPI takes tags up to this one."""
@@ -33,6 +33,7 @@ except RuntimeError as error:  # mpi4py is there, libmpi is not
         f"Install one with: {INSTALL}, or make the site's visible, for example with `module load openmpi`."
     ) from error
 
+_unsent: list[tuple[Any, bytes]] = []
 _MPI_TYPES = {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}
 # A communicator carries its specification as an attribute: every wrapper of the handle finds it, a duplicate does not
 # inherit it, and it goes when the communicator is freed, before MPI gives the handle to another one.
@@ -54,6 +55,8 @@ class MPITransport(AbstractTransport):
 
     def __init__(self, comm: Any, spec: GroupSpec | None = None) -> None:
         self.comm = comm.Dup()
+        self._exchanges = 0
+        self._aside = comm.Dup()  # for notes: what goes wrong on comm may leave messages there
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.ranks = world_ranks(comm)
@@ -67,8 +70,36 @@ class MPITransport(AbstractTransport):
             return wire.copy_(self.all_reduce(wire.cpu()))
         assert wire.is_contiguous()
         memory = MPI.buffer.fromaddress(wire.data_ptr(), wire.nbytes)  # a third of the time of wire.numpy()
-        self.comm.Allreduce(MPI.IN_PLACE, [memory, _MPI_TYPES[wire.dtype]])
+        try:
+            self.comm.Allreduce(MPI.IN_PLACE, [memory, _MPI_TYPES[wire.dtype]])
+        except MPI.Exception as error:
+            raise MismatchError(f"MPI_Allreduce of {wire.numel()} values failed: {error}") from error
         return wire
+
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`. Point to point, so that a silent rank holds nobody up."""
+        notes: list[str | None] = [None] * self.size
+        notes[self.rank] = note
+        message = note.encode()
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._exchanges += 1
+        tag = (
+            self._exchanges % 32768
+        )  # the least upper bound of tags: a note that comes too late is not of the next one
+        sent = [self._aside.Isend([message, MPI.BYTE], rank, tag) for rank in others]
+        end = time.monotonic() + PATIENCE
+        while None in notes and time.monotonic() < end:
+            status = MPI.Status()
+            if not self._aside.Iprobe(MPI.ANY_SOURCE, tag, status):
+                time.sleep(1e-4)
+                continue
+            received = bytearray(status.Get_count(MPI.BYTE))
+            self._aside.Recv([received, MPI.BYTE], status.Get_source(), tag)
+            notes[status.Get_source()] = received.decode(errors="replace")
+        for request in sent:
+            if not request.Test():  # of a silent rank: left to MPI, with the memory that it reads
+                _unsent.append((request, message))
+        return notes
 
     def all_reduce_pointer(self, wire: Tensor) -> Tensor:
         """Sums in place what a float64 or float32 tensor points to: memory that this MPI is known to reach."""

@@ -93,6 +93,10 @@ class StagedTransport(AbstractTransport):
         self._stage.to_device(staged, wire)
         return wire
 
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return self.host.exchange_notes(note)
+
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`."""
         if tensor.device.type != self.device_type:

@@ -56,6 +56,10 @@ class NcclTransport(AbstractTransport):
         self._comm.allReduce(pointer, pointer, wire.numel(), kind, self._nccl.NCCL_SUM, stream)
         return wire
 
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return self.host.exchange_notes(note)
+
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that NCCL need not know the dtype."""
         if tensor.is_cpu:
@@ -82,14 +86,14 @@ def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
         override: "nccl" or "mpi" demands one of them.
 
     Communication:
-        One all-reduce of 5 W float64 values, so that all ranks choose alike.
+        One all-reduce of 5 W + 6 float64 values, so that all ranks choose alike.
 
     Raises:
         RuntimeError: on every rank, if NCCL is demanded and cannot be.
     """
     reason = problem()
     row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64, device="cpu")
-    table = agreement.gather(row, host)
+    table = agreement.gather(row, host, "the choice of a transport for GPUs")
     if not reason and table[:, 0].any():
         reason = f"rank {host.ranks[int(table[:, 0].argmax())]} cannot load it"
     if not reason and len({tuple(row) for row in table.tolist()}) < host.size:

@@ -27,6 +27,10 @@ class SingleTransport(AbstractTransport):
         """See :meth:`AbstractTransport.all_reduce`."""
         return wire
 
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return [note]
+
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`."""
         del root

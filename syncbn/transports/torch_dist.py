@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import time
 import weakref
+from datetime import timedelta
 from typing import Any, final
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from syncbn import groups
 from syncbn.groups import GroupSpec
-from syncbn.transports.base import AbstractTransport
+from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
 
 
 @final
@@ -36,6 +38,7 @@ class TorchTransport(AbstractTransport):
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.spec = GroupSpec(self.name, self.ranks, group.group_name)
         self.device_type = device_type
+        self._exchanges = 0
         _check_backend(group, device_type)
         generator = torch.Generator("cpu")
         generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
@@ -58,8 +61,28 @@ class TorchTransport(AbstractTransport):
         """See :meth:`AbstractTransport.all_reduce`. NCCL takes the few CPU tensors of reports by way of the GPU."""
         if wire.is_cpu and self.device_type != "cpu":
             return wire.copy_(self.all_reduce(wire.to(self.device_type)))
-        dist.all_reduce(wire, group=self.group)
+        group = self.group
+        try:
+            dist.all_reduce(wire, group=group)
+        except RuntimeError as error:  # of gloo, also where another rank has closed the connection for that reason
+            raise MismatchError(f"torch.distributed.all_reduce of {wire.numel()} values failed: {error}") from error
         return wire
+
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`. By the group's store: gloo's connections may be closed."""
+        store, notes = self.group.get_group_store(), list[str | None]()
+        self._exchanges += 1
+        prefix = f"syncbn/notes/{self.token}/{self._exchanges}"
+        store.set(f"{prefix}/{self.rank}", note)
+        end = time.monotonic() + PATIENCE
+        for rank in range(self.size):
+            key = f"{prefix}/{rank}"
+            try:
+                store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
+                notes.append(store.get(key).decode())
+            except RuntimeError:  # of a rank that is silent
+                notes.append(None)
+        return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that the backend need not know the dtype."""

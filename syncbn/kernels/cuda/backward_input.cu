@@ -2,12 +2,15 @@
 // backward_input: grad_x = ((x - mean) * -slope + grad_y - offset) * scale, where
 //     slope = invstd * sum_grad_y_xhat / count;  offset = sum_grad_y / count;  scale = invstd * weight.
 //
-// In: grad_y and x, both planes or both rows, of one dtype; wire, float64 [sum_grad_y (C), sum_grad_y_xhat (C)], summed
+// In: grad_y and x, both planes or both rows, of one dtype; wire, the backward wire of wire.cuh, float64 (2C + 7,), summed
 // over the ranks; mean, invstd, float64 (C,); count, float64 (1,); weight of any floating dtype. Out: grad_x, of x's dtype.
+// Where ranks sent sums of another call (wire.cuh), grad_x is NaN and block 0 leaves a deferred error for the host. Without
+// elements one block is launched, for that comparison.
 // A block owns a group of channels and some of its pieces, and forms the coefficients of its channels in float64,
 // rounded once to the type of elementwise arithmetic. It goes backwards, as normalize.cu does, and for the same reason.
 // No reduction. Reads two elements and writes one: 6, 12 or 24 bytes per element. Limits: none.
 #include "walk.cuh"
+#include "wire.cuh"
 
 struct BackwardInput {
     Shape shape;
@@ -15,6 +18,9 @@ struct BackwardInput {
     void* grad_x;
     const double *wire, *mean, *invstd, *count;
     Values weight;
+    Numbers numbers;
+    double ranks;
+    DeferredError error;
 };
 
 template <class T, template <class> class Layout>
@@ -25,15 +31,17 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_inp
     const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
     const Int first = place.group * Walk::channels();
+    const bool same = same_call(a.wire, a.numbers);
+    if (!same && blockIdx.x == 0 && me == 0) defer(a.error, a.ranks, same, 0, nullptr);
     const double count = *a.count < 1 ? 1 : *a.count;
     for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
         const Int c = first + i;
-        const double mean = a.mean[c], invstd = a.invstd[c], sum = a.wire[c], sum_xhat = a.wire[a.shape.C + c];
+        const double mean = a.mean[c], invstd = a.invstd[c], sum = a.wire[CALL + c], sum_xhat = a.wire[CALL + a.shape.C + c];
         const Value weight = fetch(a.weight, c);
         round_to(&coefficients[0][i], mean);
         round_to(&coefficients[1][i], -(invstd * sum_xhat / count));
         round_to(&coefficients[2][i], sum / count);
-        round_to(&coefficients[3][i], invstd * read(a.weight, weight, 1));
+        round_to(&coefficients[3][i], same ? invstd * read(a.weight, weight, 1) : nan(""));
     }
     __syncthreads();
     Walk walk(a.shape, place, From::END);

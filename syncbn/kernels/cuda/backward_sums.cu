@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// backward_sums: wire = [sum_grad_y (C), sum_grad_y_xhat (C)], the sums over n, s of grad_y and of grad_y * xhat,
+// backward_sums: the backward wire of wire.cuh, the sums over n, s of grad_y and of grad_y * xhat,
 //     xhat = (x - mean) * invstd; and, of this rank alone, grad_bias = sum_grad_y, grad_weight = sum_grad_y_xhat.
 //
 // float64 x: grad_y * (x - mean) is summed. Other x: grad_y * x, an exact product in float64, and mean * sum_grad_y is
 // taken off at the end, which loses mean / std * 1e-16, less than the variance did.
-// In: grad_y and x, both planes or both rows, of one dtype; mean, invstd, float64 (C,). Out: wire, float64 (2C,);
-// grad_weight and grad_bias of any floating dtype, or null.
+// In: grad_y and x, both planes or both rows, of one dtype; mean, invstd, float64 (C,); the numbers of the call. Out:
+// wire, float64 (2C + 7,); grad_weight and grad_bias of any floating dtype, or null.
 // Ownership and order: as in local_moments.cu. Deterministic. Reads each element of both once: 4, 8 or 16 bytes per
 // element. Limits: none.
 #include "reduce.cuh"
@@ -15,6 +15,7 @@ struct BackwardSums {
     const void *grad_y, *x;
     const double *mean, *invstd;
     double* wire;
+    Numbers numbers;
     Values grad_weight, grad_bias;
     Reduction reduction;
 };
@@ -56,9 +57,10 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) ba
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_grad_y, double sum_product) {
         const double centered = CENTERED ? sum_product : sum_product - a.mean[c] * sum_grad_y;
         const double sum_grad_y_xhat = centered * a.invstd[c];
-        a.wire[c] = sum_grad_y;
-        a.wire[C + c] = sum_grad_y_xhat;
+        a.wire[CALL + c] = sum_grad_y;
+        a.wire[CALL + C + c] = sum_grad_y_xhat;
         write(a.grad_bias, c, sum_grad_y);
         write(a.grad_weight, c, sum_grad_y_xhat);
     });
+    if (blockIdx.x == 0 && threadIdx.x == 0 && threadIdx.y == 0) write_call(a.wire, a.numbers);
 }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// local_moments: wire = [count, sum_x (C), sum_x2 (C), status (7)], sum_x = sum over n, s of x; sum_x2 = of x * x.
+// local_moments: the forward wire of wire.cuh, sum_x = sum over n, s of x; sum_x2 = of x * x; count = N * S.
 //
-// In: x, planes or rows (walk.cuh), float16, bfloat16, float32 or float64; N may be 0. Out: wire, float64 (2C + 8,).
+// In: x, planes or rows (walk.cuh), float16, bfloat16, float32 or float64; N and C may be 0; the numbers of the call and
+// the status of this rank. Out: wire, float64 (2C + 15,).
 // A block owns a group of channels and some of its pieces; a thread every lanes-th piece, one pack at a time.
 // Accumulated in float64, where a square of a float32 is exact, or in what loses no more (sum.cuh).
 // Order: a thread's pieces in order, then reduce.cuh. Deterministic. Reads each element once: 2, 4 or 8 bytes per
 // element. Limits: none.
 #include "reduce.cuh"
 
-constexpr int STATUS = 7;  // counters in the tail of the forward wire, see moments.py
-
 struct LocalMoments {
     Shape shape;
     const void* x;
     double* wire;
+    Numbers numbers;
     double count;
     double status[STATUS];
     Reduction reduction;
@@ -47,11 +47,12 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) lo
             }
     });
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_x, double sum_x2) {
-        a.wire[1 + c] = sum_x;
-        a.wire[1 + C + c] = sum_x2;
+        a.wire[SUMS + c] = sum_x;
+        a.wire[SUMS + C + c] = sum_x2;
     });
     if (blockIdx.x == 0 && threadIdx.x == 0 && threadIdx.y == 0) {
-        a.wire[0] = a.count;
-        for (int i = 0; i < STATUS; ++i) a.wire[1 + 2 * C + i] = a.status[i];
+        write_call(a.wire, a.numbers);
+        a.wire[COUNT] = a.count;
+        for (int i = 0; i < STATUS; ++i) a.wire[SUMS + 2 * C + i] = a.status[i];
     }
 }

@@ -3,17 +3,20 @@
 //
 // mean = sum_x / count;  var = sum_x2 / count - mean * mean, not below 0;  invstd = 1 / sqrt(var + eps).
 // running = (1 - momentum) * running + momentum * batch, with the unbiased variance var * count / (count - 1).
-// In: x, planes or rows; wire, float64 (2C + 8,), summed over the ranks; weight, bias, running mean and var of any
-// floating dtype and stride. Out: y, of x's dtype; mean, invstd, float64 (C,);
-// count, float64 (1,).
-// The first `keepers` blocks own the numbers per channel and alone write them; block 0 owns num_batches_tracked, and is
-// the only keeper where momentum depends on it. Every other block owns a group of channels and some of its pieces, and
+// A global batch without samples is counted in num_batches_tracked, as torch does, and moves nothing else.
+// In: x, planes or rows; wire, the forward wire of wire.cuh, float64 (2C + 15,), summed over the ranks; weight, bias,
+// running mean and var of any floating dtype and stride. Out: y, of x's dtype; mean, invstd, float64 (C,);
+// count, float64 (1,); and the running statistics, in place.
+// The first `stats_blocks` blocks own the numbers per channel and alone write them; block 0 owns num_batches_tracked, and is
+// the only one of them where momentum depends on it. Every other block owns a group of channels and some of its pieces, and
 // forms the coefficients of its channels for itself, in float64, rounded once.
 // The blocks go backwards through x, whose end local_moments has left in the second-level cache.
-// The verdict: where the counters of the wire forbid this call (see checks.py), y, mean and invstd are NaN, nothing
-// else is touched, and the counters go to the host's mailbox, where the next call of any layer finds them.
+// Where ranks sent another call (wire.cuh), or the counters of the wire forbid this one (Counters.problem in moments.py),
+// y, mean and invstd are NaN, no running statistic moves, nothing is counted, and block 0 leaves a deferred error for the
+// host, which the next call of any layer raises.
 // No reduction. Reads and writes each element once: 4, 8 or 16 bytes per element. Limits: none.
 #include "walk.cuh"
+#include "wire.cuh"
 
 struct Normalize {
     Shape shape;
@@ -24,22 +27,24 @@ struct Normalize {
     double *mean, *invstd, *count;
     Values running_mean, running_var;
     Int* num_batches_tracked;
-    Int keepers;
+    Int stats_blocks;
     double momentum;  // negative: averages over all batches counted
     double eps;
+    Numbers numbers;
     double ranks;
-    volatile double* mailbox;  // [call, count, status (7)] in host memory; call is 0 while it is empty
-    double call;
+    DeferredError error;
 };
 
-struct Verdict {
+// What the wire says of the call; the same for every block.
+struct Counters {
     double count;
-    bool refused;
-    __device__ Verdict(const Normalize& a) : count(a.wire[0]) {
-        const double* status = a.wire + 1 + 2 * a.shape.C;  // faults, grad_enabled, needs_grad, a vote for each dtype
+    const double* status;
+    bool same, refused;
+    __device__ Counters(const Normalize& a)
+        : count(a.wire[COUNT]), status(a.wire + SUMS + 2 * a.shape.C), same(same_call(a.wire, a.numbers)) {
         const int dtypes = (status[3] > 0) + (status[4] > 0) + (status[5] > 0) + (status[6] > 0);
         // No ||: all counters are read at once.
-        refused = (status[0] > 0) | (dtypes > 1) | ((status[1] > 0) & (status[1] < a.ranks)) |
+        refused = !same | (status[0] > 0) | (dtypes > 1) | ((status[1] > 0) & (status[1] < a.ranks)) |
                   ((count > 0) & (count <= 1));  // with a mask on another rank, a sum of weights
     }
 };
@@ -47,49 +52,45 @@ struct Verdict {
 // The sums of a channel, read before anything is computed from them.
 struct Sums {
     double x, x2;
-    __device__ Sums(const Normalize& a, Int c) : x(a.wire[1 + c]), x2(a.wire[1 + a.shape.C + c]) {}
+    __device__ Sums(const Normalize& a, Int c) : x(a.wire[SUMS + c]), x2(a.wire[SUMS + a.shape.C + c]) {}
 };
 
 struct Finalized {
     double mean, var, invstd;
-    __device__ Finalized(const Sums& sums, const Verdict& verdict, double eps) {
-        const double count = verdict.count < 1 ? 1 : verdict.count;
+    __device__ Finalized(const Sums& sums, const Counters& counters, double eps) {
+        const double count = counters.count < 1 ? 1 : counters.count;
         mean = sums.x / count;
         var = sums.x2 / count - mean * mean;
         if (var < 0) var = 0;  // NaN stays NaN
         invstd = 1 / sqrt(var + eps);
-        if (verdict.refused) mean = invstd = nan("");
+        if (counters.refused) mean = invstd = nan("");
     }
 };
 
-// What the keepers do.
-__device__ inline void finalize(const Normalize& a, const Verdict& verdict) {
+// What the stats blocks do.
+__device__ inline void finalize(const Normalize& a, const Counters& counters) {
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
-    const bool moves = a.running_mean.data != nullptr && verdict.count > 0 && !verdict.refused;
+    const bool moves = a.running_mean.data != nullptr && counters.count > 0 && !counters.refused;
     const bool counts = blockIdx.x == 0 && a.num_batches_tracked != nullptr;
     const Int seen = counts ? *a.num_batches_tracked + 1 : 0;
     double momentum = a.momentum;
     if (momentum < 0) momentum = seen > 0 ? 1 / double(seen) : 0;
-    for (Int c = Int(blockIdx.x) * threads + me; c < a.shape.C; c += a.keepers * threads) {
+    for (Int c = Int(blockIdx.x) * threads + me; c < a.shape.C; c += a.stats_blocks * threads) {
         const Sums sums(a, c);
         const Value old_mean = fetch(a.running_mean, c), old_var = fetch(a.running_var, c);
-        const Finalized f(sums, verdict, a.eps);
+        const Finalized f(sums, counters, a.eps);
         a.mean[c] = f.mean;
         a.invstd[c] = f.invstd;
         if (!moves) continue;
-        const double unbiased = f.var * (verdict.count / (verdict.count - 1));
+        const double unbiased = f.var * (counters.count / (counters.count - 1));
         write(a.running_mean, c, read(a.running_mean, old_mean, 0) * (1 - momentum) + f.mean * momentum);
         write(a.running_var, c, read(a.running_var, old_var, 0) * (1 - momentum) + unbiased * momentum);
     }
     __syncthreads();  // all have read num_batches_tracked
     if (blockIdx.x != 0 || me != 0) return;
-    *a.count = verdict.count;
-    if (moves && counts) *a.num_batches_tracked = seen;
-    if (!verdict.refused || a.mailbox == nullptr) return;
-    a.mailbox[1] = verdict.count;
-    for (int i = 0; i < 7; ++i) a.mailbox[2 + i] = a.wire[1 + 2 * a.shape.C + i];
-    __threadfence_system();  // the counters arrive before the call number says so
-    a.mailbox[0] = a.call;
+    *a.count = counters.count;
+    if (counters.refused) return defer(a.error, a.ranks, counters.same, counters.count, counters.status);
+    if (counts) *a.num_batches_tracked = seen;
 }
 
 template <class T, template <class> class Layout>
@@ -97,15 +98,15 @@ __global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) normalize(co
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
     __shared__ Number coefficients[3][MAX_THREADS];
-    const Verdict verdict(a);
-    if (blockIdx.x < a.keepers) return finalize(a, verdict);
+    const Counters counters(a);
+    if (blockIdx.x < a.stats_blocks) return finalize(a, counters);
     const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
     const Int first = place.group * Walk::channels();
     for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
         const Sums sums(a, first + i);
         const Value weight = fetch(a.weight, first + i), bias = fetch(a.bias, first + i);
-        const Finalized f(sums, verdict, a.eps);
+        const Finalized f(sums, counters, a.eps);
         round_to(&coefficients[0][i], f.mean);
         round_to(&coefficients[1][i], f.invstd * read(a.weight, weight, 1));
         round_to(&coefficients[2][i], read(a.bias, bias, 0));

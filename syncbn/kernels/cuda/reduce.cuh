@@ -7,6 +7,7 @@
 // launch on the stream, also of a graph's replay. No atomic touches a sum: deterministic.
 #pragma once
 #include "sum.cuh"
+#include "wire.cuh"
 
 struct Reduction {
     double* partials;   // [blocks, 2, C], unused where a group has one block
@@ -49,16 +50,16 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
 #pragma unroll
             for (int i = 0; i < Walk::CHANNELS; ++i)
                 if (i < walk.used()) mine[i] = sums[0][i], mine[k.C + i] = sums[1][i];
-        __threadfence();  // the sums are in memory before the ticket says so
         __syncthreads();
-        if (threadIdx.x == 0 && threadIdx.y == 0) {
+        if (threadIdx.x == 0 && threadIdx.y == 0) {  // its fences count for what the barriers order, the whole block's
+            __threadfence();  // the sums are in memory before the ticket says so
             const unsigned ticket = atomicAdd(r.tickets + place.group, 1u);
             last = ticket == unsigned(k.blocks - 1);
             if (last) r.tickets[place.group] = 0;
+            if (last) __threadfence();  // no load behind the next barrier reads what was there before the ticket
         }
         __syncthreads();
         if (!last) return;
-        __threadfence();  // behind the ticket: no load below reads what was there before
 #pragma unroll
         for (int i = 0; i < Walk::CHANNELS; ++i) sums[0][i] = sums[1][i] = 0;
 #pragma unroll(Walk::CHANNELS > 1 ? 1 : 4)

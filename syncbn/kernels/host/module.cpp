@@ -9,7 +9,9 @@
 namespace {
 using namespace syncbn;
 
-constexpr int64_t STATUS = 7;             // counters in the tail of the forward wire, see moments.py
+// The wires, see moments.py: [call, count, sums (2C), status] forward, [call, sums (2C)] backward.
+constexpr int64_t NUMBERS = 3, CALL = 1 + 2 * NUMBERS, STATUS = 7;
+constexpr int64_t wire_length(int64_t C) { return CALL + 1 + 2 * C + STATUS; }
 constexpr int64_t LONG_ENOUGH = 1 << 15;  // elements
 
 class WithoutGil {
@@ -34,6 +36,34 @@ bool expect(Py_ssize_t given, Py_ssize_t expected) {
 bool number(PyObject* object, double* out) { return *out = PyFloat_AsDouble(object), !PyErr_Occurred(); }
 
 bool integer(PyObject* object, int64_t* out) { return *out = PyLong_AsLongLong(object), !PyErr_Occurred(); }
+
+// 1 and three integers that identify a call, or four zeros.
+bool call_numbers(PyObject* tuple, double* out) {
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 1 + NUMBERS)
+        return PyErr_Format(PyExc_TypeError, "numbers must be a tuple of %d integers", int(1 + NUMBERS)), false;
+    for (int64_t i = 0; i <= NUMBERS; ++i)
+        if (!number(PyTuple_GetItem(tuple, i), out + i)) return false;
+    return true;
+}
+
+bool write_call(PyObject* tuple, double* wire) {
+    if (!call_numbers(tuple, wire)) return false;
+    for (int64_t i = 1; i <= NUMBERS; ++i) wire[NUMBERS + i] = wire[i] * wire[i];
+    return true;
+}
+
+// Whether all ranks that have a say sent the same numbers, see moments.same_call. All sums are exact.
+bool same_call(const double* wire, const double* numbers) {
+    bool same = true;
+    for (int64_t i = 1; i <= NUMBERS; ++i) {
+        const double v = numbers[i], sum = wire[i], squares = wire[NUMBERS + i], n = wire[0];
+        if (numbers[0] != 0)
+            same = same && sum == n * v && squares == n * (v * v);
+        else  // n * squares and sum * sum exceed 2^53: their high parts and their remainders
+            same = same && n * squares == sum * sum && __builtin_fma(n, squares, -(n * squares)) == __builtin_fma(sum, sum, -(sum * sum));
+    }
+    return same;
+}
 
 PyObject* learn_torch(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!expect(n, 2) || !learn(args[0], args[1])) return nullptr;
@@ -60,7 +90,7 @@ PyObject* select(PyObject*, PyObject* name) {
     return PyErr_Format(PyExc_ValueError, "this machine does not run %s", text);
 }
 
-// local_moments(x, wire, status, threads)
+// local_moments(x, wire, numbers, status, threads)
 PyObject* local_moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
     const char* const names[] = {"x"};
     Shape k;
@@ -68,31 +98,69 @@ PyObject* local_moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
     bool fits;
     double* wire;
     int64_t threads;
-    if (!expect(n, 4) || !arrange(args, names, 1, &k, &x, &fits)) return nullptr;
+    if (!expect(n, 5) || !arrange(args, names, 1, &k, &x, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
-    if (!doubles(args[1], "wire", 2 * k.C + 1 + STATUS, &wire) || !integer(args[3], &threads)) return nullptr;
-    if (!PyTuple_Check(args[2]) || PyTuple_Size(args[2]) != STATUS)
+    if (!doubles(args[1], "wire", wire_length(k.C), &wire) || !write_call(args[2], wire) || !integer(args[4], &threads))
+        return nullptr;
+    if (!PyTuple_Check(args[3]) || PyTuple_Size(args[3]) != STATUS)
         return PyErr_Format(PyExc_TypeError, "status must be a tuple of %d numbers", int(STATUS));
+    double *count = wire + CALL, *sums = count + 1, *status = sums + 2 * k.C;
     for (int64_t i = 0; i < STATUS; ++i)
-        if (!number(PyTuple_GetItem(args[2], i), wire + 1 + 2 * k.C + i)) return nullptr;
+        if (!number(PyTuple_GetItem(args[3], i), status + i)) return nullptr;
     WithoutGil released(k);
-    wire[0] = double(k.N * k.S);
-    run_local_moments(k, x, threads, wire + 1, wire + 1 + k.C);
+    *count = double(k.N * k.S);
+    run_local_moments(k, x, threads, sums, sums + k.C);
     Py_RETURN_TRUE;
 }
 
-// read_status(wire): (count_global, *status)
-PyObject* read_status(PyObject*, PyObject* object) {
+// A wire of either direction, by its least length.
+bool borrow_wire(PyObject* object, int64_t least, double** wire, int64_t* length) {
     dlpack::Tensor t{};
     DType dtype;
-    if (!borrow(object, "wire", &t, &dtype)) return nullptr;
-    if (dtype != DType::float64 || t.ndim != 1 || t.shape[0] <= STATUS || t.strides[0] != 1)
-        return PyErr_Format(PyExc_ValueError, "wire must be contiguous float64 (2C + %d,)", int(1 + STATUS));
-    const double *wire = static_cast<double*>(t.data), *tail = wire + t.shape[0] - STATUS;
-    PyObject* tuple = PyTuple_New(1 + STATUS);
-    for (int64_t i = 0; tuple != nullptr && i <= STATUS; ++i)
-        PyTuple_SetItem(tuple, i, PyFloat_FromDouble(i == 0 ? wire[0] : tail[i - 1]));
+    if (!borrow(object, "wire", &t, &dtype)) return false;
+    if (dtype != DType::float64 || t.ndim != 1 || t.shape[0] < least || t.strides[0] != 1)
+        return PyErr_Format(PyExc_ValueError, "wire must be contiguous float64, of %d values or more", int(least)), false;
+    *wire = static_cast<double*>(t.data), *length = t.shape[0];
+    return true;
+}
+
+// read_counters(wire, numbers): (same_call, samples, status)
+PyObject* read_counters(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    double *wire, numbers[1 + NUMBERS];
+    int64_t length;
+    if (!expect(n, 2) || !borrow_wire(args[0], wire_length(0), &wire, &length) || !call_numbers(args[1], numbers))
+        return nullptr;
+    PyObject *tuple = PyTuple_New(3), *counters = PyTuple_New(STATUS);
+    if (tuple == nullptr || counters == nullptr) return Py_XDECREF(tuple), Py_XDECREF(counters), nullptr;
+    const double* status = wire + length - STATUS;
+    for (int64_t i = 0; i < STATUS; ++i) PyTuple_SetItem(counters, i, PyFloat_FromDouble(status[i]));
+    PyTuple_SetItem(tuple, 0, PyBool_FromLong(same_call(wire, numbers)));
+    PyTuple_SetItem(tuple, 1, PyFloat_FromDouble(wire[CALL]));
+    PyTuple_SetItem(tuple, 2, counters);
     return tuple;
+}
+
+// agreement(wire, numbers, ranks): -1 where the counters forbid the call (see Counters.problem in moments.py), else 1
+// where autograd records, plus 2 where a rank needs a gradient
+PyObject* agreement(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    double *wire, numbers[1 + NUMBERS], ranks;
+    int64_t length;
+    if (!expect(n, 3) || !borrow_wire(args[0], wire_length(0), &wire, &length) || !call_numbers(args[1], numbers) ||
+        !number(args[2], &ranks))
+        return nullptr;
+    const double *s = wire + length - STATUS, count = wire[CALL];
+    const int dtypes = (s[3] > 0) + (s[4] > 0) + (s[5] > 0) + (s[6] > 0);
+    const bool problem = !same_call(wire, numbers) || s[0] != 0 || dtypes > 1 || (s[1] > 0 && s[1] < ranks) ||
+                         (count > 0 && count <= 1);
+    return PyLong_FromLong(problem ? -1 : (s[1] > 0) + 2 * (s[2] > 0));
+}
+
+// check_sums(wire, numbers): same_call
+PyObject* check_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    double *wire, numbers[1 + NUMBERS];
+    int64_t length;
+    if (!expect(n, 2) || !borrow_wire(args[0], CALL, &wire, &length) || !call_numbers(args[1], numbers)) return nullptr;
+    return PyBool_FromLong(same_call(wire, numbers));
 }
 
 // Counts the batch and finds how far the running statistics move; None averages over all batches counted.
@@ -103,8 +171,7 @@ bool read_momentum(PyObject* given, int64_t* tracked, double* momentum) {
     return true;
 }
 
-// normalize(x, y, wire, weight, bias, stats, running_mean, running_var, num_batches_tracked, momentum, eps,
-//           count_global, threads)
+// normalize(x, y, wire, weight, bias, stats, running_mean, running_var, num_batches_tracked, momentum, eps, threads)
 PyObject* normalize(PyObject*, PyObject* const* args, Py_ssize_t n) {
     const char* const names[] = {"x", "y"};
     Shape k;
@@ -113,61 +180,59 @@ PyObject* normalize(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Finalize f{};
     double* wire;
     int64_t *tracked, threads;
-    if (!expect(n, 13) || !arrange(args, names, 2, &k, e, &fits)) return nullptr;
+    if (!expect(n, 12) || !arrange(args, names, 2, &k, e, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
-    if (!doubles(args[2], "wire", 2 * k.C + 1 + STATUS, &wire) || !values(args[3], "weight", k.C, &f.weight) ||
-        !values(args[4], "bias", k.C, &f.bias) || !doubles(args[5], "stats", 2 * k.C, &f.mean) ||
+    if (!doubles(args[2], "wire", wire_length(k.C), &wire) || !values(args[3], "weight", k.C, &f.weight) ||
+        !values(args[4], "bias", k.C, &f.bias) || !doubles(args[5], "stats", 2 * k.C + 1, &f.mean) ||
         !values(args[6], "running_mean", k.C, &f.running.mean) || !values(args[7], "running_var", k.C, &f.running.var) ||
         !counter(args[8], "num_batches_tracked", &tracked) || !number(args[10], &f.eps) ||
-        !number(args[11], &f.running.count_global) || !integer(args[12], &threads))
+        !integer(args[11], &threads))
         return nullptr;
     if ((f.running.mean.data == nullptr) != (f.running.var.data == nullptr))
         return PyErr_Format(PyExc_ValueError, "running_mean and running_var must both be tensors or both be None");
     if (f.running.mean.data != nullptr && !read_momentum(args[9], tracked, &f.running.momentum)) return nullptr;
-    f.wire = wire, f.invstd = f.mean + k.C;
+    f.wire = wire + CALL, f.invstd = f.mean + k.C;
+    f.running.count_global = f.mean[2 * k.C] = wire[CALL];
     WithoutGil released(k);
     run_normalize(k, e[0], e[1], k.C, f, threads);
     Py_RETURN_TRUE;
 }
 
-// backward_sums(grad_y, x, stats, wire, threads)
+// backward_sums(grad_y, x, stats, wire, numbers, threads)
 PyObject* backward_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    PyObject* const tensors[] = {n == 5 ? args[1] : nullptr, n == 5 ? args[0] : nullptr};
+    PyObject* const tensors[] = {n == 6 ? args[1] : nullptr, n == 6 ? args[0] : nullptr};
     const char* const names[] = {"x", "grad_y"};
     Shape k;
     Elements e[2];
     bool fits;
     double *stats, *wire;
     int64_t threads;
-    if (!expect(n, 5) || !arrange(tensors, names, 2, &k, e, &fits)) return nullptr;
+    if (!expect(n, 6) || !arrange(tensors, names, 2, &k, e, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
-    if (!doubles(args[2], "stats", 2 * k.C, &stats) || !doubles(args[3], "wire", 2 * k.C, &wire) ||
-        !integer(args[4], &threads))
+    if (!doubles(args[2], "stats", 2 * k.C + 1, &stats) || !doubles(args[3], "wire", CALL + 2 * k.C, &wire) ||
+        !write_call(args[4], wire) || !integer(args[5], &threads))
         return nullptr;
     WithoutGil released(k);
-    run_backward_sums(k, e[1], e[0], stats, stats + k.C, threads, wire);
+    run_backward_sums(k, e[1], e[0], stats, stats + k.C, threads, wire + CALL);
     Py_RETURN_TRUE;
 }
 
 // parameter_gradients(wire, grad_weight, grad_bias)
 PyObject* parameter_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    dlpack::Tensor t{};
-    DType dtype;
     double* wire;
+    int64_t length;
     Values weight, bias;
-    if (!expect(n, 3) || !borrow(args[0], "wire", &t, &dtype)) return nullptr;
-    const int64_t C = t.ndim == 1 ? t.shape[0] / 2 : 0;
-    if (!doubles(args[0], "wire", 2 * C, &wire) || !values(args[1], "grad_weight", C, &weight) ||
-        !values(args[2], "grad_bias", C, &bias))
-        return nullptr;
-    run_narrow(C, wire, bias);
-    run_narrow(C, wire + C, weight);
+    if (!expect(n, 3) || !borrow_wire(args[0], CALL, &wire, &length)) return nullptr;
+    const int64_t C = (length - CALL) / 2;
+    if (!values(args[1], "grad_weight", C, &weight) || !values(args[2], "grad_bias", C, &bias)) return nullptr;
+    run_narrow(C, wire + CALL, bias);
+    run_narrow(C, wire + CALL + C, weight);
     Py_RETURN_NONE;
 }
 
-// backward_input(grad_y, x, grad_x, wire, weight, stats, count_global, threads)
+// backward_input(grad_y, x, grad_x, wire, weight, stats, threads)
 PyObject* backward_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    PyObject* const tensors[] = {n == 8 ? args[1] : nullptr, n == 8 ? args[0] : nullptr, n == 8 ? args[2] : nullptr};
+    PyObject* const tensors[] = {n == 7 ? args[1] : nullptr, n == 7 ? args[0] : nullptr, n == 7 ? args[2] : nullptr};
     const char* const names[] = {"x", "grad_y", "grad_x"};
     Shape k;
     Elements e[3];
@@ -175,13 +240,12 @@ PyObject* backward_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Global g{};
     double *wire, *stats;
     int64_t threads;
-    if (!expect(n, 8) || !arrange(tensors, names, 3, &k, e, &fits)) return nullptr;
+    if (!expect(n, 7) || !arrange(tensors, names, 3, &k, e, &fits)) return nullptr;
     if (!fits) Py_RETURN_FALSE;
-    if (!doubles(args[3], "wire", 2 * k.C, &wire) || !values(args[4], "weight", k.C, &g.weight) ||
-        !doubles(args[5], "stats", 2 * k.C, &stats) || !number(args[6], &g.count_global) ||
-        !integer(args[7], &threads))
+    if (!doubles(args[3], "wire", CALL + 2 * k.C, &wire) || !values(args[4], "weight", k.C, &g.weight) ||
+        !doubles(args[5], "stats", 2 * k.C + 1, &stats) || !integer(args[6], &threads))
         return nullptr;
-    g.wire = wire, g.mean = stats, g.invstd = stats + k.C;
+    g.wire = wire + CALL, g.mean = stats, g.invstd = stats + k.C, g.count_global = stats[2 * k.C];
     WithoutGil released(k);
     run_backward_input(k, e[1], e[0], e[2], g, threads);
     Py_RETURN_TRUE;
@@ -195,7 +259,9 @@ PyMethodDef METHODS[] = {
     {"instruction_set", selected, METH_NOARGS, "Names the instruction set in use."},
     {"use_instruction_set", select, METH_O, "Selects another one, for tests and measurements."},
     {"local_moments", method(local_moments), METH_FASTCALL, "Writes the forward wire."},
-    {"read_status", read_status, METH_O, "Reads the count and the counters of a forward wire."},
+    {"read_counters", method(read_counters), METH_FASTCALL, "Compares the call of a forward wire; reads its counters."},
+    {"agreement", method(agreement), METH_FASTCALL, "Says in short whether the counters of a forward wire are well."},
+    {"check_sums", method(check_sums), METH_FASTCALL, "Compares the call of a backward wire."},
     {"normalize", method(normalize), METH_FASTCALL, "Finalises, moves the running statistics, writes y."},
     {"backward_sums", method(backward_sums), METH_FASTCALL, "Writes the backward wire."},
     {"parameter_gradients", method(parameter_gradients), METH_FASTCALL, "Rounds a backward wire to gradients."},

@@ -110,7 +110,7 @@ void run_normalize(Shape k, const Elements& x, const Elements& y, int64_t C, con
     std::vector<double> memory(3 * C + 4 * padded(C));
     double *var = memory.data(), *scratch = var + C, *coefficients = scratch + 2 * C;
     in_use->finalize(C, f.wire, f.eps, f.mean, var, f.invstd);
-    if (f.running.mean.data != nullptr) in_use->update_running(C, f.mean, var, f.running);
+    if (f.running.mean.data != nullptr && f.running.count_global > 0) in_use->update_running(C, f.mean, var, f.running);
     if (elements(k) == 0) return;
     in_use->normalize_coefficients(k, f.mean, f.invstd, f.weight, f.bias, scratch, coefficients);
     k = with_distance(k);
