@@ -24,7 +24,7 @@ if DEVICE.type != "cpu":
 LATE_VERDICT = DEVICE.type == "cuda" and not LAUNCH.speaks_mpi
 """Whether a rank with a wrong input raises alone, and the others later: gloo sums CUDA tensors behind the host's back.
 
-MPI through host memory makes the host wait. What a rank cannot know then is in docs/gpu.md, "The late verdict"."""
+MPI through host memory makes the host wait. What a rank cannot know then is in docs/gpu.md, "Deferred errors"."""
 
 
 if LAUNCH.size > 1:  # ranks that share pytest's folder for temporary files remove it under each other's feet

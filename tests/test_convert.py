@@ -2,6 +2,7 @@
 """Conversion loses nothing, both ways, or refuses and says what it would lose."""
 
 import copy
+import pickle
 import sys
 from unittest import mock
 
@@ -197,7 +198,7 @@ except TypeError as error:
     assert "its class is patched (_BatchNorm.forward)" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["process_group", "renorm_limits", "converted_from", "frozen", "_settings"])
+@pytest.mark.parametrize("name", ["process_group", "renorm_limits", "converted_from", "settings", "_site"])
 @pytest.mark.parametrize("kind", ["attribute", "buffer", "parameter", "module"])
 def test_an_attribute_with_a_name_of_ours_is_refused(name, kind):
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3))
@@ -212,6 +213,25 @@ def test_an_attribute_with_a_name_of_ours_is_refused(name, kind):
         convert_sync_batchnorm(model)
     assert type(model[0]) is nn.BatchNorm1d
     assert getattr(model[1], name) is value
+
+
+@pytest.mark.parametrize("kind", ["attribute", "buffer", "parameter", "module"])
+def test_an_attribute_named_frozen_is_the_users_and_freezes_nothing(kind):
+    layer = nn.BatchNorm2d(3)
+    layer.frozen = {
+        "attribute": True,
+        "buffer": nn.Buffer(torch.ones(1)),
+        "parameter": nn.Parameter(torch.ones(1)),
+        "module": nn.ReLU(),
+    }[kind]
+    value = layer.frozen
+    convert_sync_batchnorm(layer)
+    assert layer.eval().train().training
+    layer(torch.randn(2, 3, 4, 4))
+    assert layer.num_batches_tracked == 1
+    assert not syncbn.freeze(layer).train().training
+    assert syncbn.unfreeze(layer).train().training
+    assert revert_sync_batchnorm(layer).frozen is value
 
 
 def test_every_name_that_conversion_adds_is_refused_as_an_attribute_of_the_user():
@@ -408,3 +428,49 @@ def test_converting_twice_is_converting_once():
 def test_a_converted_model_copies_and_pickles():
     model = copy.deepcopy(convert_sync_batchnorm(network()))
     assert type(revert_sync_batchnorm(model)[1]) is nn.BatchNorm1d
+
+
+def names(model):
+    return [layer._site.name for layer in model.modules() if isinstance(layer, syncbn.SyncBatchNorm)]
+
+
+def test_conversion_names_the_layers_as_the_model_does():
+    assert names(convert_sync_batchnorm(network())) == ["1", "2.1"]
+    assert names(convert_sync_batchnorm(nn.BatchNorm2d(3))) == [""]
+    shared = nn.BatchNorm1d(3)
+    assert names(convert_sync_batchnorm(nn.ModuleDict({"a": shared, "b": shared}))) == ["a"]
+    assert names(convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))) == ["0"]
+
+
+def test_name_layers_names_those_that_were_created_as_ours():
+    model = nn.ModuleDict({"stem": syncbn.SyncBatchNorm(3), "rest": nn.Sequential(syncbn.SyncBatchNorm(3))})
+    assert names(model) == ["", ""]
+    assert syncbn.name_layers(model) is model
+    assert names(model) == ["stem", "rest.0"]
+    syncbn.name_layers(nn.ModuleDict({"net": model}))
+    assert names(model) == ["net.stem", "net.rest.0"]
+
+
+def test_a_compiled_model_has_the_names_of_the_model():
+    model = network()
+    model[2] = torch.compile(model[2], backend="eager")
+    assert names(convert_sync_batchnorm(model)) == ["1", "2.1"]
+    assert names(syncbn.name_layers(torch.compile(model, backend="eager"))) == ["1", "2.1"]
+
+
+def test_copies_keep_their_names():
+    model = convert_sync_batchnorm(network())
+    model(torch.randn(5, 2, 4))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert names(other) == ["1", "2.1"]
+        assert other[1]._site.number != model[1]._site.number
+
+
+def test_an_error_calls_the_layer_by_its_name():
+    """Where ranks would differ a person reads it; one process shows the words."""
+    model = convert_sync_batchnorm(network())
+    model(torch.randn(5, 2, 4))
+    assert [layer._site.label for layer in (model[1], model[2][1])] == ["'1'", "'2.1'"]
+    alone = syncbn.SyncBatchNorm(3)
+    alone(torch.randn(4, 3))
+    assert alone._site.label == "SyncBatchNorm(3)"

@@ -55,8 +55,8 @@ def test_a_header_stands_in_a_source_once_and_lines_keep_their_numbers():
     text = source("local_moments")
     assert text.count("struct Place {") == 1
     assert "#include" not in text
-    after = text[: text.index("constexpr int STATUS")].rpartition("#line ")[2]
+    after = text[: text.index("struct LocalMoments {")].rpartition("#line ")[2]
     number, name = after.splitlines()[0].split()
     assert name == '"local_moments.cu"'
     real = (source.__globals__["resources"].files("syncbn.kernels") / "cuda" / "local_moments.cu").read_text()
-    assert real.splitlines()[int(number) - 1 + after.count("\n") - 1].startswith("constexpr int STATUS")
+    assert real.splitlines()[int(number) - 1 + after.count("\n") - 1].startswith("struct LocalMoments {")

@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 import syncbn
 from syncbn import kernels, moments
 from syncbn.kernels import cuda_geometry, cupy_ops
+from syncbn.kernels.base import Parameters
+from syncbn.kernels.cuda_verdict import DeferredErrors
 from syncbn.kernels.cupy_ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
-from syncbn.moments import Running, Status
+from syncbn.moments import ABSTAINS, LIMIT, Message, Running, Status
 from tests import processes
 from tests.cuda_on_cpu import CUDA, EmulatedLauncher, build
 
 TORCH = TorchKernels()
 EPS = 1e-5
 STATUS = Status(0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
+MESSAGE = Message((1, 3, 200_000, 77), 1, "'layer'", 0, 3)
+NUMBERS = MESSAGE.numbers
 SHAPES = [(3, 5, 70, 65), (40, 7, 14, 14), (4001, 9), (2, 300, 3, 3), (1, 1, 9000), (7, 130, 7, 7)]
 
 
@@ -40,11 +44,24 @@ def batch(shape, dtype=torch.float32, *, channels_last=False, offset=0):
 
 def step(implementation, x, grad_y, weight=None, bias=None):
     """Every number that the four steps make."""
-    wire = implementation.local_moments(x, STATUS)
-    y, stats = implementation.normalize(x, wire, weight, bias, None, EPS, wire[0].item())
-    sums = implementation.backward_sums(grad_y, x, stats)
-    grad_x = implementation.backward_input(grad_y, x, sums, weight, stats)
-    return {"wire": wire, "y": y, "mean": stats.mean, "invstd": stats.invstd, "sums": sums, "grad_x": grad_x}
+    wire = implementation.local_moments(x, None, NUMBERS, STATUS)
+    y, stats = implementation.normalize(x, wire, Parameters(weight, bias, EPS), MESSAGE)
+    sums = implementation.backward_sums(grad_y, x, stats, NUMBERS)[0]
+    grad_x = implementation.backward_input(grad_y, x, None, sums, weight, stats, MESSAGE)
+    return {"wire": wire, "y": y, "stats": stats, "sums": sums, "grad_x": grad_x}
+
+
+def forward(implementation, x, running=None, message=MESSAGE):
+    """A forward over one rank, or over ranks of which this one alone has samples."""
+    wire = implementation.local_moments(x, None, message.numbers, STATUS)
+    return implementation.normalize(x, wire, Parameters(eps=EPS, running=running), message)
+
+
+def reduced(wire, ranks, last=NUMBERS):
+    """The sums over ``ranks`` ranks in one call, but for the last, and of which this one alone has samples."""
+    wire = wire.clone()
+    wire[: moments.CALL] = (ranks - 1) * wire[: moments.CALL] + wire.new_tensor(moments.head(last))
+    return wire
 
 
 def differing(a, b):
@@ -82,7 +99,7 @@ def test_large_inputs_equal_the_readable_kernels(shape, dtype, channels_last):
     x, grad_y = batch(shape, dtype, channels_last=channels_last)
     weight, bias = torch.linspace(0.5, 2, shape[1]), torch.linspace(-1, 1, shape[1])
     ours, theirs = (step(k, x, grad_y, weight, bias) for k in (CupyKernels(EmulatedLauncher()), TORCH))
-    for name in ("wire", "mean", "invstd", "sums"):
+    for name in ("wire", "stats", "sums"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-8)
     tolerance = 1e-12 if dtype == torch.float64 else 0  # the same single operations in the same order
     torch.testing.assert_close(ours["y"], theirs["y"], rtol=0, atol=tolerance)
@@ -118,10 +135,12 @@ def test_bits_do_not_depend_on_the_split_over_ranks(sizes):
     k = CupyKernels(EmulatedLauncher())
     whole = step(k, x, grad_y)
     xs, gs = x.split(sizes), grad_y.split(sizes)
-    wire = sum(k.local_moments(part, STATUS) for part in xs)
-    ys, stats = zip(*[k.normalize(part, wire, None, None, None, EPS, 0.0) for part in xs], strict=True)
-    sums = sum(k.backward_sums(g, part, s) for g, part, s in zip(gs, xs, stats, strict=True))
-    grads = [k.backward_input(g, part, sums, None, s) for g, part, s in zip(gs, xs, stats, strict=True)]
+    message = MESSAGE._replace(ranks=3)
+    wire = sum(k.local_moments(part, None, NUMBERS, STATUS) for part in xs)
+    ys, stats = zip(*[k.normalize(part, wire, Parameters(eps=EPS), message) for part in xs], strict=True)
+    parts = list(zip(gs, xs, stats, strict=True))
+    sums = sum(k.backward_sums(*part, NUMBERS)[0] for part in parts)
+    grads = [k.backward_input(g, part, None, sums, None, s, message) for g, part, s in parts]
     assert torch.equal(torch.cat(ys), whole["y"])
     assert torch.equal(torch.cat(grads), whole["grad_x"])
 
@@ -144,7 +163,7 @@ def test_any_shape_and_block_equal_the_readable_kernels(N, C, spatial, dtype, ch
     for name, expected in theirs.items():
         wide = expected.dtype == torch.float64
         torch.testing.assert_close(ours[name], expected, rtol=1e-9 if wide else 0, atol=1e-8 if wide else 0)
-        assert ours[name].stride() == expected.stride() or not x.numel()
+    assert ours["y"].stride() == ours["grad_x"].stride() == torch.empty_like(x).stride()
 
 
 @pytest.mark.parametrize("momentum", [0.25, None])
@@ -152,8 +171,10 @@ def test_any_shape_and_block_equal_the_readable_kernels(N, C, spatial, dtype, ch
 def test_buffers_of_any_dtype_and_stride_move_alike(dtype, momentum):
     x = batch((6, 300, 2, 2))[0]
     ours, twin = (Running(*torch.ones(300, 2, dtype=dtype).unbind(1), torch.tensor(2), momentum) for _ in range(2))
+    versions = [t._version for t in ours[:3]]
     for k, running in ((CupyKernels(EmulatedLauncher()), ours), (TORCH, twin)):
-        k.normalize(x, k.local_moments(x, STATUS), None, None, running, EPS, 24.0)
+        forward(k, x, running)
+    assert all(t._version > version for t, version in zip(ours[:3], versions, strict=True)), "autograd is told"
     assert ours.num_batches_tracked == twin.num_batches_tracked == 3
     torch.testing.assert_close(ours.mean, twin.mean)
     torch.testing.assert_close(ours.var, twin.var)
@@ -163,18 +184,19 @@ def test_buffers_of_any_dtype_and_stride_move_alike(dtype, momentum):
 def test_backward_sums_rounds_the_gradients_of_weight_and_bias(dtype):
     x, grad_y = batch((9, 5, 6))
     k = CupyKernels(EmulatedLauncher())
-    stats = k.normalize(x, k.local_moments(x, STATUS), None, None, None, EPS, 54.0)[1]
-    wire, grad_weight, grad_bias = k.backward_sums_and_gradients(grad_y, x, stats, dtype, dtype)
-    assert torch.equal(grad_bias, wire[:5].to(dtype))
-    assert torch.equal(grad_weight, wire[5:].to(dtype))
+    wire, grad_weight, grad_bias = k.backward_sums(grad_y, x, forward(k, x)[1], NUMBERS, dtype, dtype)
+    assert torch.equal(grad_bias, wire[moments.CALL :][:5].to(dtype))
+    assert torch.equal(grad_weight, wire[moments.CALL :][5:].to(dtype))
+    assert wire[: moments.CALL].tolist() == list(moments.head(NUMBERS))
 
 
 def test_a_step_is_two_launches_forward_and_two_backward():
     launcher = EmulatedLauncher()
     x, grad_y = batch((2, 64, 56, 56))
     k = CupyKernels(launcher)
-    stats = k.normalize(x, k.local_moments(x, STATUS), None, None, None, EPS, 0.0)[1]
-    k.backward_input(grad_y, x, k.backward_sums_and_gradients(grad_y, x, stats, x.dtype, x.dtype)[0], None, stats)
+    stats = forward(k, x)[1]
+    k.check_sums(sums := k.backward_sums(grad_y, x, stats, NUMBERS, x.dtype, x.dtype)[0], MESSAGE)
+    k.backward_input(grad_y, x, None, sums, None, stats, MESSAGE)
     names = [kernel for kernel, *_ in launcher.launches]
     assert names == [
         "local_moments<float, Planes, Float64>",
@@ -214,74 +236,201 @@ def test_one_channel_is_one_plane_while_32_bits_can_count_it():
     assert cuda_geometry.plan((4, 1, 1 << 29), (1 << 29, 1 << 29, 1), 2).S == 1 << 29
 
 
-VERDICTS = {
-    "2 of 3 ranks had a wrong one": Status(2.0, 3.0, 3.0, 0, 0, 1.0, 0),
-    "float16 on 1, float32 on 2 of 3 ranks": Status(0.0, 3.0, 3.0, 1.0, 0, 2.0, 0),
-    "received True on 2 of 3": Status(0.0, 2.0, 2.0, 0, 0, 3.0, 0),
+REFUSED = {
+    "received a wrong one on 2 of 3 ranks": Status(2.0, 3.0, 3.0, 0, 0, 1.0, 0),
+    "received float16 on 1, float32 on 2 of 3 ranks": Status(0.0, 3.0, 3.0, 1.0, 0, 2.0, 0),
+    "received True on 2 of 3 ranks": Status(0.0, 2.0, 2.0, 0, 0, 3.0, 0),
     "received 1 over 3 ranks": Status(0.0, 3.0, 3.0, 0, 0, 1.0, 0),
 }
+OF_3 = MESSAGE._replace(ranks=3)
 
 
-@pytest.mark.parametrize("message", VERDICTS)
-def test_a_refused_call_is_nan_touches_nothing_and_is_told_at_the_next_call(message):
-    launcher = EmulatedLauncher()
-    k = CupyKernels(launcher, 3)
-    x = batch((1 if "received 1 over" in message else 4, 5))[0]
-    running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 0.1)
-    wire = k.local_moments(x, VERDICTS[message])
-    assert k.read_status(wire) == (2.0, Status(needs_grad=1.0))
-    y, stats = k.normalize(x, wire, None, None, running, EPS, 2.0)
+def untouched(running):
+    return (running.mean.sum(), running.var.sum(), running.num_batches_tracked) == (0, 5, 0)
+
+
+@pytest.fixture
+def running():
+    return Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 0.1)
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_refused_call_is_nan_touches_nothing_and_is_told_at_the_next_call(running, text):
+    k = CupyKernels(EmulatedLauncher())
+    x = batch((1 if "received 1 over" in text else 4, 5))[0]
+    wire = reduced(k.local_moments(x, None, NUMBERS, REFUSED[text]), 3)
+    assert k.read_counters(wire, OF_3) is None, "the host has read nothing, and says nothing"
+    y, stats = k.normalize(x, wire, Parameters(eps=EPS, running=running), OF_3)
     assert y.isnan().all()
-    assert stats.mean.isnan().all()
-    assert (running.mean.sum(), running.var.sum(), running.num_batches_tracked) == (0, 5, 0)
-    with pytest.raises((ValueError, TypeError), match=message) as caught:
-        k.read_status(k.local_moments(x, STATUS))
-    assert f"float32 {tuple(x.shape)}" in str(caught.value)
-    k.read_status(wire)  # once
+    assert stats[:10].isnan().all()
+    assert untouched(running)
+    with pytest.raises((ValueError, TypeError), match=text) as caught:
+        k.read_counters(wire, OF_3._replace(serial=4))
+    assert f"This rank was in forward of 'layer' (call 3), with input float32 {tuple(x.shape)}." in str(caught.value)
+    k.read_counters(wire, OF_3)  # once
 
 
-def test_a_group_without_a_sample_leaves_the_buffers_alone():
-    k = CupyKernels(EmulatedLauncher(), 3)
-    x = torch.empty(0, 5, 2, 2)
-    running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0), 0.1)
-    k.normalize(x, k.local_moments(x, Status(0, 3.0, 3.0)), None, None, running, EPS, 2.0)
-    assert (running.mean.sum(), running.var.sum(), running.num_batches_tracked) == (0, 5, 0)
-    k.read_status(k.local_moments(x, STATUS))  # and nothing is wrong
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("slot", range(3))
+def test_a_forward_of_another_call_is_nan_touches_nothing_and_names_the_call_of_this_rank(running, slot, momentum):
+    k, x = CupyKernels(EmulatedLauncher()), batch((40, 5))[0]
+    other = [v + (i == slot) for i, v in enumerate(NUMBERS)]
+    wire = reduced(k.local_moments(x, None, NUMBERS, Status(0.0, 3.0, 3.0, 0, 0, 3.0, 0)), 3, other)
+    y, stats = k.normalize(x, wire, Parameters(eps=EPS, running=running._replace(momentum=momentum)), OF_3)
+    assert y.isnan().all()
+    assert stats[:10].isnan().all()
+    assert untouched(running)
+    expected = (
+        r"received forward of 'layer' \(call 3\) here and another one on some of 3 ranks.*input float32 \(40, 5\)"
+    )
+    with pytest.raises(ValueError, match=expected):
+        k.check_sums(wire, OF_3)
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (0, 5), (3, 5, 9, 8), (4, 0)], ids=str)
+def test_a_backward_of_another_call_is_nan_and_names_the_call_of_this_rank(shape):
+    k = CupyKernels(EmulatedLauncher())
+    x, grad_y = batch(shape)
+    stats = forward(k, x)[1]
+    message = OF_3._replace(direction=1)
+    wire, grad_weight, _ = k.backward_sums(grad_y, x, stats, NUMBERS, torch.float32)
+    wire = reduced(wire, 3, (1, NUMBERS[1], NUMBERS[2] + 1, NUMBERS[3]))
+    assert k.check_sums(wire, message), "the host has compared nothing"
+    assert k.backward_input(grad_y, x, None, wire, None, stats, message).isnan().all()
+    assert grad_weight.isfinite().all(), "it is of this rank alone"
+    with pytest.raises(ValueError, match=r"received backward of 'layer' \(call 3\) here .* some of 3 ranks") as caught:
+        k.read_counters(wire, OF_3)
+    assert f"with input float32 {shape}." in str(caught.value)
+    k.read_counters(wire, OF_3)
+
+
+def test_sums_that_agree_by_chance_are_no_agreement():
+    """1 and 3 have the sum of 2 and 2, but not its squares."""
+    k, x = CupyKernels(EmulatedLauncher()), batch((4, 5))[0]
+    message = MESSAGE._replace(numbers=(1, 2, 0, 0), ranks=2)
+    wire = k.local_moments(x, None, (1, 1, 0, 0), STATUS) + k.local_moments(x, None, (1, 3, 0, 0), STATUS)
+    assert wire[: moments.CALL].tolist() == [2, 4, 0, 0, 10, 0, 0]
+    assert k.normalize(x, wire, Parameters(eps=EPS), message)[0].isnan().all()
+
+
+MOST = (1, LIMIT - 1, LIMIT - 1, LIMIT - 1)
+
+
+@pytest.mark.parametrize("last", [MOST, (1, LIMIT - 2, LIMIT - 1, LIMIT - 1), (1, LIMIT - 1, LIMIT - 1, 0)])
+def test_the_largest_numbers_on_the_most_ranks_are_compared_exactly(last):
+    numbers, ranks = MOST, 65_536
+    message = Message(numbers, ranks, "'layer'", 0, LIMIT - 1)
+    k = CupyKernels(EmulatedLauncher())
+    x, grad_y = batch((4, 5))
+    stats = forward(k, x)[1]
+    status = Status(0.0, ranks, ranks, 0, 0, ranks, 0)
+    wire = reduced(k.local_moments(x, None, numbers, status), ranks, last)
+    y, _ = k.normalize(x, wire, Parameters(eps=EPS), message)
+    sums = reduced(k.backward_sums(grad_y, x, stats, numbers)[0], ranks, last)
+    grad_x = k.backward_input(grad_y, x, None, sums, None, stats, message)
+    expected = torch.isfinite if last == numbers else torch.isnan
+    assert expected(y).all()
+    assert expected(grad_x).all()
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_a_rank_that_abstains_compares_the_others(one):
+    """Exactly, where n * sum(v^2) and (sum v)^2 are beyond 2^53."""
+    k, (x, grad_y), ranks = CupyKernels(EmulatedLauncher()), batch((4, 5)), 65_536
+    message = Message(ABSTAINS, ranks, "'layer'", 0, 0)
+    stats = forward(k, x)[1]
+    sums = reduced(k.backward_sums(grad_y, x, stats, MOST)[0], ranks - 1, MOST if one else (*MOST[:3], LIMIT - 2))
+    assert k.backward_input(grad_y, x, None, sums, None, stats, message).isnan().all() == (not one)
+
+
+def test_the_first_of_several_errors_is_kept():
+    """Those behind it follow from it: ranks that are one call apart stay so."""
+    k, x = CupyKernels(EmulatedLauncher()), batch((4, 5))[0]
+    for serial in (5, 6):
+        wire = k.local_moments(x, None, (1, serial + 1, 0, 0), STATUS)
+        k.normalize(x, wire, Parameters(eps=EPS), Message((1, serial, 0, 0), 1, "'layer'", 0, serial))
+    with pytest.raises(ValueError, match=r"forward of 'layer' \(call 5\) here"):
+        k.read_counters(wire, MESSAGE)
+
+
+def test_a_group_without_a_sample_counts_the_batch_and_leaves_the_statistics_alone(running):
+    k, x = CupyKernels(EmulatedLauncher()), torch.empty(0, 5, 2, 2)
+    forward(k, x, running)
+    assert (running.mean.sum(), running.var.sum(), running.num_batches_tracked) == (0, 5, 1)
+    forward(k, x, running._replace(momentum=None))
+    assert (running.mean.sum(), running.var.sum(), running.num_batches_tracked) == (0, 5, 2)
+    k.read_counters(k.local_moments(x, None, NUMBERS, STATUS), MESSAGE)  # and nothing is wrong
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("shape", [(4, 0), (3, 0, 2, 5), (0, 0)], ids=str)
+def test_an_input_without_channels_is_a_launch_a_step_and_no_error(shape, channels_last):
+    launcher = EmulatedLauncher()
+    k = CupyKernels(launcher)
+    found = step(k, *batch(shape, channels_last=channels_last and len(shape) > 2))
+    assert found["wire"].tolist() == [*moments.head(NUMBERS), shape[0] * (10 if len(shape) > 2 else 1), *STATUS]
+    assert found["y"].shape == found["grad_x"].shape == shape
+    assert len(launcher.launches) == 4
+    k.read_counters(found["wire"], MESSAGE)
 
 
 @pytest.mark.parametrize("weights", [0.5, 1.0])
 def test_weights_of_other_ranks_masks_are_too_few_for_a_rank_without_samples_too(weights):
-    k = CupyKernels(EmulatedLauncher(), 3)
+    k = CupyKernels(EmulatedLauncher())
     x = torch.empty(0, 5, 2, 2)
-    wire = k.local_moments(x, Status(0, 3.0, 3.0))
-    wire[0] = weights
-    k.normalize(x, wire, None, None, None, EPS, 2.0)
+    wire = reduced(k.local_moments(x, None, NUMBERS, Status(0, 3.0, 3.0)), 3)
+    wire[moments.CALL] = weights
+    k.normalize(x, wire, Parameters(eps=EPS), OF_3)
     with pytest.raises(ValueError, match=f"received {weights:g} over 3 ranks"):
-        k.read_status(wire)
+        k.read_counters(wire, OF_3)
 
 
-def test_where_the_host_waits_anyway_it_reads_the_verdict_there():
+def test_where_the_host_waits_anyway_it_compares_there():
     launcher = EmulatedLauncher()
-    k = CupyKernels(launcher, 3, on_host=True)
-    x = batch((4, 5))[0]
-    wire = k.local_moments(x, VERDICTS["received True on 2 of 3"])
-    assert k.read_status(wire) == (4.0, VERDICTS["received True on 2 of 3"])
-    k.normalize(x, wire, None, None, None, EPS, 4.0)
-    assert not launcher.box.memory.any()
+    k = CupyKernels(launcher, on_host=True)
+    assert CupyKernels(launcher).deferred
+    assert not k.deferred
+    x, grad_y = batch((4, 5))
+    status = REFUSED["received True on 2 of 3 ranks"]
+    wire = reduced(k.local_moments(x, None, NUMBERS, status), 3)
+    assert k.read_counters(wire, OF_3) == (True, 4.0, status)
+    assert not k.read_counters(wire, OF_3._replace(numbers=(1, 4, *NUMBERS[2:]))).same_call
+    stats = k.normalize(x, wire, Parameters(eps=EPS), OF_3)[1]
+    sums = k.backward_sums(grad_y, x, stats, NUMBERS)[0]
+    assert k.check_sums(sums, MESSAGE)
+    assert not k.check_sums(sums, OF_3._replace(numbers=(1, 4, *NUMBERS[2:])))
+    k.backward_input(grad_y, x, None, sums, None, stats, OF_3)
+    assert not launcher.errors.memory.any()
+    before = len(launcher.launches)
+    k.backward_input(x[:0], x[:0], None, sums, None, stats, MESSAGE)
+    assert len(launcher.launches) == before, "nothing is left to compare"
+
+
+def test_a_call_long_gone_is_not_named():
+    memory = torch.zeros(DeferredErrors.SIZE, dtype=torch.float64)
+    errors, x = DeferredErrors(memory), torch.zeros(3)
+    for _ in range(600):
+        errors.number(MESSAGE, x)
+    memory[:4] = torch.tensor([1.0, 2.0, 1.0, 1.0])
+    with pytest.raises(
+        ValueError, match=r"at least 2 values.* in a call too long ago to be named.* Found at a later call"
+    ):
+        errors.look()
+    errors.look()
 
 
 def test_parameters_elsewhere_are_refused_before_a_pointer_is_used():
     k = CupyKernels(EmulatedLauncher())
     x = batch((4, 5))[0]
-    wire = k.local_moments(x, STATUS)
+    wire = k.local_moments(x, None, NUMBERS, STATUS)
     for wrong in (torch.ones(4), torch.ones(5, device="meta"), torch.ones(5, dtype=torch.int32)):
         with pytest.raises(
             ValueError, match=r"must be floating-point of shape \(5,\) on cpu; received .* Move the layer"
         ):
-            k.normalize(x, wire, wrong, None, None, EPS, 4.0)
+            k.normalize(x, wire, Parameters(wrong, eps=EPS), MESSAGE)
     running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0.0), 0.1)
     with pytest.raises(ValueError, match="num_batches_tracked must be int64 on cpu"):
-        k.normalize(x, wire, None, None, running, EPS, 4.0)
+        k.normalize(x, wire, Parameters(eps=EPS, running=running), MESSAGE)
 
 
 def test_the_layer_trains_on_them_as_on_the_readable_ones(monkeypatch):
@@ -324,7 +473,7 @@ def test_the_sanitizers_find_nothing(kind):
 # What each line is for, and who notices when it is gone.
 BROKEN = {
     "a barrier": ("thread", "reduce.cuh", "        __syncthreads();\n        if (!last)", "        if (!last)"),
-    "a fence": ("thread", "reduce.cuh", "        __threadfence();  // the sums", "        // the sums"),
+    "a fence": ("thread", "reduce.cuh", "            __threadfence();  // the sums", "            // the sums"),
     "an alignment": ("address", "storage.cuh", "if (width == 16) return", "if (width >= 0) return"),
     "a bound": ("address", "storage.cuh", "if (i < length) pack.at", "pack.at"),
 }

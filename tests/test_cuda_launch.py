@@ -15,7 +15,6 @@ import torch
 from syncbn import kernels
 from syncbn.kernels import cuda_launch
 from syncbn.kernels.cuda_launch import CupyLauncher
-from syncbn.kernels.cuda_verdict import Mailbox
 
 LAYOUT, X = struct.Struct("=qd"), torch.zeros(3)
 
@@ -140,7 +139,7 @@ def test_a_capture_that_holds_a_first_use_is_refused(notes):
     with pytest.raises(RuntimeError, match="Run one training step, forward and backward, before the capture"):
         launcher.launch("normalize<float, Rows>", 1, (1, 1), LAYOUT, (0, 0.0), X)
     with pytest.raises(RuntimeError, match="a capture that contains the first training step"):
-        launcher.mailbox(X)
+        launcher.deferred_errors(X)
     assert notes.compiled == []
 
 
@@ -162,23 +161,12 @@ def test_no_two_streams_and_no_two_captures_share_tickets(notes):
     assert launcher.tickets(X, 5000).numel() >= 5000
 
 
-def test_the_mailbox_of_a_device_is_one(notes, monkeypatch):
+def test_the_deferred_errors_of_a_device_are_in_one_place(notes, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     launcher = CupyLauncher()
     with torch.device("meta"):  # a default device that a person has set
-        assert launcher.mailbox(X).memory.is_cpu
-    assert launcher.mailbox(X) is launcher.mailbox(X)
-
-
-def test_a_verdict_on_a_call_long_gone_names_no_input():
-    memory = torch.zeros(Mailbox.SIZE, dtype=torch.float64)
-    box = Mailbox(memory)
-    for _ in range(300):
-        box.number(X, 2)
-    memory[0], memory[1] = 1.0, 1.0
-    with pytest.raises(ValueError, match="an earlier input"):
-        box.look()
-    box.look()
+        assert launcher.deferred_errors(X).memory.is_cpu
+    assert launcher.deferred_errors(X) is launcher.deferred_errors(X)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +192,12 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
     choice = kernels.Choice("torch", "CuPy is not installed")
     monkeypatch.setattr(kernels, "explain_device", lambda: choice)
     with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
-        assert kernels._cuda_kernels.__wrapped__(1, False).name == "torch"
+        assert kernels._cuda_kernels.__wrapped__(False).name == "torch"
 
 
 def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
     monkeypatch.setattr(kernels, "PLAIN", (SimpleNamespace,))
-    monkeypatch.setattr(kernels, "_cuda_kernels", lambda ranks, on_host: "cupy")
+    monkeypatch.setattr(kernels, "_cuda_kernels", lambda on_host: "cupy")
     for shape, expected in (((4, 2, 2**29), "cupy"), ((1, 2, 2**31), "torch")):
         x = SimpleNamespace(is_cuda=True, is_neg=lambda: False, numel=lambda shape=shape: prod(shape), shape=shape)
         found = kernels.on_device(x, SimpleNamespace(size=1, on_host=False))

@@ -9,6 +9,8 @@ import torch
 
 import syncbn
 from syncbn import kernels
+from syncbn.kernels.base import Parameters
+from syncbn.moments import Message, Status
 from syncbn.transports.single import SingleTransport
 from tests import fake_cuda
 
@@ -89,9 +91,10 @@ def test_a_refused_call_sends_from_the_device_by_which_its_way_was_chosen(monkey
 
 def test_a_kernel_reaches_no_memory_of_the_host(x):
     steps = kernels.on_device(x, SingleTransport())
-    wire = steps.local_moments(x, syncbn.moments.Status()).cpu()
+    message = Message((1, 0, 0, 0), 1, "'layer'", 0, 0)
+    wire = steps.local_moments(x, None, message.numbers, Status()).cpu()
     with pytest.raises(RuntimeError, match="an illegal memory access"):
-        steps.normalize(x, wire, None, None, None, 1e-5, 2.0)
+        steps.normalize(x, wire, Parameters(), message)
 
 
 def test_a_kernel_reaches_no_memory_that_was_freed(x):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from syncbn import agreement, kernels, rendezvous, transports, world
 from syncbn.groups import GroupSpec
 from syncbn.launchers import Launch
+from syncbn.moments import CALL
 from syncbn.transports import mpi_staged, nccl
 from syncbn.transports.torch_dist import TorchTransport
 from tests.processes import run
@@ -28,16 +29,23 @@ class OnGpu(torch.Tensor):
 
 
 class Host:
-    """MPI over some ranks that all send what this one sends, or rows that are given."""
+    """MPI over some ranks that all are in this one's call, and send what this one sends, or rows that are given."""
 
-    rank, token, spec = 0, 9, GroupSpec("mpi", (0, 1))
+    rank, token, spec, serial = 0, 9, GroupSpec("mpi", (0, 1)), 0
 
     def __init__(self, size=2, rows=None):
         self.size, self.ranks, self.notes, self.rows = size, tuple(range(size)), [], rows
 
     def all_reduce(self, wire):
         self.notes.append(("all_reduce", wire.numel()))
-        return wire.copy_(torch.tensor(self.rows, dtype=wire.dtype)) if self.rows else wire
+        if self.rows:
+            wire[:CALL] *= self.size
+            wire[CALL:] = torch.tensor(self.rows, dtype=wire.dtype).view(-1)
+        return wire
+
+    def exchange_notes(self, note):
+        self.notes.append(("exchange_notes", note))
+        return [note] * self.size
 
     def broadcast(self, tensor, root=0):
         self.notes.append(("broadcast", tensor.numel(), root))
@@ -140,6 +148,14 @@ class Event:
 
     def __getattr__(self, name):
         return lambda: self.notes.append(name)
+
+
+def test_notes_go_by_the_way_of_the_host(library):
+    """Not by NCCL, which is what may have failed."""
+    host = Host()
+    for transport in (nccl.NcclTransport(host), mpi_staged.StagedTransport(host, Event([]), "cpu")):
+        assert transport.exchange_notes("lost") == ["lost"] * 2
+        assert host.notes[-1] == ("exchange_notes", "lost")
 
 
 def test_pinned_memory_waits_for_the_producing_stream_and_is_not_overwritten_too_soon(monkeypatch):

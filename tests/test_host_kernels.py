@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncbn import kernels, moments, reference
-from syncbn.kernels.base import BatchStats
+from syncbn.kernels.base import Parameters, split_stats
 from syncbn.kernels.torch_ops import TorchKernels
-from syncbn.moments import Running, Status
+from syncbn.moments import Message, Running, Status
 from tests import processes
 
 _host = pytest.importorskip("syncbn.kernels._host", reason="built without a compiler")
@@ -23,6 +23,8 @@ host_ops = pytest.importorskip("syncbn.kernels.host_ops")
 HOST, TORCH = host_ops.HostKernels(), TorchKernels()
 EPS = 1e-5
 STATUS = Status(0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
+NUMBERS = (1, 7, moments.LIMIT - 1, 3)
+MESSAGE = Message(NUMBERS, 1, "a layer", 0, 7)
 HALVES = (torch.float16, torch.bfloat16)
 # Large enough for the thread pool and for several partial sums per channel.
 LARGE = [(3, 40, 70, 65), (5, 2, 190, 191), (40001, 7), (2, 600, 13, 17)]
@@ -38,11 +40,15 @@ def _settings_restored():
 
 def step(implementation, x, grad_y, weight=None, bias=None):
     """Every number that the four steps make."""
-    wire = implementation.local_moments(x, STATUS)
-    y, stats = implementation.normalize(x, wire, weight, bias, None, EPS, wire[0].item())
-    sums = implementation.backward_sums(grad_y, x, stats)
-    grad_x = implementation.backward_input(grad_y, x, sums, weight, stats)
-    return {"wire": wire, "y": y, "mean": stats.mean, "invstd": stats.invstd, "sums": sums, "grad_x": grad_x}
+    wire = implementation.local_moments(x, None, NUMBERS, STATUS)
+    y, stats = implementation.normalize(x, wire, Parameters(weight, bias, EPS), MESSAGE)
+    dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+    sums, grad_weight, grad_bias = implementation.backward_sums(grad_y, x, stats, NUMBERS, *dtypes)
+    grad_x = implementation.backward_input(grad_y, x, None, sums, weight, stats, MESSAGE)
+    mean, invstd, count = split_stats(stats)
+    made = {"wire": wire, "y": y, "mean": mean, "invstd": invstd, "count": count, "sums": sums, "grad_x": grad_x}
+    gradients = {"grad_weight": grad_weight, "grad_bias": grad_bias}
+    return made | {name: grad for name, grad in gradients.items() if grad is not None}
 
 
 def differing(a, b):
@@ -92,11 +98,12 @@ def test_bits_do_not_depend_on_ranks_and_threads(dtype, shares, channels_last):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         xs, gs = x.split(shares), grad_y.split(shares)
-        wire = sum(HOST.local_moments(part, STATUS) for part in xs)
-        normalized = [HOST.normalize(part, wire, weight, bias, None, EPS, wire[0].item()) for part in xs]
+        wire = sum(HOST.local_moments(part, None, NUMBERS, STATUS) for part in xs)
+        normalized = [HOST.normalize(part, wire, Parameters(weight, bias, EPS), MESSAGE) for part in xs]
         stats = normalized[0][1]
-        sums = sum(HOST.backward_sums(g, part, stats) for g, part in zip(gs, xs, strict=True))
-        grads = [HOST.backward_input(g, part, sums, weight, stats) for g, part in zip(gs, xs, strict=True)]
+        pairs = list(zip(gs, xs, strict=True))
+        sums = sum(HOST.backward_sums(g, part, stats, NUMBERS)[0] for g, part in pairs)
+        grads = [HOST.backward_input(g, part, None, sums, weight, stats, MESSAGE) for g, part in pairs]
         assert torch.equal(torch.cat([y for y, _ in normalized]), whole["y"])
         assert torch.equal(torch.cat(grads), whole["grad_x"])
 
@@ -107,30 +114,33 @@ def test_elements_are_those_of_the_readable_twin(dtype, channels_last):
     """From the same sums, the elementwise steps agree with torch_ops.py bit for bit."""
     x, grad_y = batch((4, 37, 9, 5), dtype, channels_last=channels_last)
     weight, bias = torch.randn(2, 37)
-    wire = TORCH.local_moments(x, STATUS)
-    y, stats = TORCH.normalize(x, wire, weight, bias, None, EPS, 180.0)
-    ours, our_stats = HOST.normalize(x, wire, weight, bias, None, EPS, 180.0)
+    wire = TORCH.local_moments(x, None, NUMBERS, STATUS)
+    y, stats = TORCH.normalize(x, wire, Parameters(weight, bias, EPS), MESSAGE)
+    ours, our_stats = HOST.normalize(x, wire, Parameters(weight, bias, EPS), MESSAGE)
     assert torch.equal(ours, y)
-    assert torch.equal(our_stats.mean, stats.mean)
-    assert torch.equal(our_stats.invstd, stats.invstd)
-    sums = TORCH.backward_sums(grad_y, x, stats)
-    theirs = TORCH.backward_input(grad_y, x, sums, weight, stats)
-    assert torch.equal(HOST.backward_input(grad_y, x, sums, weight, stats), theirs)
+    assert torch.equal(our_stats, stats)
+    sums = TORCH.backward_sums(grad_y, x, stats, NUMBERS)[0]
+    theirs = TORCH.backward_input(grad_y, x, None, sums, weight, stats, MESSAGE)
+    assert torch.equal(HOST.backward_input(grad_y, x, None, sums, weight, stats, MESSAGE), theirs)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_half_number_survives_and_rounds_as_in_torch(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
     between = every.float().nan_to_num(0.0, 0.0, 0.0).repeat(1, 2) * torch.tensor([1.0, 1.00390625])
-    stats = BatchStats(torch.tensor([0.0, 1.0]).double(), 1.0)
+    stats = torch.tensor([0.0, 1.0, 1.0]).double()  # mean, invstd, count
+    zeros, nothing = torch.zeros(moments.sums_length(1)).double(), torch.zeros_like(every)
+
+    def scaled(weight):
+        return HOST.backward_input(every, nothing, None, zeros, weight, stats, MESSAGE)
+
     for name in _host.instruction_sets():
         _host.use_instruction_set(name)
-        zeros, nothing = torch.zeros(2).double(), torch.zeros_like(every)
-        assert torch.equal(HOST.backward_input(every, nothing, zeros, None, stats).isnan(), every.isnan())
-        same = HOST.backward_input(every, nothing, zeros, None, stats)
+        same = scaled(None)
+        assert torch.equal(same.isnan(), every.isnan())
         assert torch.equal(same.nan_to_num(0.0), every.nan_to_num(0.0))
         scale = between[0, 1] * 0 + 1.00390625
-        rounded = HOST.backward_input(every, nothing, zeros, scale.view(1), stats)
+        rounded = scaled(scale.view(1))
         expected = (every.float() * scale).to(dtype)
         assert torch.equal(rounded.nan_to_num(0.0), expected.nan_to_num(0.0))
 
@@ -183,38 +193,53 @@ def test_buffers_of_any_dtype_and_stride_move_alike():
                 Running(*torch.ones(5, 2, dtype=dtype).unbind(1), torch.tensor(2), momentum) for _ in range(2)
             )
             for implementation, running in ((HOST, ours), (TORCH, twin)):
-                implementation.normalize(x, implementation.local_moments(x, STATUS), None, None, running, EPS, 96.0)
+                wire = implementation.local_moments(x, None, NUMBERS, STATUS)
+                implementation.normalize(x, wire, Parameters(eps=EPS, running=running), MESSAGE)
             assert ours.num_batches_tracked == twin.num_batches_tracked == 3
             torch.testing.assert_close(ours.mean, twin.mean)
             torch.testing.assert_close(ours.var, twin.var)
 
 
-WIRE, C6, C3 = torch.zeros(14).double(), torch.zeros(6).double(), torch.zeros(3).double()
+WIRE, SUMS, STATS, C3 = (torch.zeros(length).double() for length in (21, 13, 7, 3))
 X = torch.zeros(2, 3, 4)
+
+
+def local_moments(x, wire=WIRE, numbers=NUMBERS, status=STATUS):
+    return _host.local_moments(x, wire, numbers, status, 1)
+
+
+def normalize(wire=WIRE, **parameters):
+    return HOST.normalize(X, wire, Parameters(**parameters), MESSAGE)
+
+
+def backward_input(sums=SUMS, stats=STATS):
+    return HOST.backward_input(X, X, None, sums, None, stats, MESSAGE)
+
+
 REFUSED = {
-    "x must be float16, bfloat16, float32 or float64": lambda: HOST.local_moments(X.int(), STATUS),
-    "x must be a strided CPU tensor": lambda: HOST.local_moments(X.to("meta"), STATUS),
-    "x must be a torch.Tensor": lambda: _host.local_moments([1.0], WIRE, STATUS, 1),
-    "x must have at least 2 dims": lambda: _host.local_moments(C3, WIRE, STATUS, 1),
-    "x must have at least 1 channel": lambda: _host.local_moments(X[:, :0], WIRE, STATUS, 1),
-    "wire must be contiguous float64 .14,": lambda: _host.local_moments(X, WIRE[:13], STATUS, 1),
-    "wire must be contiguous float64 .2C": lambda: HOST.read_status(WIRE.float()),
-    "status must be a tuple of 7": lambda: _host.local_moments(X, WIRE, STATUS[:6], 1),
-    "expected 4 arguments, received 3": lambda: _host.local_moments(X, WIRE, STATUS),
-    "weight must have shape .3,": lambda: HOST.normalize(X, WIRE, torch.ones(2), None, None, EPS, 8.0),
-    "x must be a strided CPU tensor of": lambda: HOST.local_moments(X[0].to_sparse(), STATUS),
-    "bias must be a strided CPU tensor": lambda: HOST.normalize(
-        X, WIRE, None, torch.ones(3, device="meta"), None, EPS, 8.0
-    ),
-    "running_mean and running_var must both": lambda: HOST.normalize(
-        X, WIRE, None, None, Running(C3, None, None, 0.1), EPS, 8.0
-    ),
-    "num_batches_tracked must be int64": lambda: HOST.normalize(
-        X, WIRE, None, None, Running(C3, C3, torch.tensor(0.0), 0.1), EPS, 8.0
-    ),
-    "grad_y must have the shape and dtype of x": lambda: HOST.backward_sums(X[:1], X, BatchStats(C6, 8.0)),
-    "stats must be contiguous float64": lambda: HOST.backward_sums(X, X, BatchStats(C6.float(), 8.0)),
-    "wire must be contiguous float64": lambda: HOST.backward_input(X, X, C3, None, BatchStats(C6, 8.0)),
+    "x must be float16, bfloat16, float32 or float64": lambda: local_moments(X.int()),
+    "x must be a strided CPU tensor": lambda: local_moments(X.to("meta")),
+    "x must be a torch.Tensor": lambda: local_moments([1.0]),
+    "x must have at least 2 dims": lambda: local_moments(C3),
+    "x must have at least 1 channel": lambda: local_moments(X[:, :0]),
+    "wire must be contiguous float64 .21,": lambda: local_moments(X, WIRE[:20]),
+    "wire must be contiguous float64, of 15 values or more": lambda: HOST.read_counters(WIRE.float(), MESSAGE),
+    "wire must be contiguous float64, of 7 values or more": lambda: HOST.check_sums(SUMS.float(), MESSAGE),
+    "status must be a tuple of 7": lambda: local_moments(X, status=STATUS[:6]),
+    "numbers must be a tuple of 4": lambda: local_moments(X, numbers=NUMBERS[:3]),
+    "expected 5 arguments, received 4": lambda: _host.local_moments(X, WIRE, NUMBERS, STATUS),
+    "wire must be contiguous float64 .21,.*": lambda: normalize(WIRE[:19]),
+    "weight must have shape .3,": lambda: normalize(weight=torch.ones(2)),
+    "x must be a strided CPU tensor of": lambda: local_moments(X[0].to_sparse()),
+    "bias must be a strided CPU tensor": lambda: normalize(bias=torch.ones(3, device="meta")),
+    "running_mean and running_var must both": lambda: normalize(running=Running(C3, None, None, 0.1)),
+    "num_batches_tracked must be int64": lambda: normalize(running=Running(C3, C3, torch.tensor(0.0), 0.1)),
+    "grad_y must have the shape and dtype of x": lambda: HOST.backward_sums(X[:1], X, STATS, NUMBERS),
+    "stats must be contiguous float64": lambda: HOST.backward_sums(X, X, STATS.float(), NUMBERS),
+    "stats must be contiguous float64 .7,": lambda: backward_input(stats=STATS[:6]),
+    "wire must be contiguous float64 .13,": lambda: backward_input(SUMS[7:]),
+    "grad_weight must have shape": lambda: _host.parameter_gradients(SUMS, torch.ones(2), None),
+    "grad_bias must have shape": lambda: _host.parameter_gradients(SUMS, None, torch.ones(2)),
     "this machine does not run pentium": lambda: _host.use_instruction_set("pentium"),
 }
 
@@ -244,7 +269,7 @@ def test_a_gradient_that_is_a_negative_view_is_read_right():
 
 def test_the_default_device_is_not_followed():
     with torch.device("meta"):
-        assert HOST.local_moments(X, STATUS).device.type == "cpu"
+        assert HOST.local_moments(X, None, NUMBERS, STATUS).device.type == "cpu"
 
 
 def test_callers_on_several_threads_do_not_disturb_each_other():
@@ -265,9 +290,9 @@ import os, torch
 from syncbn.kernels import choose, explain
 torch.set_num_threads(2)
 x = torch.randn(4, 64, 64, 64)
-first = choose(x).local_moments(x, (0.0,) * 7)
+first = choose(x).local_moments(x, None, (1, 2, 3, 4), (0.0,) * 7)
 pid = os.fork()
-again = choose(x).local_moments(x, (0.0,) * 7)
+again = choose(x).local_moments(x, None, (1, 2, 3, 4), (0.0,) * 7)
 if pid == 0:
     os._exit(0 if torch.equal(first, again) else 1)
 print(explain().name, os.waitpid(pid, 0)[1])

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The kernel contract: one test body for every implementation, against reference.py in float64."""
 
+import itertools
+
 import pytest
 import torch
 
 from syncbn import kernels, moments, reference
+from syncbn.kernels.base import Parameters, split_stats
 from syncbn.kernels.cupy_ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
-from syncbn.moments import Running, Status
+from syncbn.moments import Message, Running, Status
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.multiprocess.batches import LAYOUTS
 from tests.tolerances import FLOOR, error
 
 EPS = 1e-5
 STATUS = Status(0.0, 1.0, 1.0, *moments.DTYPE_VOTES[torch.float32])
+NUMBERS = (1, 7, moments.LIMIT - 1, 3)
 SHAPES = [(5, 3), (4, 1, 7), (2, 5, 3, 4), (3, 17, 1, 1), (2, 64, 9, 5), (2, 3, 2, 3, 2), (1, 2, 33, 31)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -23,7 +27,7 @@ def implementation(request):
     if request.param == "torch":
         return TorchKernels()
     if request.param.startswith("cuda on cpu"):
-        return CupyKernels(EmulatedLauncher(slow="slow" in request.param))
+        return CupyKernels(EmulatedLauncher(slow="slow" in request.param), on_host=True)
     pytest.importorskip("syncbn.kernels._host", reason="built without a compiler")
     return pytest.importorskip("syncbn.kernels.host_ops").HostKernels()
 
@@ -35,6 +39,30 @@ def exact(x, grad_y, weight, bias):
     y = reference.batch_norm(x, weight.double(), bias.double(), stats, stats, eps=EPS).y
     y.backward(grad_y.double())
     return y.detach(), x.grad
+
+
+def message(direction=0, numbers=NUMBERS):
+    return Message(numbers, 1, "a layer", direction, NUMBERS[1])
+
+
+def moments_of(implementation, x, status=STATUS):
+    return implementation.local_moments(x, None, NUMBERS, status)
+
+
+def normalized(implementation, x, wire=None, **parameters):
+    """y and the statistics for backward; of this tensor alone where no wire is given."""
+    wire = moments_of(implementation, x) if wire is None else wire
+    return implementation.normalize(x, wire, Parameters(eps=EPS, **parameters), message())
+
+
+def sums_of(implementation, grad_y, x, stats):
+    return implementation.backward_sums(grad_y, x, stats, NUMBERS)[0]
+
+
+def grad_of(implementation, grad_y, x, stats, *, sums=None, weight=None):
+    """grad_x; of this tensor alone where no sums are given."""
+    sums = sums_of(implementation, grad_y, x, stats) if sums is None else sums
+    return implementation.backward_input(grad_y, x, None, sums, weight, stats, message(1))
 
 
 def bound(dtype, scale):
@@ -51,40 +79,121 @@ def test_steps_equal_the_reference(implementation, rng, shape, dtype, layout):
     x = LAYOUTS[layout]((torch.randn(shape, generator=rng) * 2 + 1).to(dtype))
     grad_y = torch.randn(shape, generator=rng).to(dtype)
     weight, bias = torch.rand(shape[1], generator=rng) + 0.5, torch.randn(shape[1], generator=rng)
-    count = x.numel() // shape[1]
-    wire = implementation.local_moments(x, STATUS)
-    y, stats = implementation.normalize(x, wire, weight, bias, None, EPS, count)
-    sums = implementation.backward_sums(grad_y, x, stats)
-    grad_x = implementation.backward_input(grad_y, x, sums, weight, stats)
+    y, stats = normalized(implementation, x, weight=weight, bias=bias)
+    grad_x = grad_of(implementation, grad_y, x, stats, weight=weight)
     exact_y, exact_grad_x = exact(x, grad_y, weight, bias)
     assert error(y, exact_y) <= bound(dtype, exact_y.abs().max().item())
     assert error(grad_x, exact_grad_x) <= bound(dtype, exact_grad_x.abs().max().item())
     assert y.dtype == grad_x.dtype == dtype
     assert y.stride() == grad_x.stride() == torch.empty_like(x).stride()
+    mean, invstd, count = split_stats(stats)
+    x64 = x.double().transpose(0, 1).reshape(shape[1], -1)
+    assert count.item() == x64.size(1)
+    torch.testing.assert_close(mean, x64.mean(1))
+    torch.testing.assert_close(invstd, (x64.var(1, correction=0) + EPS).rsqrt())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_local_moments_are_accumulated_in_float64(implementation, rng, dtype):
     x = (torch.randn(16, 5, 40, 30, generator=rng) + 1000).to(dtype)
-    wire = implementation.local_moments(x, STATUS)
-    count, sum_x, sum_x2 = moments.unpack(wire)
+    wire = moments_of(implementation, x)
+    sum_x, sum_x2 = moments.sums(wire).chunk(2)
     x64 = x.double().transpose(0, 1).reshape(5, -1)
-    assert count.item() == x64.size(1)
+    assert moments.count(wire).item() == x64.size(1)
     torch.testing.assert_close(sum_x, x64.sum(1), rtol=1e-14, atol=0)
     torch.testing.assert_close(sum_x2, x64.square().sum(1), rtol=1e-14, atol=0)
-    assert moments.read_status(wire)[1] == STATUS
+    assert moments.read_counters(wire, NUMBERS) == (True, x64.size(1), STATUS)
+
+
+ABSTAINING = message(numbers=moments.ABSTAINS)
+
+
+def test_kernels_that_do_not_defer_read_the_counters_and_the_call(implementation):
+    if implementation.deferred:
+        pytest.skip("the device reads them")
+    wire = 3 * moments_of(implementation, torch.ones(4, 2))
+    for own in (message(), ABSTAINING):
+        counters = implementation.read_counters(wire, own)
+        assert counters == (True, 12.0, Status._make(3 * s for s in STATUS))
+        assert type(counters.same_call) is bool
+        for slot in range(moments.CALL):
+            other = wire.clone()
+            other[slot] += 1
+            assert not implementation.read_counters(other, own).same_call
+
+
+def test_kernels_that_do_not_defer_compare_the_backward_call(implementation):
+    if implementation.deferred:
+        pytest.skip("the device compares it")
+    x = torch.randn(4, 2)
+    wire = 3 * sums_of(implementation, x, x, normalized(implementation, x)[1])
+    for own in (message(1), ABSTAINING):
+        assert implementation.check_sums(wire, own) is True
+        for slot in range(moments.CALL):
+            for wrong in (wire[slot].item() - 1, float("nan"), float("inf")):
+                other = wire.clone()
+                other[slot] = wrong
+                assert implementation.check_sums(other, own) is False
+
+
+def test_what_ranks_find_of_their_calls_is_what_the_definition_says(implementation, rng):
+    """With every mixture of few ranks, also at the largest numbers, and of ranks that abstain."""
+    if implementation.deferred:
+        pytest.skip("the device compares calls")
+    top = moments.LIMIT - 1
+    calls = [(1, 0, 0, 0), (1, 1, 0, 0), (1, 2, 0, 0), (1, top, top, top), (1, top, top, top - 1), moments.ABSTAINS]
+    for some in itertools.product(calls, repeat=3):
+        for times in (1, 2**14):
+            slots = torch.tensor([moments.head(numbers) for numbers in some], dtype=torch.float64).sum(0) * times
+            wire = torch.cat((slots, torch.zeros(4, dtype=torch.float64)))
+            same = len(set(some) - {moments.ABSTAINS}) <= 1
+            for own in some:
+                assert implementation.check_sums(wire, message(1, own)) is same
+                assert moments.same_call(slots.tolist(), own) is same
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_wires_begin_with_the_call(implementation, rng, dtype):
+    x = torch.randn(5, 3, 4, generator=rng).to(dtype)
+    stats = normalized(implementation, x)[1]
+    for wire in (moments_of(implementation, x), sums_of(implementation, x, x, stats)):
+        assert wire.dtype == torch.float64
+        assert wire[: moments.CALL].tolist() == [*NUMBERS, *(v * v for v in NUMBERS[1:])]
+    assert not implementation.local_moments(x, None, moments.ABSTAINS, STATUS)[: moments.CALL].any()
+    assert sums_of(implementation, x, x, stats).shape == (moments.sums_length(3),)
+    assert moments_of(implementation, x).shape == (moments.wire_length(3),)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_local_gradients_of_weight_and_bias_are_the_sums_rounded_once(implementation, rng, dtype, parameters):
+    x, grad_y = (torch.randn(6, 3, 5, generator=rng).to(dtype) for _ in range(2))
+    stats = normalized(implementation, x)[1]
+    wire, none, nothing = implementation.backward_sums(grad_y, x, stats, NUMBERS)
+    assert none is nothing is None
+    again, grad_weight, grad_bias = implementation.backward_sums(grad_y, x, stats, NUMBERS, parameters, parameters)
+    assert torch.equal(again, wire)
+    sum_grad_y, sum_grad_y_xhat = wire[moments.CALL :].chunk(2)
+    assert torch.equal(grad_weight, sum_grad_y_xhat.to(parameters))
+    assert torch.equal(grad_bias, sum_grad_y.to(parameters))
+    only_bias = implementation.backward_sums(grad_y, x, stats, NUMBERS, None, parameters)
+    assert only_bias[1] is None
+    assert torch.equal(only_bias[2], grad_bias)
+    wire.add_(1)  # an all-reduce works in place, and the gradients stay local
+    assert torch.equal(only_bias[2], sums_of(implementation, grad_y, x, stats)[moments.CALL :][:3].to(parameters))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (0, 3, 4, 4)], ids=str)
 def test_an_empty_share_sends_zeros_and_gets_empties(implementation, shape):
     x = torch.empty(shape)
-    wire = implementation.local_moments(x, STATUS)
-    assert not wire[: 2 * 3 + 1].any()
-    whole = implementation.local_moments(torch.randn(4, 3), STATUS) + wire
-    y, stats = implementation.normalize(x, whole, None, None, None, EPS, 4.0)
-    sums = implementation.backward_sums(x, x, stats)
-    assert not sums.any()
-    grad_x = implementation.backward_input(x, x, sums, None, stats)
+    wire = moments_of(implementation, x)
+    assert not moments.count(wire)
+    assert not moments.sums(wire).any()
+    whole = moments_of(implementation, torch.randn(4, 3)) + wire
+    y, stats = normalized(implementation, x, whole)
+    sums = sums_of(implementation, x, x, stats)
+    assert not sums[moments.CALL :].any()
+    grad_x = grad_of(implementation, x, x, stats, sums=2 * sums)
     assert y.shape == grad_x.shape == shape
 
 
@@ -93,9 +202,8 @@ def test_an_empty_share_sends_zeros_and_gets_empties(implementation, shape):
 def test_parameters_may_have_another_dtype(implementation, rng, dtype, parameters):
     x, grad_y = torch.randn(2, 6, 3, 5, 7, generator=rng).to(dtype)
     weight, bias = (torch.rand(2, 3, generator=rng) + 0.5).to(parameters)
-    wire = implementation.local_moments(x, STATUS)
-    y, stats = implementation.normalize(x, wire, weight, bias, None, EPS, 6 * 35.0)
-    grad_x = implementation.backward_input(grad_y, x, implementation.backward_sums(grad_y, x, stats), weight, stats)
+    y, stats = normalized(implementation, x, weight=weight, bias=bias)
+    grad_x = grad_of(implementation, grad_y, x, stats, weight=weight)
     exact_y, exact_grad_x = exact(x, grad_y, weight, bias)
     assert error(y, exact_y) <= bound(dtype, 4.0)
     assert error(grad_x, exact_grad_x) <= bound(dtype, 4.0)
@@ -104,11 +212,10 @@ def test_parameters_may_have_another_dtype(implementation, rng, dtype, parameter
 def test_grad_y_may_have_another_layout(implementation, rng):
     x, grad_y = torch.randn(2, 3, 5, 4, 6, generator=rng)
     last = torch.channels_last
-    stats = implementation.normalize(x, implementation.local_moments(x, STATUS), None, None, None, EPS, 72.0)[1]
+    stats = normalized(implementation, x)[1]
     results = []
     for a, b in [(x, grad_y), (x.to(memory_format=last), grad_y), (x, grad_y.to(memory_format=last))]:
-        sums = implementation.backward_sums(b, a, stats)
-        results.append(implementation.backward_input(b, a, sums, None, stats))
+        results.append(grad_of(implementation, b, a, stats))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=1e-6)
     assert results[1].is_contiguous(memory_format=last)
@@ -117,23 +224,63 @@ def test_grad_y_may_have_another_layout(implementation, rng):
 def test_an_expanded_grad_y_is_read_right(implementation, rng):
     """sum().backward() sends a gradient of stride zero."""
     x = torch.randn(3, 4, 5, 6, generator=rng)
-    stats = implementation.normalize(x, implementation.local_moments(x, STATUS), None, None, None, EPS, 90.0)[1]
+    stats = normalized(implementation, x)[1]
     grad_y = torch.tensor(2.0).expand(x.shape)
-    sums = implementation.backward_sums(grad_y, x, stats)
-    torch.testing.assert_close(sums[:4], torch.full((4,), 180.0).double())
-    full = implementation.backward_input(grad_y.contiguous(), x, sums, None, stats)
-    assert torch.equal(implementation.backward_input(grad_y, x, sums, None, stats), full)
+    sums = sums_of(implementation, grad_y, x, stats)
+    torch.testing.assert_close(sums[moments.CALL :][:4], torch.full((4,), 180.0).double())
+    full = grad_of(implementation, grad_y.contiguous(), x, stats, sums=sums)
+    assert torch.equal(grad_of(implementation, grad_y, x, stats, sums=sums), full)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_normalize_moves_the_running_statistics(implementation, rng, dtype):
     x = torch.randn(8, 3, generator=rng) + 2
     running = Running(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(4), 0.5)
-    implementation.normalize(x, implementation.local_moments(x, STATUS), None, None, running, EPS, 8.0)
+    normalized(implementation, x, running=running)
     tolerance = {"rtol": 1e-3 if dtype == torch.float16 else 1e-6, "atol": 0}
     torch.testing.assert_close(running.mean, (x.mean(0) / 2).to(dtype), **tolerance)
     torch.testing.assert_close(running.var, ((1 + x.var(0)) / 2).to(dtype), **tolerance)
     assert running.num_batches_tracked.item() == 5
+
+
+def test_a_global_batch_of_nothing_is_counted_and_moves_nothing(implementation):
+    """As torch counts it."""
+    x = torch.empty(0, 3)
+    for momentum in (0.5, None):
+        running = Running(torch.full((3,), 2.0), torch.full((3,), 3.0), torch.tensor(4), momentum)
+        y, stats = normalized(implementation, x, running=running)
+        assert y.shape == x.shape
+        assert stats.isfinite().all()
+        assert running.num_batches_tracked.item() == 5
+        assert running.mean.tolist() == [2.0] * 3
+        assert running.var.tolist() == [3.0] * 3
+
+
+def test_momentum_none_averages_and_without_a_counter_leaves_the_buffers_alone(implementation):
+    counted = Running(torch.zeros(1), torch.ones(1), torch.tensor(0), None)
+    uncounted = Running(torch.zeros(1), torch.ones(1), None, None)
+    for batch in ([0.0, 2.0], [1.0, 3.0], [5.0, 7.0]):
+        for running in (counted, uncounted):
+            normalized(implementation, torch.tensor(batch).view(2, 1), running=running)
+    assert (counted.mean.item(), counted.var.item(), counted.num_batches_tracked.item()) == (3.0, 2.0, 3)
+    assert (uncounted.mean.item(), uncounted.var.item()) == (0.0, 1.0)  # as torch does
+
+
+def test_autograd_learns_that_running_statistics_moved(implementation):
+    """A graph that has saved one then refuses backward, where it would use values that have moved."""
+    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
+    before = [buffer._version for buffer in running[:3]]
+    normalized(implementation, torch.randn(4, 3), running=running)
+    assert all(buffer._version > version for buffer, version in zip(running[:3], before, strict=True))
+
+
+def test_buffers_of_inference_mode_move_too(implementation):
+    """They have no version."""
+    with torch.inference_mode():
+        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
+        normalized(implementation, torch.randn(4, 3), running=running)
+    assert running.num_batches_tracked.item() == 1
+    assert running.mean.all()
 
 
 def test_inputs_are_left_alone(implementation, rng):
@@ -141,9 +288,7 @@ def test_inputs_are_left_alone(implementation, rng):
     x64, g64 = x.double(), grad_y.double()
     for a, b in [(x, grad_y), (x64, g64)]:
         copies = a.clone(), b.clone()
-        wire = implementation.local_moments(a, STATUS)
-        stats = implementation.normalize(a, wire, None, None, None, EPS, 20.0)[1]
-        implementation.backward_input(b, a, implementation.backward_sums(b, a, stats), None, stats)
+        grad_of(implementation, b, a, normalized(implementation, a)[1])
         assert torch.equal(a, copies[0])
         assert torch.equal(b, copies[1])
 

@@ -13,6 +13,9 @@ from torch import nn
 
 import syncbn
 from syncbn import functional
+from syncbn.compiled import operators
+from syncbn.kernels.torch_ops import TorchKernels
+from syncbn.transports.single import SingleTransport
 from tests.multiprocess.batches import torchs
 
 
@@ -20,7 +23,8 @@ def test_the_constructor_is_torchs_and_what_it_adds_is_off_and_by_keyword():
     ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (syncbn.SyncBatchNorm, nn.SyncBatchNorm))
     shared, added = ours[: len(theirs)], ours[len(theirs) :]
     assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
-    assert all(p.default is (True if p.name == "bias" else None) for p in added)  # torch 2.11 has no bias=
+    off = {"bias": True, "replays": True}  # torch 2.11 has no bias=
+    assert all(p.default is off.get(p.name) for p in added)
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in added)
 
 
@@ -84,7 +88,7 @@ def test_no_gradient_reaches_a_buffer():
     x = torch.randn(3, 4, requires_grad=True)
     layer(x).sum().backward()
     assert not layer.running_mean.requires_grad
-    assert functional._ANCHOR.grad is None
+    assert operators.ANCHOR.grad is None
 
 
 def test_inference_mode_in_training_is_allowed():
@@ -92,6 +96,65 @@ def test_inference_mode_in_training_is_allowed():
     with torch.inference_mode():
         y = layer(torch.randn(3, 4))
     assert not y.requires_grad
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan")])
+def test_training_refuses_an_eps_that_is_not_above_0(eps):
+    layer, x = syncbn.SyncBatchNorm(3, eps=eps), torch.randn(4, 3)
+    for call in (layer, lambda x: functional.sync_batch_norm(x, eps=eps)):
+        with pytest.raises(ValueError, match=rf"needs eps > 0 in training.*received {eps:g}\. The default is 1e-5"):
+            call(x)
+    if eps <= 0:
+        with pytest.raises(ValueError, match="eps must be positive"):
+            nn.BatchNorm1d(3, eps=eps)(x)
+    assert layer.num_batches_tracked == 0
+
+
+def test_eval_takes_an_eps_of_0():
+    ours, theirs = (c(3, eps=0.0).eval() for c in (syncbn.SyncBatchNorm, nn.BatchNorm1d))
+    x = torch.randn(4, 3)
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.fixture(params=["as chosen", "torch"])
+def steps(request, monkeypatch):
+    """The kernels of this machine, and those of SYNCBN_KERNELS=torch."""
+    if request.param == "torch":
+        monkeypatch.setattr("syncbn.kernels.for_call", lambda *_: TorchKernels())
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_training_step_tells_autograd_that_buffers_moved():
+    layer = syncbn.SyncBatchNorm(3)
+    before = {name: buffer._version for name, buffer in layer.named_buffers()}
+    layer(torch.randn(4, 3))
+    assert all(buffer._version > before[name] for name, buffer in layer.named_buffers())
+    scale = torch.ones(3, requires_grad=True)
+    y = scale * layer.running_var
+    layer(torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_forward_in_eval_keeps_its_gradient_over_a_training_step():
+    """The training step moves the buffers that the forward in eval has used."""
+    torch.manual_seed(0)
+    layer, batches = syncbn.SyncBatchNorm(3, dtype=torch.float64), torch.randn(4, 5, 3, 2, dtype=torch.float64)
+    layer(batches[0])
+    grad_y = batches[3]
+
+    def gradients(between):
+        own = copy.deepcopy(layer).eval()
+        x = batches[1].clone().requires_grad_()
+        y = own(x)
+        if between:
+            own.train()(batches[2])
+        y.backward(grad_y)
+        return x.grad, own.weight.grad, own.bias.grad
+
+    for ours, alone in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(ours, alone)
 
 
 def test_in_place_activation_after_it_is_allowed():
@@ -173,3 +236,54 @@ def test_an_input_on_another_device_than_the_layer_is_refused():
     layer = syncbn.SyncBatchNorm(3, device="meta")
     with pytest.raises(ValueError, match=r"on the device of the layer, meta; received cpu. Call x.to\('meta'\)"):
         layer(torch.randn(4, 3, device="cpu"))
+
+
+class AdjointStep(torch.autograd.Function):
+    """Calls a layer forward, and backward once more on another input, as an adjoint ODE block does."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x = (ctx.saved_tensors[0].detach() + 1).requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x * x)
+        return torch.autograd.grad(y, x, grad_y)[0], None
+
+
+def test_without_replays_a_forward_inside_backward_communicates(monkeypatch):
+    sent, send = [], SingleTransport.all_reduce
+    monkeypatch.setattr(SingleTransport, "all_reduce", lambda self, wire: sent.append(wire.numel()) or send(self, wire))
+    ours, theirs = syncbn.SyncBatchNorm(3, replays=False, dtype=torch.float64), nn.BatchNorm1d(3, dtype=torch.float64)
+    x, grad_y = torch.randn(2, 5, 3, dtype=torch.float64)
+    x.requires_grad_()
+    grads = []
+    for layer in (ours, theirs):
+        y = AdjointStep.apply(x, layer)
+        del sent[:]
+        grads.append(torch.autograd.grad(y, x, grad_y)[0])
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    assert ours.num_batches_tracked == 2
+    y = AdjointStep.apply(x, ours)
+    del sent[:]
+    y.backward(grad_y)
+    assert sent == [2 * 3 + 15, 2 * 3 + 7]
+
+
+def test_with_replays_it_is_refused_with_the_way_out():
+    y = AdjointStep.apply(torch.randn(5, 3, requires_grad=True), syncbn.SyncBatchNorm(3))
+    with pytest.raises(RuntimeError, match=r"repeats none, as in an adjoint ODE block.*replays=False"):
+        y.sum().backward()
+
+
+def test_a_lazy_layer_keeps_replays_and_conversion_turns_them_on():
+    layer = syncbn.LazySyncBatchNorm(replays=False)
+    layer(torch.randn(4, 3))
+    assert type(layer) is syncbn.SyncBatchNorm
+    assert not copy.deepcopy(layer)._site.replays
+    assert syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3))._site.replays

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from syncbn.kernels.cuda_launch import AbstractLauncher
-from syncbn.kernels.cuda_verdict import Mailbox
+from syncbn.kernels.cuda_verdict import DeferredErrors
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent.parent / "syncbn" / "kernels" / "cuda"
@@ -46,14 +46,14 @@ class EmulatedLauncher(AbstractLauncher):
         seed: of the order of blocks and threads.
         library: what ``build`` made, if not of the sources as they are.
         slow: whether to say that float64 is slow here.
-        device: where tickets are. The mailbox is host memory, pinned for a device.
+        device: where tickets are. Deferred errors are in host memory, pinned for a device.
     """
 
     def __init__(self, seed=0, library=None, *, slow=False, device="cpu"):
         self.slow = slow
         self.library = ctypes.CDLL(str(library or build()))
-        memory = torch.zeros(Mailbox.SIZE, dtype=torch.float64, device="cpu", pin_memory=device != "cpu")
-        self.seed, self.launches, self.box = seed, [], Mailbox(memory)
+        memory = torch.zeros(DeferredErrors.SIZE, dtype=torch.float64, device="cpu", pin_memory=device != "cpu")
+        self.seed, self.launches, self.errors = seed, [], DeferredErrors(memory)
         self.zeros = torch.zeros(4096, dtype=torch.int32, device=device)
 
     def launch(self, kernel, grid, block, layout, values, x):
@@ -71,5 +71,5 @@ class EmulatedLauncher(AbstractLauncher):
         assert groups <= self.zeros.numel()
         return self.zeros
 
-    def mailbox(self, x):
-        return self.box
+    def deferred_errors(self, x):
+        return self.errors

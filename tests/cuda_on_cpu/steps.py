@@ -8,12 +8,15 @@ import sys
 
 import torch
 
+from syncbn.kernels.base import Parameters
 from syncbn.kernels.cupy_ops import CupyKernels
-from syncbn.moments import Running, Status
+from syncbn.moments import Message, Running, Status
 from tests.cuda_on_cpu import EmulatedLauncher
 
-# Several blocks a group with tails; one block a group; fewer channels than a pack holds; an empty share.
-SHAPES = [(3, 5, 9, 8), (40, 7), (2, 3, 30, 31), (9, 2, 5, 5), (0, 3)]
+# Several blocks a group with tails; one block a group; fewer channels than a pack holds; an empty local batch; no
+# channels.
+SHAPES = [(3, 5, 9, 8), (40, 7), (2, 3, 30, 31), (9, 2, 5, 5), (0, 3), (4, 0)]
+HERE, ELSEWHERE = (Message((1, serial, 5, 7), 1, "a layer", 0, serial) for serial in (1, 2))
 
 
 def main(library):
@@ -26,9 +29,11 @@ def main(library):
                     x, grad_y = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad_y))
                 ones = torch.ones(shape[1])
                 running = Running(ones.clone(), ones.clone(), torch.tensor(2), None)
-                _, stats = k.normalize(x, k.local_moments(x, Status()), ones, ones, running, 1e-5, 2.0)
-                wire, _, _ = k.backward_sums_and_gradients(grad_y, x, stats, dtype, dtype)
-                k.backward_input(grad_y, x, wire, ones, stats)
+                for message in (HERE, ELSEWHERE):  # the second is a deferred error
+                    wire = k.local_moments(x, None, HERE.numbers, Status())
+                    _, stats = k.normalize(x, wire, Parameters(ones, ones, 1e-5, running), message)
+                    wire, _, _ = k.backward_sums(grad_y, x, stats, HERE.numbers, dtype, dtype)
+                    k.backward_input(grad_y, x, None, wire, ones, stats, message)
     sys.stdout.write("done\n")
 
 

@@ -5,7 +5,7 @@ SYNCBN_TEST_DEVICE=fake-cuda python -m pytest tests/test_layer.py
 
 ``device.cpp`` gives a CPU build of torch the device: tensors of it are CUDA tensors for torch and for syncbn. They go
 through the GPU's kernels, which tests/cuda_on_cpu runs from their own source, through pinned memory and through the
-late verdict. ``install`` adds what torch's Python asks of CUDA.
+deferred errors. ``install`` adds what torch's Python asks of CUDA.
 
 Refused as on a GPU: an operator that meets tensors of two devices, ``numpy()`` of a CUDA tensor, a generator of another
 device, and a kernel that is given the address of anything but memory of the device or pinned memory. Not found: what
@@ -70,8 +70,8 @@ class CheckedLauncher(AbstractLauncher):
     def tickets(self, x, groups):
         return self.emulated.tickets(x, groups)
 
-    def mailbox(self, x):
-        return self.emulated.mailbox(x)
+    def deferred_errors(self, x):
+        return self.emulated.deferred_errors(x)
 
 
 @cache

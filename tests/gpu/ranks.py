@@ -10,7 +10,10 @@ import sys
 import torch
 
 import syncbn
-from syncbn import launchers
+from syncbn import functional, launchers
+from syncbn.calls import Call, Layer
+from syncbn.moments import Running
+from syncbn.sites import Site
 from syncbn.transports.single import SingleTransport
 from tests.multiprocess import batches
 
@@ -32,8 +35,10 @@ def main():
         ours = batches.run(batches.ours(batch).to(device), x[mine], grad_y[mine])
         alone = batches.ours(batch).to(device)
         alone_x = x.clone().requires_grad_()
-        running = syncbn.functional.Running(alone.running_mean, alone.running_var, alone.num_batches_tracked, 0.1)
-        y = syncbn.functional.apply(alone_x, alone.weight, alone.bias, 7, running, alone.eps, SingleTransport(), alone)
+        running = Running(alone.running_mean, alone.running_var, alone.num_batches_tracked, 0.1)
+        layer = Layer(Site("SyncBatchNorm", compares=False), alone.settings(), None, alone)
+        call = Call(alone_x, None, True, layer, SingleTransport(), running, None, None)
+        y = functional.batch_norm(alone_x, None, alone.weight, alone.bias, call)
         y.backward(grad_y)
         same = (
             torch.equal(ours.y, y[mine])

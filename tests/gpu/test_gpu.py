@@ -6,9 +6,13 @@ import torch
 
 import syncbn
 from syncbn import kernels, moments
+from syncbn.kernels.base import Parameters
+from syncbn.moments import Message
 from syncbn.transports.single import SingleTransport
 from tests.test_kernels import EPS, SHAPES, STATUS, bound, exact
 from tests.tolerances import error
+
+MESSAGE = Message((1, 3, 200_000, 77), 1, "'layer'", 0, 3)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -29,14 +33,16 @@ def test_steps_equal_the_reference(implementation, rng, shape, dtype, layout):
         pytest.skip("channels_last is for 4 dims")
     x, grad_y = (torch.randn(shape, generator=rng).to(dtype).to("cuda", memory_format=layout) for _ in range(2))
     weight, bias = (torch.rand(shape[1], generator=rng).cuda() for _ in range(2))
-    wire = implementation.local_moments(x, STATUS)
-    y, stats = implementation.normalize(x, wire, weight, bias, None, EPS, 0.0)
-    sums = implementation.backward_sums(grad_y, x, stats)
-    grad_x = implementation.backward_input(grad_y, x, sums, weight, stats)
+    wire = implementation.local_moments(x, None, MESSAGE.numbers, STATUS)
+    y, stats = implementation.normalize(x, wire, Parameters(weight, bias, EPS), MESSAGE)
+    sums = implementation.backward_sums(grad_y, x, stats, MESSAGE.numbers)[0]
+    grad_x = implementation.backward_input(grad_y, x, None, sums, weight, stats, MESSAGE)
     exact_y, exact_grad_x = exact(x, grad_y, weight, bias)
     assert error(y, exact_y) <= bound(dtype, exact_y.abs().max().item())
     assert error(grad_x, exact_grad_x) <= bound(dtype, exact_grad_x.abs().max().item())
-    assert torch.equal(wire, implementation.local_moments(x, STATUS)), "every run gives the same bits"
+    assert torch.equal(wire, implementation.local_moments(x, None, MESSAGE.numbers, STATUS)), (
+        "every run gives the same bits"
+    )
 
 
 def make(shape=(4, 8, 16, 16)):
@@ -88,7 +94,22 @@ def test_a_step_is_captured_and_replayed(implementation, shape):
         assert torch.equal(grad_x, torch.autograd.grad(eager, x, grad_y)[0])
 
 
-def test_a_refused_call_is_nan_and_is_told_late(implementation):
+def test_a_call_that_differs_is_nan_and_a_deferred_error(implementation):
+    x, grad_y = torch.randn(2, 4, 8, 16, 16, device="cuda")
+    other = MESSAGE._replace(numbers=(1, 4, 200_000, 77), direction=1)
+    for step in ("forward", "backward"):
+        wire = implementation.local_moments(x, None, MESSAGE.numbers, STATUS)
+        y, stats = implementation.normalize(x, wire, Parameters(), other if step == "forward" else MESSAGE)
+        if step == "backward":
+            sums = implementation.backward_sums(grad_y, x, stats, MESSAGE.numbers)[0]
+            y = implementation.backward_input(grad_y, x, None, sums, None, stats, other)
+        torch.cuda.synchronize()
+        assert y.isnan().all()
+        with pytest.raises(ValueError, match=r"'layer' \(call 3\) here and another one"):
+            kernels.look(y.device)
+
+
+def test_a_refused_call_is_nan_and_a_deferred_error(implementation):
     layer = syncbn.SyncBatchNorm(8).cuda()
     y = layer(torch.randn(1, 8, device="cuda"))
     torch.cuda.synchronize()

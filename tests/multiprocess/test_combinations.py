@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import collective, groups
+from syncbn import groups
+from syncbn.compiled import operators
 from tests.multiprocess import batches, test_collectives
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C
 from tests.test_compile import compiled
@@ -90,6 +91,19 @@ def test_a_repeated_forward_goes_where_the_first_one_went(ranks, case, reentrant
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+def test_a_repeated_forward_says_the_call_of_the_first_one_wherever_a_rank_is(ranks, case, reentrant):
+    """Backward inside no_sync on one rank alone."""
+    plain = layer_of()
+    layer = copy.deepcopy(plain)
+    x, again = (case.own[0].clone().requires_grad_() for _ in range(2))
+    plain(x).backward(case.own[1])
+    y = checkpoint(layer, again, use_reentrant=reentrant)
+    with no_sync_if(ranks.rank == 0, layer):
+        y.backward(case.own[1])
+    ranks.check_close(again.grad, x.grad, 1e-12, "grad_x")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_in_no_sync_on_one_rank_says_nothing(ranks, case, counting, reentrant):
     layer = layer_of()
     with no_sync_if(ranks.rank == 0, layer):
@@ -161,7 +175,7 @@ def test_a_mask_counts_in_the_own_share_alone(ranks, case, alone):
 
 def test_masks_count_in_recalibration_and_nothing_of_it_stays(ranks, case):
     layer, mask = layer_of(), case.mask > 0.5
-    before = len(collective._resolvers), len(collective._keys)
+    before = len(operators._resolvers), len(operators._keys)
     own = {"input": case.own[0], "mask": mask[case.mine]}
     syncbn.recalibrate(layer, [own] * (ranks.rank + 1))
     shares = ranks.shares([3] * ranks.size)
@@ -169,7 +183,7 @@ def test_masks_count_in_recalibration_and_nothing_of_it_stays(ranks, case):
     ranks.check_close(layer.running_mean, rows.mean(0), 1e-12)
     ranks.check_close(layer.running_var, rows.var(0), 1e-12)
     gc.collect()
-    ranks.check((len(collective._resolvers), len(collective._keys)) == before, "the recorder is kept")
+    ranks.check((len(operators._resolvers), len(operators._keys)) == before, "the recorder is kept")
 
 
 def test_weights_that_sum_to_less_than_two_are_recalibrated(ranks):

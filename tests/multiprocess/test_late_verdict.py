@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The GPU kernels under several ranks: the same bits as one rank, and a verdict that comes late on all.
+"""The GPU kernels under several ranks: the same bits as one rank, and deferred errors on all.
 
 CPU tensors are given them; CUDA tensors have them.
 """
@@ -24,9 +24,9 @@ def on_gpu(ranks, monkeypatch):
     """Gives CPU tensors the kernels of CUDA tensors, for a group of every rank."""
     if DEVICE.type == "cuda":
         if ranks.transport.on_host:
-            pytest.skip("MPI through host memory: the verdict is that of the CPU, at once")
+            pytest.skip("MPI through host memory: errors are those of the CPU, at once")
         return
-    implementation = CupyKernels(EmulatedLauncher(seed=ranks.rank), ranks.size)
+    implementation = CupyKernels(EmulatedLauncher(seed=ranks.rank))
     monkeypatch.setattr(kernels, "choose", lambda x: implementation)
 
 
@@ -64,14 +64,41 @@ def test_a_wrong_input_on_one_rank_raises_there_at_once_and_on_the_others_later(
     ranks.check(all(part in error for part in parts) and bool(error) == bool(parts), error)
     ranks.check(y.isnan().all().item(), "NaN, not a number that looks right")
     ranks.check_equal(layer.running_mean, before)
-    try:
-        layer(torch.randn(3, 5))
-        late = ""
-    except ValueError as found:
-        late = str(found)
-    expected = "" if ranks.rank == last else f"1 of {ranks.size} ranks had a wrong one"
+    late = deferred(layer)
+    expected = "" if ranks.rank == last else f"received a wrong one on 1 of {ranks.size} rank"
     ranks.check(late == expected or (expected and expected in late), late)
     ranks.check_equal(layer(torch.ones(3, 5)), torch.zeros(3, 5))  # and all are still in step
+
+
+def deferred(layer):
+    """What the next call raises, or nothing."""
+    try:
+        layer(torch.randn(3, layer.num_features))
+    except ValueError as found:
+        return str(found)
+    return ""
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ranks_in_different_calls_get_nan_and_each_is_told_its_own(ranks, on_gpu, direction):
+    layers = [syncbn.SyncBatchNorm(5) for _ in range(2)]
+    xs = [torch.randn(3, 5, requires_grad=True) for _ in layers]
+    ys = [layer(x) for layer, x in zip(layers, xs, strict=True)]
+    mine = int(ranks.rank == ranks.size - 1)
+    before = layers[mine].running_mean.clone()
+    if direction == "forward":
+        found = layers[mine](xs[mine])
+    else:
+        ys[mine].backward(torch.randn(3, 5))
+        found = xs[mine].grad
+    ranks.check(found.isnan().all().item(), "NaN, not a number that looks right")
+    ranks.check_equal(layers[mine].running_mean, before)
+    ranks.check(layers[mine].num_batches_tracked == 1, "nothing was counted")
+    late = deferred(layers[0])
+    told = f"received {direction} of SyncBatchNorm(5) (call " in late and "here and another one on some of" in late
+    ranks.check(told and "with input float32 (3, 5)" in late, late)
+    ranks.check_equal(layers[0](torch.ones(3, 5)), torch.zeros(3, 5))  # and all are still in step
 
 
 def test_a_step_without_any_gradient_still_joins_backward_on_every_rank(ranks, on_gpu):

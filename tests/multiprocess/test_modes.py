@@ -149,6 +149,18 @@ def test_no_sync_nests_and_ends_with_an_exception(ranks):
     ranks.check(layer.process_group == before)
 
 
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_made_inside_no_sync_is_synchronised(ranks, rng, copier):
+    layer = syncbn.SyncBatchNorm(4).double()
+    with syncbn.no_sync(layer), syncbn.no_sync(layer):
+        again = copier(layer)
+    x = torch.randn(ranks.size * 3, 4, dtype=torch.float64, generator=rng)
+    expected = nn.BatchNorm1d(4).double()(x)
+    own = slice(3 * ranks.rank, 3 * ranks.rank + 3)
+    ranks.check_close(again(x[own]), expected[own], 1e-12)
+    ranks.check_close(layer(x[own]), expected[own], 1e-12)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_groups_of_k_ranks_from_one_argument(ranks, rng, k):
     if ranks.size % k:

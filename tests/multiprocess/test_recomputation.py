@@ -28,8 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
 ]
 
-C = 7  # no wire has the length of the settings of 2, 3 or 4 ranks
-FORWARD, BACKWARD = 2 * C + 8, 2 * C
+C = 8  # no wire has the length of the settings of 2, 3 or 4 ranks
+FORWARD, BACKWARD = 2 * C + 15, 2 * C + 7
 
 
 def save_mm(_, op, *__, **___):

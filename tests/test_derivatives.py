@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import syncbn
-from syncbn import functional, kernels, reference
+from syncbn import functional, kernels, moments, reference
+from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Status
+from syncbn.transports.single import SingleTransport
 from tests.conftest import DEVICE
 
 C = 2
@@ -131,10 +133,62 @@ def test_a_mask_under_no_grad_gives_no_graph():
     assert not y.requires_grad
 
 
-def test_both_ways_pack_the_same_wire():
-    from syncbn import differentiable
+NUMBERS = (1, 7, moments.LIMIT - 1, 3)
 
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_kernels_with_and_without_a_mask_pack_the_same_wire(dtype):
     x = torch.randn(4, C, 3)
-    theirs = kernels.choose(x).local_moments(x, Status(grad_enabled=1.0, needs_grad=1.0, float32=1.0))
-    for mask in (None, torch.ones(4, 1, 3)):
-        torch.testing.assert_close(differentiable.local_moments(x, mask, fault=False, grad_enabled=True), theirs)
+    status = Status(grad_enabled=1.0, needs_grad=1.0, float32=1.0)
+    theirs = kernels.choose(x).local_moments(x, None, NUMBERS, status)
+    for mask in (None, torch.ones(4, 1, 3, dtype=dtype)):
+        torch.testing.assert_close(TorchKernels().local_moments(x, mask, NUMBERS, status), theirs, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf, -torch.inf])
+def test_a_mask_of_wrong_values_travels_as_a_fault_and_is_refused(value):
+    x, mask = torch.randn(4, C, 3), torch.ones(4, 3)
+    mask[1, 2] = value
+    wire = TorchKernels().local_moments(x, mask.unsqueeze(1), NUMBERS, Status(float32=1.0))
+    assert moments.read_counters(wire, NUMBERS).status == Status(faults=1.0, float32=1.0)
+    layer = syncbn.SyncBatchNorm(C)
+    with pytest.raises(ValueError, match="On rank 0: SyncBatchNorm needs finite mask values >= 0; received values"):
+        layer(x, mask=mask)
+    assert layer.num_batches_tracked == 0
+
+
+def sent_by(monkeypatch, work):
+    """The lengths of the wires that some work sends."""
+    sent, send = [], SingleTransport.all_reduce
+    with monkeypatch.context() as patch:
+        patch.setattr(SingleTransport, "all_reduce", lambda self, wire: sent.append(wire.numel()) or send(self, wire))
+        work()
+    return sent
+
+
+@pytest.mark.parametrize("mask", [None, "booleans", "weights"])
+def test_create_graph_sends_what_an_ordinary_backward_sends(monkeypatch, mask):
+    """So ranks that want a second derivative and ranks that do not meet in the first."""
+    x, weight, bias = inputs()
+    y = call(x, weight, bias, MASKS[mask] if mask else None)
+    tensors, grad_y = (x, weight, bias), torch.randn_like(y)
+    gradients = {}
+
+    def first(create_graph):
+        gradients[create_graph] = torch.autograd.grad(y, tensors, grad_y, retain_graph=True, create_graph=create_graph)
+
+    forward, backward = [2 * C + 15], [2 * C + 7]
+    assert sent_by(monkeypatch, lambda: call(x, weight, bias, MASKS[mask] if mask else None)) == forward
+    assert sent_by(monkeypatch, lambda: first(False)) == backward
+    assert sent_by(monkeypatch, lambda: first(True)) == backward
+    second = gradients[True][0].square().sum()
+    assert sent_by(monkeypatch, lambda: torch.autograd.grad(second, (x, weight))) == 2 * backward
+
+
+def test_both_derivatives_are_of_one_forward_whichever_came_first():
+    """Backward with and without create_graph, in either order, from one graph."""
+    x, weight, bias = inputs()
+    y = call(x, weight, bias).pow(3).sum()
+    found = [torch.autograd.grad(y, x, retain_graph=True, create_graph=c)[0].detach() for c in (True, False, True)]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
