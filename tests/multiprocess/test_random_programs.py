@@ -18,7 +18,7 @@ from tests.multiprocess.conftest import AgreedError
 from tests.multiprocess.interpreters import Exact, Ours, interpret
 
 SEED = int(os.environ.get("SYNCBN_TEST_SEED", "0"))
-PROGRAMS = int(os.environ.get("SYNCBN_TEST_PROGRAMS", "250"))
+PROGRAMS = int(os.environ.get("SYNCBN_TEST_PROGRAMS", "200"))
 TOLERANCE = 1e-9
 CHECKS = (
     ("syncbn.moments.same_call", lambda *_: True),
