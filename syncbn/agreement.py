@@ -93,6 +93,11 @@ def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, s
             f"All ranks must call the same layer; received {received}. Ranks took different branches, or use copies of "
             "a model in another order. Look for code that depends on the rank or on its data."
         )
+    if len(set(settings)) == 1:
+        return ValueError(
+            f"All ranks must get the sums of what they send; received other ones in {by_rank(calls, transport.ranks)}. "
+            "What sums them must keep every bit of float64: look for a wrapper that rounds or compresses."
+        )
     return ValueError(
         f"All ranks must use the same settings of {message.label}; received {by_rank(settings, transport.ranks)}. "
         "Change them on all ranks, at the same step."

@@ -203,6 +203,20 @@ def test_the_function_with_another_eps_is_one_error(ranks):
     ranks.raises(ValueError, call, "same settings of sync_batch_norm", "eps=0.5", "on rank 1")
 
 
+def test_a_group_that_rounds_what_it_sums_is_an_error(ranks, monkeypatch):
+    """As a hook that compresses messages would: the numbers of the call do not survive it."""
+    layer, kind = pair()["a"], type(ranks.transport)
+    original = kind.all_reduce
+    monkeypatch.setattr(kind, "all_reduce", lambda self, wire: original(self, wire.bfloat16().double()))
+    raised = ""
+    try:
+        layer(sample())
+    except ValueError as error:
+        raised = str(error)
+    monkeypatch.undo()
+    ranks.check("every bit of float64" in raised, raised)
+
+
 def test_what_may_differ_between_ranks_is_no_disagreement(ranks):
     """no_sync on one rank, a checkpoint on one rank, a mask on one rank, an empty local batch, a repeated forward."""
     model = pair()
