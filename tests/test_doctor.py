@@ -23,6 +23,9 @@ class WrongSum(AbstractTransport):
         wire[-1] += 1e-9
         return wire
 
+    def exchange_notes(self, note):
+        return [note]
+
     def broadcast(self, tensor, root=0):
         return tensor
 
