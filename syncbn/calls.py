@@ -16,18 +16,20 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from syncbn import agreement, checks, kernels, moments, recomputation, transports
+from syncbn import agreement, kernels, recomputation, transports
+from syncbn.checks import inputs, verdicts
 from syncbn.compiled import operators
 from syncbn.compiled.calls import CompiledCall, DifferentiableCall
 from syncbn.compiled.operators import ANCHOR
 from syncbn.groups import GroupSpec
 from syncbn.kernels.base import NEEDED, PROBLEM, RECORDS
-from syncbn.moments import LIMIT, Message, Numbers, Running, Status
+from syncbn.moments import LIMIT, Message, Numbers, Running, record, status_of
 from syncbn.renorm import Renormalize, RenormLimits
 from syncbn.sites import BACKWARD, FORWARD, Settings, Site, in_direction
 from syncbn.transports.base import AbstractTransport, MismatchError
 
 Pair = tuple[Tensor | None, Tensor | None]
+_status = cache(status_of)
 Adjust = Callable[[Tensor, Running | None, float, Tensor | None, Tensor | None], Pair]
 """Makes weight and bias of (wire, running, eps, weight, bias), before the running statistics move."""
 
@@ -94,6 +96,7 @@ class Call:
         adjust: what makes another weight and bias, or None.
     """
 
+    traced = False
     __slots__ = (
         "_adjust", "_error", "_grad_enabled", "_mask", "_settings", "_site", "_x", "anchor", "eps", "hidden",
         "joins", "message", "numbers", "running", "status", "steps", "transport",
@@ -123,7 +126,7 @@ class Call:
         self.status = _status(error is not None, grad_enabled, needs_grad, x.dtype if x.numel() else None)
         serial = transport.serial
         self.numbers: Numbers = (1, serial % LIMIT, *site.hash(settings, transport.token))
-        self.message = Message._make((self.numbers, transport.size, site.label, FORWARD, serial))
+        self.message = record(Message, (self.numbers, transport.size, site.label, FORWARD, serial))
         self.joins = True
         self.hidden: AbstractContextManager[Any] | None = None
 
@@ -150,29 +153,29 @@ class Call:
         agreed = self.steps.agreement(wire, self.message)
         if agreed is None:  # the device will find it out
             if self._error is not None:
-                raise checks.alone(self._error, transport)
+                raise verdicts.alone(self._error, transport)
         elif agreed == PROBLEM:
             self._raise(wire, x)
         else:
             # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
             # Ranks whose GPU reads the counters cannot know.
             unneeded = not agreed & NEEDED and (agreed & RECORDS or not self._grad_enabled)
-            self.joins = not unneeded or (x.is_cuda and checks.is_late(x, transport))
+            self.joins = not unneeded or (x.is_cuda and verdicts.is_late(x, transport))
         self._x = self._mask = None
         return wire
 
     def _raise(self, wire: Tensor, x: Tensor) -> None:
         counters = self.steps.read_counters(wire, self.message)
         assert counters is not None
-        checks.raise_problem(
+        verdicts.raise_problem(
             counters,
             self.message,
             self._notes,
             self.transport,
             x=x,
-            error=self._error or checks.mask_values_error(self._mask),
+            error=self._error or inputs.mask_values_error(self._mask),
             grad_enabled=self._grad_enabled,
-            late=checks.is_late(x, self.transport),
+            late=verdicts.is_late(x, self.transport),
         )
 
     def adjust(self, wire: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:
@@ -185,7 +188,7 @@ class Call:
     def sums_message(self) -> Message:
         """Returns the identity of the backward."""
         own, W, label, _, serial = self.message  # of the forward, wherever the layer is by now, and as it was then
-        return Message._make((in_direction(own, BACKWARD), W, label, BACKWARD, serial))
+        return record(Message, (in_direction(own, BACKWARD), W, label, BACKWARD, serial))
 
     def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
         """Sums a backward wire over the ranks.
@@ -209,10 +212,3 @@ class Call:
 
     def _notes(self) -> tuple[str, str]:
         return self._site.notes(self._settings, self.transport.token)
-
-
-@cache
-def _status(fault: bool, grad_enabled: bool, needs_grad: bool, dtype: torch.dtype | None) -> Status:
-    """Returns the counters of a call; no dtype where there are no samples."""
-    votes = moments.NO_VOTE if dtype is None else moments.DTYPE_VOTES[dtype]
-    return Status(float(fault), float(grad_enabled), float(grad_enabled and needs_grad), *votes)

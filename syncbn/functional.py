@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import calls, checks, groups
+from syncbn import calls, groups
+from syncbn.checks import inputs, placement
 from syncbn.compiled.operators import FUNCTION
 from syncbn.kernels.base import Parameters
-from syncbn.moments import Running
+from syncbn.moments import Running, record
 
 
 def sync_batch_norm(
@@ -71,27 +72,22 @@ def sync_batch_norm(
         Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1, over the batch of the group.
     """
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    C = checks.most_common_width(parameters, x)
-    error = checks.input_error(x, C)
+    C = inputs.most_common_width(parameters, x)
+    error = inputs.input_error(x, C)
     if error is None:
-        error = checks.parameter_error(parameters, x, C)
+        error = inputs.parameter_error(parameters, x, C)
     weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    place = checks.device(x, *parameters.values())
+    tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     owner = next((t for t in (running_mean, weight, bias) if t is not None), None)
-    settings = (C, eps, momentum, running is not None, None)
+    settings = (C, eps, momentum, running_mean is not None and running_var is not None, None)
     layer = calls.Layer(FUNCTION, settings, groups.specify(process_group), owner)
-    return forward(x, mask, weight, bias, running, layer, place, error)
+    return forward(x, mask, tensors, layer, placement.device(x, *parameters.values()), error)
 
 
 def forward(
     x: Tensor,
     mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: Running | None,
+    tensors: tuple[Tensor | None, ...],
     layer: calls.Layer,
     device: torch.device,
     error: Exception | None = None,
@@ -101,15 +97,17 @@ def forward(
     Args:
         x: (N, C, *spatial).
         mask: (N, *spatial) or (N, 1, *spatial), or None.
-        weight: (C,) or None.
-        bias: (C,) or None.
-        running: moved in place, or None.
+        tensors: weight, bias, running_mean, running_var, num_batches_tracked, each (C,), the last (), or None.
         layer: who calls.
         device: that of the group, where a rank with a refused input joins.
         error: what is wrong with a parameter or with where x is, or None.
     """
-    C, eps, *_ = layer.settings
-    found = checks.input_error(x, C) if mask is None and eps > 0 else checks.call_error(x, mask, C, eps)
+    C, eps, momentum, tracks, _ = layer.settings
+    weight, bias, mean, var, tracked = tensors
+    running = None
+    if tracks and mean is not None and var is not None:
+        running = record(Running, (mean, var, tracked, momentum))
+    found = inputs.input_error(x, C) if mask is None and eps > 0 else inputs.call_error(x, mask, C, eps)
     error = error if found is None else found
     if error is not None:  # joins the all-reduce with no samples, then raises with the others
         x, mask = torch.empty(0, C, device=device), None
@@ -134,7 +132,8 @@ def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tens
     """
     wire = call.all_reduce(call.steps.local_moments(x, mask, call.numbers, call.status))
     weight, bias = call.adjust(wire, weight, bias)
-    y: Tensor = _function()(x, weight, bias, call.anchor, (wire, mask, call))
+    apply = _Normalize.apply if call.traced or torch._C._are_functorch_transforms_active() else _APPLY
+    y: Tensor = apply(x, weight, bias, call.anchor, (wire, mask, call))
     call.finish(wire)
     return y
 
@@ -150,8 +149,9 @@ class _Normalize(torch.autograd.Function):
         rest: tuple[Tensor, Tensor | None, Any],
     ) -> Tensor:
         wire, mask, call = rest
+        parameters = record(Parameters, (weight, bias, call.eps, call.running))
         y: Tensor
-        y, stats = call.steps.normalize(x, wire, Parameters._make((weight, bias, call.eps, call.running)), call.message)
+        y, stats = call.steps.normalize(x, wire, parameters, call.message)
         if not call.joins:
             ctx.mark_non_differentiable(y)
         ctx.save_for_backward(x, mask, weight)
@@ -182,9 +182,4 @@ class _Normalize(torch.autograd.Function):
 
 
 _APPLY: Callable[..., Tensor] = super(torch.autograd.Function, _Normalize).apply
-
-
-def _function() -> Callable[..., Tensor]:
-    """Returns Function.apply, or its C++ base, which skips a 1 us Python wrapper when no transform is active."""
-    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    return _APPLY if plain else _Normalize.apply
+"""The C++ base of Function.apply, which skips 1 us of Python that only a transform needs."""

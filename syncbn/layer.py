@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedParameter
 
-from syncbn import agreement, checks, functional, groups, renorm, transports
+from syncbn import agreement, functional, groups, renorm, transports
 from syncbn.calls import Layer
+from syncbn.checks import inputs, placement
 from syncbn.groups import GroupSpec
-from syncbn.moments import Running
+from syncbn.moments import record
 from syncbn.renorm import RenormLimits
 from syncbn.sites import Settings, Site
 
@@ -142,14 +143,11 @@ class SyncBatchNorm(_BatchNorm):
         """
         if not self.training:
             return self._eval_forward(input, mask)
-        weight, bias, mean, var, tracked = _held(self)
-        device, error = checks.place(input, weight, mean)
-        running = None
-        if self.track_running_stats and mean is not None and var is not None:
-            running = Running._make((mean, var, tracked, self.momentum))
+        tensors = _held(self)
+        device, error = placement.place(input, tensors[0], tensors[2])
         site = self._site
-        layer = Layer._make((site, self.settings(), site.group, self))
-        return functional.forward(input, mask, weight, bias, running, layer, device, error)
+        layer = record(Layer, (site, self.settings(), site.group, self))
+        return functional.forward(input, mask, tensors, layer, device, error)
 
     def settings(self) -> Settings:
         """Returns what must be equal on every rank."""
@@ -157,12 +155,12 @@ class SyncBatchNorm(_BatchNorm):
 
     def _eval_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         error = None
-        if not checks.is_recorded(x):
-            error = checks.input_error(x, self.num_features) or checks.mask_error(mask, x)
+        if not inputs.is_recorded(x):
+            error = inputs.input_error(x, self.num_features) or inputs.mask_error(mask, x)
         if error is not None:
             raise error
         mean, var = self.running_mean, self.running_var
-        if mean is not None and var is not None and not checks.is_recorded(x) and self._records(x):
+        if mean is not None and var is not None and not inputs.is_recorded(x) and self._records(x):
             # backward needs them as they are now: a training step in between moves the buffers
             mean, var = mean.clone(), var.clone()
         local = mean is None  # no running statistics: those of this batch, without communication
@@ -230,9 +228,11 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Takes ``num_features`` from the first input; in training a bad one on any rank is an error on all."""
         del mask  # forward looks at it
-        error = checks.input_error(input, None)
+        error = inputs.input_error(input, None)
         if self.training:
-            transport = transports.choose(self._site.group, checks.device_type(input, self.weight, self.running_mean))
+            transport = transports.choose(
+                self._site.group, placement.device_type(input, self.weight, self.running_mean)
+            )
             agreement.raise_together(error, transport, "the first forward of a LazySyncBatchNorm")
         elif error is not None:
             raise error

@@ -14,11 +14,15 @@ read where ranks send wires of different length and a library cuts the longer on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Record = TypeVar("Record", bound=NamedTuple)
+record = cast("Callable[[type[Record], tuple[Any, ...]], Record]", tuple.__new__)
+"""Makes a NamedTuple of a class and all its values, past its Python: each step makes five."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The input dtypes of the layer, in the order of their status slots."""
@@ -71,7 +75,6 @@ class Status(NamedTuple):
 
 STATUS_SLOTS = Status._fields
 DTYPE_VOTES = {d: tuple(float(d == other) for other in DTYPES) for d in DTYPES}
-NO_VOTE = (0.0,) * len(DTYPES)
 CALL = 1 + 2 * 3
 """Slots of the call: 1, three integers and their squares."""
 _increment_version = torch._C._increment_version  # torch.autograd.graph.increment_version, past its Python
@@ -241,6 +244,12 @@ def update_running(running: Running, wire: Tensor, moves: Tensor | None = None) 
     for buffer, batch in ((running.mean, mean), (running.var, unbiased)):
         before = buffer.double()
         buffer.copy_(torch.where(any_sample, before * (1.0 - momentum) + batch * momentum, before))
+
+
+def status_of(fault: bool, grad_enabled: bool, needs_grad: bool, dtype: torch.dtype | None) -> Status:
+    """Returns the counters of a call; no dtype where there are no samples."""
+    votes = (0.0,) * len(DTYPES) if dtype is None else DTYPE_VOTES[dtype]
+    return Status(float(fault), float(grad_enabled), float(grad_enabled and needs_grad), *votes)
 
 
 def tell_autograd(running: Running) -> None:

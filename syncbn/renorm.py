@@ -58,19 +58,22 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
     return RenormLimits(r_max, d_max)
 
 
-def correction(wire: Tensor, running: Running, eps: float, limits: RenormLimits) -> tuple[Tensor, Tensor]:
+def correction(
+    wire: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, limits: RenormLimits
+) -> tuple[Tensor, Tensor]:
     """Returns r and d, float64 (C,), of a batch and the running statistics that earlier batches made.
 
     Args:
         wire: float64 (2C + 15,), summed over the ranks.
-        running: before this batch moves it.
+        running_mean: (C,), before this batch moves it.
+        running_var: (C,), likewise.
         eps: added to both variances.
         limits: of r and d.
     """
     mean, _, invstd = moments.finalize(wire, eps)
-    running_invstd = (running.var.double() + eps).rsqrt()
+    running_invstd = (running_var.double() + eps).rsqrt()
     r = (running_invstd / invstd).clamp(1.0 / limits.r_max, limits.r_max)
-    d = ((mean - running.mean) * running_invstd).clamp(-limits.d_max, limits.d_max)
+    d = ((mean - running_mean) * running_invstd).clamp(-limits.d_max, limits.d_max)
     return r, d
 
 
@@ -95,7 +98,7 @@ class Renormalize:
 
     def correction(self, wire: Tensor, running: Running | None, eps: float) -> tuple[Tensor, Tensor] | None:
         """Returns r and d; None, which is batch normalization, where there are no running statistics."""
-        return None if running is None else correction(wire, running, eps, self.limits)
+        return None if running is None else correction(wire, running.mean, running.var, eps, self.limits)
 
     def __call__(
         self, wire: Tensor, running: Running | None, eps: float, weight: Tensor | None, bias: Tensor | None

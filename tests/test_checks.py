@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from syncbn import checks
+from syncbn.checks import inputs, placement
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,11 @@ from syncbn import checks
 def test_a_refused_call_joins_on_the_device_of_its_layer(x, layer, expected):
     with FakeTensorMode():  # CUDA tensors without a GPU
         x, *layer = (None if place is None else torch.empty(3, device=place) for place in (x, *layer))
-        assert checks.device(x, *layer) == torch.device(expected)
-        assert checks.device_type(x, *layer) == torch.device(expected).type
+        assert placement.device(x, *layer) == torch.device(expected)
+        assert placement.device_type(x, *layer) == torch.device(expected).type
         usable = x is not None and not x.is_meta
-        error = checks.device_error(x, *layer) if usable else None
-        place, same = checks.place(x, *layer)
+        error = placement.device_error(x, *layer) if usable else None
+        place, same = placement.place(x, *layer)
         assert (place, str(same)) == (torch.device(expected), str(error))
 
 
@@ -53,7 +53,7 @@ def test_a_refused_call_is_as_wide_as_most_of_its_tensors(parameters, x, expecte
     names = ("weight", "bias", "running_mean", "running_var")
     tensors = {n: None if C is None else torch.ones(C) for n, C in zip(names, parameters, strict=True)}
     for given in [torch.ones(2, x), torch.ones(2, x, 4)] if x else [None, torch.ones(2), "text"]:
-        assert checks.most_common_width(tensors, given) == expected
+        assert inputs.most_common_width(tensors, given) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,17 +68,17 @@ def test_a_refused_call_is_as_wide_as_most_of_its_tensors(parameters, x, expecte
 )
 def test_a_parameter_that_does_not_fit_is_named(parameter, message):
     x = torch.ones(4, 3)
-    assert checks.parameter_error({"weight": torch.ones(3), "bias": torch.ones(3), "running_mean": None}, x, 3) is None
-    error = checks.parameter_error({"weight": torch.ones(3), "bias": parameter}, x, 3)
+    assert inputs.parameter_error({"weight": torch.ones(3), "bias": torch.ones(3), "running_mean": None}, x, 3) is None
+    error = inputs.parameter_error({"weight": torch.ones(3), "bias": parameter}, x, 3)
     assert isinstance(error, ValueError)
     assert re.search(message, str(error))
 
 
 def test_input_mask_and_eps_are_checked_in_one_call():
     x, mask = torch.ones(4, 3), torch.ones(4)
-    assert checks.call_error(x, None, 3, 1e-5) is None
-    assert checks.call_error(x, mask, 3, 1e-5) is None
-    assert "eps > 0" in str(checks.call_error(x, mask, 3, 0.0))
-    assert "num_features=5" in str(checks.call_error(x, mask, 5, 1e-5))
-    assert "mask.shape" in str(checks.call_error(x, torch.ones(3), 3, 1e-5))
-    assert "input.dim() >= 2" in str(checks.call_error(mask, mask, 3, 1e-5))  # the mask waits for a right input
+    assert inputs.call_error(x, None, 3, 1e-5) is None
+    assert inputs.call_error(x, mask, 3, 1e-5) is None
+    assert "eps > 0" in str(inputs.call_error(x, mask, 3, 0.0))
+    assert "num_features=5" in str(inputs.call_error(x, mask, 5, 1e-5))
+    assert "mask.shape" in str(inputs.call_error(x, torch.ones(3), 3, 1e-5))
+    assert "input.dim() >= 2" in str(inputs.call_error(mask, mask, 3, 1e-5))  # the mask waits for a right input

@@ -13,11 +13,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from syncbn import checks, moments, renorm, sites
+from syncbn import moments, renorm, sites
+from syncbn.checks import verdicts
 from syncbn.compiled import operators
 from syncbn.compiled.operators import ANCHOR
 from syncbn.kernels.torch_ops import TorchKernels, local_sums
-from syncbn.moments import ABSTAINS, NO_VOTE, Message, Running, Status
+from syncbn.moments import ABSTAINS, Message, Running, status_of
 from syncbn.sites import BACKWARD, Settings, Site
 from syncbn.transports.base import AbstractTransport
 
@@ -26,8 +27,25 @@ UNKNOWN = Message(ABSTAINS, 0, "", 0, 0)
 """Stands for an identity that an operator fills in when it runs."""
 
 
+class _Operators:
+    """What both kinds of calls do alike."""
+
+    steps = STEPS
+    _identity: Tensor
+    _group: int
+
+    def sums_message(self) -> Message:
+        """See :meth:`syncbn.calls.Call.sums_message`."""
+        return UNKNOWN
+
+    def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
+        """Sums a backward wire; in a second derivative two more sums of 2C + 7 values, and so on."""
+        del message
+        return operators.all_reduce(wire, ANCHOR, self._identity, self._group, BACKWARD)
+
+
 @final
-class CompiledCall:
+class CompiledCall(_Operators):
     """One forward of a compiled layer and its backward.
 
     Args:
@@ -40,7 +58,8 @@ class CompiledCall:
         error: what is wrong with the input of this rank, or None.
     """
 
-    steps, numbers, message = STEPS, UNKNOWN.numbers, UNKNOWN
+    traced = True
+    numbers, message = UNKNOWN.numbers, UNKNOWN
     running = None
     """The kernels move nothing: :meth:`finish` does, where a compiler sees it."""
     hidden = None
@@ -58,10 +77,9 @@ class CompiledCall:
         error: Exception | None,
     ) -> None:
         self._mask, self._site, self._settings, self._group = mask, site, settings, group
-        self._running, self._fault, self.eps = running, checks.describe(error), settings[1]
+        self._running, self._fault, self.eps = running, verdicts.describe(error), settings[1]
         grad_enabled = torch.is_grad_enabled()
-        votes = moments.DTYPE_VOTES[x.dtype] if x.numel() else NO_VOTE
-        self.status = Status(float(error is not None), float(grad_enabled), float(grad_enabled), *votes)
+        self.status = status_of(error is not None, grad_enabled, True, x.dtype if x.numel() else None)
         self.anchor = ANCHOR if grad_enabled else None
 
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -85,18 +103,9 @@ class CompiledCall:
             with torch.no_grad():
                 moments.update_running(self._running, wire, self._moves)
 
-    def sums_message(self) -> Message:
-        """See :meth:`syncbn.calls.Call.sums_message`."""
-        return UNKNOWN
-
-    def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
-        """See :meth:`syncbn.calls.Call.all_reduce_sums`."""
-        del message
-        return operators.all_reduce(wire, ANCHOR, self._identity, self._group, BACKWARD)
-
 
 @final
-class DifferentiableCall:
+class DifferentiableCall(_Operators):
     """The backward of an eager forward, in operators that autograd differentiates again.
 
     Args:
@@ -104,8 +113,6 @@ class DifferentiableCall:
         message: the identity of the forward.
         site: the layer.
     """
-
-    steps = STEPS
 
     def __init__(self, transport: AbstractTransport, message: Message, site: Site) -> None:
         speaks, _, *hash = message.numbers  # of direction 0
@@ -125,12 +132,3 @@ class DifferentiableCall:
         count = moments.count(wire)
         mean, _, invstd = moments.finalize_sums(count, sums, eps)
         return torch.cat((mean, invstd, count.view(1)))
-
-    def sums_message(self) -> Message:
-        """See :meth:`syncbn.calls.Call.sums_message`."""
-        return UNKNOWN
-
-    def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
-        """Sums a backward wire; in a second derivative two more sums of 2C + 7 values, and so on."""
-        del message
-        return operators.all_reduce(wire, ANCHOR, self._identity, self._group, BACKWARD)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import agreement, checks, moments, renorm, sites, transports
+from syncbn import agreement, moments, renorm, sites, transports
+from syncbn.checks import verdicts
 from syncbn.compiled import order
 from syncbn.groups import GroupSpec
-from syncbn.moments import Message, Running
+from syncbn.moments import Message
 from syncbn.renorm import RenormLimits
 from syncbn.sites import FORWARD, Site
 from syncbn.transports.base import AbstractTransport
@@ -119,7 +120,7 @@ def chained_all_reduce_moments(
     notes = partial(caller.notes, own, transport.token)
     summed = agreement.all_reduce(summed, transport, message, notes)
     transport.serial += 1  # also where this rank raises below: where kernels are deferred, others may not
-    checks.raise_if_wires_disagree(summed, wire, message, notes, transport, fault=fault, mask=mask)
+    verdicts.raise_if_wires_disagree(summed, wire, message, notes, transport, fault=fault, mask=mask)
     identity = pack_identity(int(caller.number), 1, serial, hash)
     return summed, identity, torch.tensor(not repeated, device=wire.device)
 
@@ -279,7 +280,7 @@ def renorm_correction(
 
     Opaque: a compiler that saw it might form it again in backward, when the running statistics have moved.
     """
-    return renorm.correction(wire, Running(running_mean, running_var, None, None), eps, RenormLimits(r_max, d_max))
+    return renorm.correction(wire, running_mean, running_var, eps, RenormLimits(r_max, d_max))
 
 
 @renorm_correction.register_fake

@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from syncbn import checks
+from syncbn.checks import verdicts
 from syncbn.moments import STATUS_SLOTS, Counters, Message, Status
 
 REMEMBERED = 512
@@ -63,10 +63,10 @@ class DeferredErrors:
         counters = Counters(bool(same), count, Status._make(status))
         problem, found = counters.problem(int(ranks)), self._calls[int(number) % REMEMBERED]
         if found is None or found[0] != number:
-            raise checks.problem_error(problem, FORGOTTEN, f" {REMARK}")
+            raise verdicts.problem_error(problem, FORGOTTEN, f" {REMARK}")
         _, message, dtype, shape = found
         what = f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
-        raise checks.deferred_error(problem, counters, message, what, REMARK)
+        raise verdicts.deferred_error(problem, counters, message, what, REMARK)
 
 
 def check(device: torch.device) -> None:

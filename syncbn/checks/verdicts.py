@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the ranks find wrong together: the counters of a reduced wire, read by every rank alike.
+
+C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from syncbn import moments
+from syncbn.agreement import Notes, by_rank, calls_differ, gather_notes, raise_gathered
+from syncbn.checks.inputs import NAME, mask_values_error, name_of
+from syncbn.moments import DTYPES, Counters, Message, Status
+from syncbn.transports.base import AbstractTransport
+
+
+def raise_problem(
+    counters: Counters,
+    message: Message,
+    notes: Notes,
+    transport: AbstractTransport,
+    *,
+    x: Tensor,
+    error: Exception | None,
+    grad_enabled: bool,
+    late: bool,
+) -> None:
+    """Raises, alike on every rank, what a reduced forward wire says is wrong. Or see :func:`is_late`.
+
+    Args:
+        counters: read from the wire.
+        message: the identity of this rank's call.
+        notes: of its layer.
+        transport: the group.
+        x: this rank's input.
+        error: what is wrong with it, or None.
+        grad_enabled: whether autograd records on this rank.
+        late: whether nobody may be asked, see :func:`is_late`.
+
+    Communication:
+        None if all is well. One all-reduce of texts if not, on every rank, since all read the same counters.
+
+    Raises:
+        ValueError, TypeError: on every rank of the group.
+    """
+    problem, what = counters.problem(transport.size), f"{name_of(x.dtype)} {tuple(x.shape)}"
+    if problem and late:
+        own_error = None if error is None else alone(error, transport)
+        raise own_error or deferred_error(problem, counters, message, what, LATE_ELSEWHERE)
+    if problem == "call":
+        transport.serial = message.serial  # no forward was agreed on: after this error the ranks are in step
+        raise calls_differ(message, notes, transport)
+    if problem == "input":
+        raise_gathered(error, transport)
+    if problem:
+        own = {"dtype": name_of(x.dtype) if x.numel() else "an empty local batch", "grad_enabled": f"{grad_enabled}"}
+        received = by_rank(gather_notes(own.get(problem, f"shape {tuple(x.shape)}"), transport), transport.ranks)
+        over = f"{counters.samples:g} over {_ranks(transport.size)}: " if problem == "count" else ""
+        raise problem_error(problem, over + received)
+
+
+def is_late(x: Tensor, transport: AbstractTransport) -> bool:
+    """Whether ranks of a group may learn of a fault at different times: the host waits for no all-reduce of a GPU.
+
+    Some do read the counters: with a mask, in a compiled graph, without CuPy. They cannot know whether the others do.
+    So in such a group nobody asks the others about a fault, and every rank whose autograd records joins backward.
+    """
+    return x.is_cuda and transport.size > 1 and not transport.on_host
+
+
+def alone(error: Exception, transport: AbstractTransport) -> Exception:
+    """Returns an error that this rank raises without a word to the others, led by its rank."""
+    return type(error)(by_rank([str(error)], (transport.ranks[transport.rank],), skip_empty=True))
+
+
+def problem_error(problem: str, received: str, remark: str = "") -> Exception:
+    """Words a problem of :meth:`syncbn.moments.Counters.problem`."""
+    needs, remedy, kind = _PROBLEMS[problem]
+    return kind(f"{needs}; received {received}. {remedy}{remark}")
+
+
+_PROBLEMS: dict[str, tuple[str, str, type[Exception]]] = {
+    "call": (
+        "All ranks must be in one call",
+        "Ranks took different branches, ran backward passes in another order, or one of them changed settings.",
+        ValueError,
+    ),
+    "input": (f"{NAME} needs a right input on every rank", "Those ranks say what was wrong with theirs.", ValueError),
+    "dtype": (
+        f"{NAME} needs input of one dtype on every rank",
+        "Cast the input, or use the same autocast settings on every rank.",
+        TypeError,
+    ),
+    "grad_enabled": (
+        f"{NAME} needs torch.is_grad_enabled() to be equal on every rank, or backward would wait forever",
+        "Use torch.no_grad() on all ranks or on none, or model.eval().",
+        ValueError,
+    ),
+    "count": (
+        f"{NAME} needs at least 2 values per channel in the group to estimate a variance",
+        "Give each rank more samples or call model.eval().",
+        ValueError,
+    ),
+}
+LATE_ELSEWHERE = "Other ranks may find it later, as a GPU is not waited for. End all processes."
+
+
+def deferred_error(problem: str, counters: Counters, message: Message, what: str, remark: str) -> Exception:
+    """Words a problem for which nobody is asked any more: in numbers of ranks, with this rank's call and input.
+
+    Args:
+        problem: of the counters.
+        counters: of the reduced wire.
+        message: the identity of this rank's call.
+        what: its input.
+        remark: when and where else it is found.
+    """
+    W, status = message.ranks, Status._make(counters.status)
+    votes = ", ".join(f"{name_of(d)} on {n:g}" for d, n in zip(DTYPES, status[3:], strict=True) if n)
+    received = {
+        "call": f"{message} here and another one on some of {_ranks(W)}",
+        "input": f"a wrong one on {status.faults:g} of {_ranks(W)}",
+        "dtype": f"{votes} of {_ranks(W)}",
+        "grad_enabled": f"True on {status.grad_enabled:g} of {_ranks(W)}",
+        "count": f"{counters.samples:g} over {_ranks(W)}",
+    }[problem]
+    return problem_error(problem, received, f" This rank was in {message}, with input {what}. {remark}")
+
+
+def describe(error: Exception | None) -> str:
+    """Turns an error into a text that a compiled graph can hold; nothing into nothing."""
+    if error is None:
+        return ""
+    return ("T" if isinstance(error, TypeError) else "V") + str(error.args[0])
+
+
+def raise_if_wires_disagree(
+    wire: Tensor,
+    own: Tensor,
+    message: Message,
+    notes: Notes,
+    transport: AbstractTransport,
+    *,
+    fault: str,
+    mask: Tensor | None,
+) -> None:
+    """Does what :func:`raise_problem` does where only wires are at hand, as inside an operator.
+
+    Args:
+        wire: float64 (2C + 15,), summed over the ranks.
+        own: float64 (2C + 15,), what this rank gave.
+        message: the identity of this rank's call.
+        notes: of its layer.
+        transport: the group.
+        fault: :func:`describe` of what is wrong with this rank's input.
+        mask: this rank's mask, for the error about its values.
+
+    Communication:
+        As :func:`raise_problem`.
+
+    Raises:
+        ValueError, TypeError: on every rank of the group.
+    """
+    counters = moments.read_counters(wire, message.numbers)
+    if not counters.problem(transport.size):
+        return
+    local = moments.read_counters(own, message.numbers)
+    error: Exception | None = None
+    status = Status._make(local.status)
+    if status.faults:
+        error = (TypeError if fault[0] == "T" else ValueError)(fault[1:]) if fault else mask_values_error(mask)
+    dtype = next((d for d in DTYPES if getattr(status, name_of(d))), torch.float32)
+    samples = (
+        int(min(max(local.samples, 0.0), 2.0**31)) if math.isfinite(local.samples) else 0
+    )  # a mask may hold anything
+    known = torch.empty(samples, moments.channels(wire), dtype=dtype, device="meta")  # of the input: (N * S, C)
+    raise_problem(
+        counters,
+        message,
+        notes,
+        transport,
+        x=known,
+        error=error,
+        grad_enabled=bool(status.grad_enabled),
+        late=is_late(wire, transport),
+    )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
