@@ -50,7 +50,7 @@ class BuildHostKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "syncbn.kernels._host",
+            "syncbn.kernels.host._host",
             [str(HOST / f"{name}.cpp") for name in ("module", "parallel", "run", "tensors")],
             depends=[str(header) for header in sorted(HOST.glob("*.hpp"))],
             define_macros=[("Py_LIMITED_API", "0x030B0000"), *([("SYNCBN_X86", "1")] if X86 else [])],

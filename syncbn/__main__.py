@@ -3,7 +3,7 @@
 
 import sys
 
-from syncbn.cli import main
+from syncbn.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

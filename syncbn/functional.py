@@ -6,7 +6,7 @@ N batch, C channels, S product of the spatial dims, W ranks.
     forward    x -> local_moments  -> all_reduce -> normalize      -> y
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
-The dialects differ in the steps (``kernels/``) and in the call, which says how to reduce: ``calls.py`` in eager mode,
+The dialects differ in the steps (``kernels/``) and in the call, which says how to reduce: ``eager.py`` in eager mode,
 ``compiled/`` for a compiler and for second derivatives.
 """
 
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import calls, groups
+from syncbn.calls import eager
+from syncbn.calls.operators import FUNCTION
 from syncbn.checks import inputs, placement
-from syncbn.compiled.operators import FUNCTION
 from syncbn.kernels.base import Parameters
 from syncbn.moments import Running, record
+from syncbn.transports.specify import specify
 
 
 def sync_batch_norm(
@@ -80,7 +81,7 @@ def sync_batch_norm(
     tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     owner = next((t for t in (running_mean, weight, bias) if t is not None), None)
     settings = (C, eps, momentum, running_mean is not None and running_var is not None, None)
-    layer = calls.Layer(FUNCTION, settings, groups.specify(process_group), owner)
+    layer = eager.Layer(FUNCTION, settings, specify(process_group), owner)
     return forward(x, mask, tensors, layer, placement.device(x, *parameters.values()), error)
 
 
@@ -88,7 +89,7 @@ def forward(
     x: Tensor,
     mask: Tensor | None,
     tensors: tuple[Tensor | None, ...],
-    layer: calls.Layer,
+    layer: eager.Layer,
     device: torch.device,
     error: Exception | None = None,
 ) -> Tensor:
@@ -113,7 +114,7 @@ def forward(
         x, mask = torch.empty(0, C, device=device), None
     if mask is not None:
         mask = mask.detach().reshape(x.size(0), 1, *x.shape[2:])
-    call = calls.begin(x, mask, weight, bias, running, layer, device, error)
+    call = eager.begin(x, mask, weight, bias, running, layer, device, error)
     if call.hidden is None:
         return batch_norm(x, mask, weight, bias, call)
     with call.hidden:
@@ -128,7 +129,7 @@ def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tens
         mask: (N, 1, *spatial) or None.
         weight: (C,) or None.
         bias: (C,) or None.
-        call: the dialect, see ``calls.py``.
+        call: the dialect, see ``eager.py``.
     """
     wire = call.all_reduce(call.steps.local_moments(x, mask, call.numbers, call.status))
     weight, bias = call.adjust(wire, weight, bias)

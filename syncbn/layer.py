@@ -6,7 +6,8 @@ N batch, C channels, S product of the spatial dims, W ranks.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedParameter
 
-from syncbn import agreement, functional, groups, renorm, transports
-from syncbn.calls import Layer
+from syncbn import functional, transports
+from syncbn.calls import renorm
+from syncbn.calls.eager import Layer
+from syncbn.calls.renorm import RenormLimits
+from syncbn.calls.sites import Settings, Site
 from syncbn.checks import inputs, placement
-from syncbn.groups import GroupSpec
 from syncbn.moments import record
-from syncbn.renorm import RenormLimits
-from syncbn.sites import Settings, Site
+from syncbn.transports import agreement
+from syncbn.transports.groups import GroupSpec
+from syncbn.transports.specify import specify, specify_blocks
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -46,7 +50,7 @@ class SyncBatchNorm(_BatchNorm):
         group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must
             divide the number of all ranks.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization; None is batch normalization. See
-            :class:`syncbn.renorm.RenormLimits`.
+            :class:`syncbn.calls.renorm.RenormLimits`.
         replays: whether a forward inside backward may be one that activation checkpointing repeats, so that it sends
             nothing. False for a layer that is called inside backward for another reason, as in an adjoint ODE block or
             a reversible network: there every forward communicates.
@@ -67,6 +71,11 @@ class SyncBatchNorm(_BatchNorm):
         Ioffe and Szegedy 2015 (arXiv 1502.03167); the interface is that of torch.nn.SyncBatchNorm.
     """
 
+    __module__ = "syncbn"
+
+    converter: ClassVar[Callable[[torch.nn.Module, Any], torch.nn.Module]]
+    """``convert_sync_batchnorm``, which imports this file."""
+
     def __init__(
         self,
         num_features: int,
@@ -86,7 +95,7 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # an argument that the layers of torch 2.11 do not have yet
             self.register_parameter("bias", None)
-        self._site = Site("SyncBatchNorm", groups.specify_blocks(process_group, group_size), replays=replays)
+        self._site = Site("SyncBatchNorm", specify_blocks(process_group, group_size), replays=replays)
         self.renorm_limits = renorm_limits
 
     @property
@@ -96,7 +105,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self._site.group = groups.specify(group)
+        self._site.group = specify(group)
 
     @property
     def converted_from(self) -> type[_BatchNorm] | None:
@@ -171,18 +180,17 @@ class SyncBatchNorm(_BatchNorm):
         tensors = (x, self.weight, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-    def __prepare_scriptable__(self) -> SyncBatchNorm:
+    def __prepare_scriptable__(self) -> Self:
         """Is called by torch.jit.script before it compiles."""
-        from syncbn.deployment import scriptable
-
-        return scriptable(self)
+        raise TypeError(
+            "torch.jit.script needs layers without communication; received a SyncBatchNorm. Call "
+            "syncbn.revert_sync_batchnorm(model) first; torch.export and torch.jit.trace take it as it is."
+        )
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
         """See :func:`syncbn.convert_sync_batchnorm`."""
-        from syncbn.convert import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module, process_group)
+        return cls.converter(module, process_group)
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
@@ -201,6 +209,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         renorm_limits: ``(r_max, d_max)`` of batch renormalization.
         replays: whether a forward inside backward may be one that activation checkpointing repeats.
     """
+
+    __module__ = "syncbn"
 
     cls_to_become = SyncBatchNorm
 
@@ -222,7 +232,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self._site = Site("SyncBatchNorm", groups.specify_blocks(process_group, group_size), replays=replays)
+        self._site = Site("SyncBatchNorm", specify_blocks(process_group, group_size), replays=replays)
         self.renorm_limits = renorm_limits
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:

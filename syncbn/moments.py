@@ -13,6 +13,7 @@ read where ranks send wires of different length and a library cuts the longer on
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -27,6 +28,8 @@ record = cast("Callable[[type[Record], tuple[Any, ...]], Record]", tuple.__new__
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The input dtypes of the layer, in the order of their status slots."""
 
+FORWARD, BACKWARD = 0, 1
+"""Directions of a message. The derivative of a message of direction d has direction d + 2."""
 Numbers = tuple[int, int, int, int]
 """What identifies a call: 1, and three integers below ``LIMIT``, see ``sites.py``; or ``ABSTAINS``."""
 ABSTAINS: Numbers = (0, 0, 0, 0)
@@ -143,6 +146,23 @@ def head(numbers: Numbers) -> tuple[int, ...]:
     """Returns the call slots of a rank: its numbers and their squares."""
     speaks, a, b, c = numbers
     return speaks, a, b, c, a * a, b * b, c * c
+
+
+def numbers(serial: int, hash: tuple[int, int], direction: int) -> Numbers:
+    """Returns the numbers of a message."""
+    return 1, serial % LIMIT, (hash[0] + direction) % LIMIT, hash[1]
+
+
+def in_direction(forward: Numbers, direction: int) -> Numbers:
+    """Returns the numbers of a later message of a forward; a rank that abstained there abstains again."""
+    speaks, serial, a, b = forward
+    return (speaks, serial, (a + direction) % LIMIT, b) if speaks else forward
+
+
+def text_hash(text: str) -> tuple[int, int]:
+    """Returns 36 bits of a text, the same in every process."""
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=5).digest(), "big")
+    return number % LIMIT, number // LIMIT % LIMIT
 
 
 def same_call(slots: Sequence[float], numbers: Numbers) -> bool:

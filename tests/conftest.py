@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 
-from syncbn import launchers
+from syncbn.transports import launchers
 from tests import fake_cuda
 
 torch.set_num_threads(1)

@@ -4,9 +4,11 @@
 import pytest
 import torch
 
-from syncbn import agreement, moments, sites
+from syncbn import moments
+from syncbn.calls import sites
+from syncbn.calls.sites import Site
 from syncbn.moments import Message
-from syncbn.sites import Site
+from syncbn.transports import agreement
 from syncbn.transports.base import MismatchError
 from syncbn.transports.single import SingleTransport
 
@@ -85,12 +87,12 @@ def test_numbers_travel_in_a_message_that_says_what_they_are():
     values = torch.tensor([1.5, 2.0], dtype=torch.float64)
     assert agreement.exchange(values, transport, "some numbers").tolist() == [4.5, 6.0]
     (wire,) = transport.sent
-    numbers = sites.numbers(7, sites.text_hash("some numbers"), 0)
+    numbers = moments.numbers(7, moments.text_hash("some numbers"), 0)
     assert wire.tolist() == [*moments.head(numbers), 1.5, 2.0]
 
 
 def test_an_exchange_that_meets_another_is_an_error():
-    other = moments.head(sites.numbers(7, sites.text_hash("other numbers"), 0))
+    other = moments.head(moments.numbers(7, moments.text_hash("other numbers"), 0))
     words = [str(Message((1, 2, 3, 4), 3, "other numbers", -1, 7)) + "\n\n"] * 2
     transport = Told(*words, wires=[2 * torch.tensor([*other, 0.0], dtype=torch.float64)])
     with pytest.raises(ValueError, match=r"one call; received .*some numbers.* on rank 0 and .*other numbers.* on ran"):
@@ -121,9 +123,9 @@ def with_eps(row):
 def test_a_layer_compares_name_and_settings_once_and_then_has_an_order():
     transport, site, other = Told(wires=[rows(same, same), rows(same, same)]), Site("SyncBatchNorm"), Site("other")
     for _ in range(2):
-        agreement.agree_once(site, SETTINGS, transport)
+        sites.agree_once(site, SETTINGS, transport)
     assert [wire.numel() for wire in transport.sent] == [7 * 3 + 7]
-    agreement.agree_once(other, SETTINGS, transport)
+    sites.agree_once(other, SETTINGS, transport)
     assert site.orders[9] == 1
     assert other.orders[9] == 2
 
@@ -134,14 +136,14 @@ def test_settings_that_differ_at_the_first_step_are_an_error_that_names_layer_an
     with pytest.raises(
         ValueError, match=r"'stem.norm' needs the same eps on every rank; received .* on ranks 0, 5 and"
     ):
-        agreement.agree_once(site, SETTINGS, Told(wires=[rows(with_eps, same)]))
+        sites.agree_once(site, SETTINGS, Told(wires=[rows(with_eps, same)]))
     assert site.orders == {0: 0}
 
 
 def test_a_group_of_one_compares_nothing(monkeypatch):
     transport = SingleTransport()
     monkeypatch.setattr(transport, "all_reduce", lambda wire: pytest.fail("sent"))
-    agreement.agree_once(Site("SyncBatchNorm"), SETTINGS, transport)
+    sites.agree_once(Site("SyncBatchNorm"), SETTINGS, transport)
 
 
 def test_one_process_raises_its_own_error_with_its_rank():

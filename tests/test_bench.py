@@ -2,14 +2,16 @@
 import csv
 import io
 import json
-from functools import partial
 
 import pytest
 import torch
 
 import syncbn
-from syncbn import bench, bench_report, kernels
-from syncbn.bench_report import Options, Row
+from benchmarks import parts
+from syncbn import kernels
+from syncbn.cli.bench import cpu, report
+from syncbn.cli.bench.report import Options, Row
+from syncbn.transports import launchers
 from tests import processes
 
 BENCH = ("-m", "syncbn", "bench")
@@ -18,7 +20,7 @@ ROWS = [Row((2, 64, 8, 8), 50.0, 100.0, 800.0), Row((2, 256, 14, 14), 100.0, 50.
 
 SAME_NUMBERS = """
 import torch, syncbn
-from syncbn.composite import CompositeBatchNorm
+from syncbn.cli.bench.baseline import CompositeBatchNorm
 world = syncbn.init(torch_distributed=True, device="cpu")
 generator = torch.Generator().manual_seed(world.rank)
 results = []
@@ -39,16 +41,16 @@ def test_ratios_say_how_many_times_as_long():
 
 
 def test_geometric_mean_of_the_ratios_ends_the_table():
-    assert bench_report.geometric_mean([8.0, 2.0]) == pytest.approx(4)
-    assert bench_report.geometric_mean([8.0, None]) is None
-    last = bench_report.as_table(ROWS).splitlines()[-1].split()
+    assert report.geometric_mean([8.0, 2.0]) == pytest.approx(4)
+    assert report.geometric_mean([8.0, None]) is None
+    last = report.as_table(ROWS).splitlines()[-1].split()
     assert last == ["geometric", "mean", "4.00", "1.00"]
 
 
 def test_shapes_are_the_distinct_ones_of_a_resnet_50():
-    assert len(bench_report.SHAPES) == len(set(bench_report.SHAPES)) == 13
-    assert (2, 64, 8, 8) in bench_report.SHAPES
-    assert {(C, H) for _, C, H, _ in bench_report.SHAPES} - {(64, 8)} == _resnet50()
+    assert len(report.SHAPES) == len(set(report.SHAPES)) == 13
+    assert (2, 64, 8, 8) in report.SHAPES
+    assert {(C, H) for _, C, H, _ in report.SHAPES} - {(64, 8)} == _resnet50()
 
 
 def _resnet50():
@@ -65,13 +67,13 @@ def _resnet50():
 
 def test_a_row_holds_the_median_over_rounds_of_the_slowest_rank(monkeypatch):
     turns = iter([9.0, 9.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
-    monkeypatch.setattr(bench, "_turn", lambda *_: next(turns))
-    monkeypatch.setattr(bench.agreement, "gather", lambda row, _: torch.stack((row, row + 1, row - 5)))
-    row = bench.measure((2, 3, 2, 2), Options(repeats=3, warmup=1), syncbn.init(device="cpu"))
+    monkeypatch.setattr(cpu, "_turn", lambda *_: next(turns))
+    monkeypatch.setattr(cpu.agreement, "gather", lambda row, _: torch.stack((row, row + 1, row - 5)))
+    row = cpu.measure((2, 3, 2, 2), Options(repeats=3, warmup=1), syncbn.init(device="cpu"))
     assert row == Row((2, 3, 2, 2), 3.0, 21.0)
 
 
-@pytest.mark.parametrize("dtype", bench_report.DTYPES)
+@pytest.mark.parametrize("dtype", report.DTYPES)
 def test_every_dtype_and_layout_runs_alone_and_leaves_the_composite_empty(dtype):
     done = processes.python(*BENCH, *SMALL, "--dtype", dtype, "--channels-last", "--json")
     assert done.returncode == 0, done.stderr
@@ -139,23 +141,8 @@ def test_a_launcher_that_cannot_be_read_is_an_error_not_a_crash():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.timeout(400)
-def test_over_mpi_the_layer_is_faster_than_the_composite():
-    # On an idle machine about 6 and 3 times; over gloo both would be about 1. Other programs on the same cores
-    # can only spoil a run, so one good run of four is proof.
-    best = (0.0, 0.0)
-    for _ in range(4):
-        done = processes.mpirun(2, *BENCH, "--shapes", "2,64,8,8", "2,256,14,14", "--repeats", "150", "--json")
-        small, medium = (row["composite_ratio"] for row in json.loads(done.stdout)["rows"])
-        best = max(best[0], small), max(best[1], medium)
-        if best[0] > 2.5 and best[1] > 1.3:
-            break
-    assert best[0] > 2.5
-    assert best[1] > 1.3
-
-
 def test_parts_say_where_time_and_memory_go():
-    done = processes.python(*BENCH, "--parts", "--json", *SMALL)
+    done = processes.python("-m", "benchmarks.parts", "--json", *SMALL)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [(row["shape"], row["step"]) for row in document["steps"][:4]] == [
@@ -169,7 +156,7 @@ def test_parts_say_where_time_and_memory_go():
 
 def test_a_step_needs_no_more_memory_than_torchs():
     """y and grad_x; a temporary of the input's size would be half as much again."""
-    code = "import torch; torch.set_num_threads(1); from syncbn import bench_memory as m\n"
+    code = "import torch; torch.set_num_threads(1); from benchmarks import memory as m\n"
     code += "for row in m.memory_rows(m.LARGE, torch.float32, torch.contiguous_format): print(row.mib, row.tensor_mib)"
     done = processes.python("-c", code)
     assert done.returncode == 0, done.stderr
@@ -181,9 +168,7 @@ def test_a_step_needs_no_more_memory_than_torchs():
         assert ours <= 6 * tensor
 
 
-@pytest.mark.parametrize(("more", "message"), [(("--csv",), "Use --json"), ((), "needs one process; received 2")])
-def test_parts_are_for_one_process_and_no_csv(more, message):
-    run = processes.python if more else partial(processes.mpirun, 2)
-    done = run(*BENCH, "--parts", *SMALL, *more)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_parts_are_for_one_process(capsys, monkeypatch):
+    monkeypatch.setattr(launchers, "detect", lambda: launchers.Launch("env", 0, 2, 0, False, "a test"))
+    assert parts.main([]) == 2
+    assert "needs one process; received 2" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`syncbn bench --device cuda`: what it computes from times, and, on the device of host memory, the whole command."""
+"""`python -m benchmarks.gpu`: what it computes from times, and, on the device of host memory, the whole command."""
 
 import json
 import os
@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn import bench_gpu, bench_gpu_contenders, bench_gpu_timing, cli, kernels
-from syncbn.bench_gpu_contenders import COPY, OURS, THEIRS
-from syncbn.bench_gpu_plan import Options, plan
-from syncbn.bench_gpu_report import Report
-from syncbn.bench_gpu_timing import MARK, Capturer, Counts, counted
-from syncbn.bench_gpu_verdict import Measured, derive, judge, must_move
-from tests import fake_cuda, processes
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import contenders, main, timing
+from benchmarks.gpu.contenders import COPY, OURS, THEIRS
+from benchmarks.gpu.plan import Options, plan
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.timing import MARK, Capturer, Counts, counted
+from benchmarks.gpu.verdict import Measured, derive, judge, must_move
+from syncbn import kernels
+from syncbn.transports import launchers
+from tests import fake_cuda
 
 TWO = (2, 64, 56, 56)
 LARGE = (32, 64, 112, 112)
@@ -139,7 +142,7 @@ def test_a_document_is_whole_or_the_one_before(tmp_path, monkeypatch):
     report = Report({"gpu": "none"}, 1)
     report.write(str(path))
     report.rows = derive(cell(TWO, 1.0, 2.0), 0)
-    monkeypatch.setattr(bench_gpu.Report, "as_json", lambda self: 1 / 0)
+    monkeypatch.setattr(main.Report, "as_json", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.write(str(path))
     assert json.loads(path.read_text())["rows"] == []
@@ -176,22 +179,15 @@ def test_a_capture_that_fails_leaves_stream_and_others_alone_and_is_not_tried_ag
 
 def test_without_a_gpu_it_says_so_and_fails(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_gpu.run(Options(), form="table") == 1
+    assert main.run(Options(), form="table") == 1
     assert "needs an NVIDIA GPU; torch finds none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("run", "more", "message"),
-    [
-        (processes.python, ("--csv",), "prints tables of its own; received --csv. Use --json."),
-        (processes.python, ("--parts",), "received --parts"),
-        (partial(processes.mpirun, 2), (), "needs one process; received 2. Start it without a launcher."),
-    ],
-)
-def test_what_it_cannot_do_is_refused_once(run, more, message):
-    done = run("-m", "syncbn", "bench", "--device", "cuda", *more)
-    assert done.returncode == 2
-    assert done.stderr.count(message) == 1
+def test_more_than_one_process_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(launchers, "detect", lambda: SimpleNamespace(size=2))
+    with pytest.raises(SystemExit, match="2"):
+        command.main([])
+    assert "needs one process; received 2. Start it without a launcher." in capsys.readouterr().err
 
 
 # On the device of host memory: torch's own operators in Python, gloo for NCCL, a graph that runs the step again, and
@@ -243,7 +239,7 @@ SMALL = Options(((2, 4, 3, 3), (6, 3)), ("float32", "bfloat16"), repeats=2)
 
 
 def profiled(steps):
-    launches, found = kernels._launcher().emulated.launches, {}
+    launches, found = kernels.dispatch._launcher().emulated.launches, {}
     for name, step in steps.items():
         before = len(launches)
         step()
@@ -256,9 +252,9 @@ def gpu(monkeypatch):
     library = torch.library.Library("aten", "IMPL", "CUDA")  # taken back with the object
     for operator in OPERATORS:
         library.impl(operator.__name__, operator)
-    monkeypatch.setattr(bench_gpu_contenders, "REAL", "gloo")
-    monkeypatch.setattr(bench_gpu_timing, "TURN", 0.0)
-    monkeypatch.setattr(bench_gpu_timing, "profiled", profiled)
+    monkeypatch.setattr(contenders, "REAL", "gloo")
+    monkeypatch.setattr(timing, "TURN", 0.0)
+    monkeypatch.setattr(timing, "profiled", profiled)
     graph = partial(SimpleNamespace, reset=lambda: None)
     monkeypatch.setattr(Capturer, "_captured", lambda self, step: graph(replay=step))
     yield
@@ -269,8 +265,8 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("shape", [(4, 3, 2, 2), (6, 3)], ids=str)
 def test_contenders_compute_the_same(gpu, rng, shape):
     x, grad_y = (torch.randn(shape, generator=rng) for _ in range(2))
-    with bench_gpu_contenders.process_groups() as (groups, problem):
-        steps = bench_gpu_contenders.contenders(x.requires_grad_(), grad_y, groups)
+    with contenders.process_groups() as (groups, problem):
+        steps = contenders.contenders(x.requires_grad_(), grad_y, groups)
         found = {name: step() for name, step in steps.items() if name != COPY}
     assert problem == ""
     assert set(found) == {*OURS, *THEIRS, "syncbn, alone", "torch BatchNorm"}
@@ -283,12 +279,12 @@ def test_contenders_compute_the_same(gpu, rng, shape):
 
 
 def test_only_the_fake_groups_gather_is_replaced_and_only_meanwhile(monkeypatch):
-    monkeypatch.setattr(bench_gpu_contenders, "_nccl_of_1", lambda: ([], ""))
-    name = next(name for name in bench_gpu_contenders.GATHERS if hasattr(dist, name))
+    monkeypatch.setattr(contenders, "_nccl_of_1", lambda: ([], ""))
+    name = next(name for name in contenders.GATHERS if hasattr(dist, name))
     calls = []
     monkeypatch.setattr(dist, name, lambda *words: calls.append(words))
     original, row, output = getattr(dist, name), torch.tensor([1.0, 2.0]), torch.zeros(1, 16)
-    with bench_gpu_contenders.process_groups() as (groups, _):
+    with contenders.process_groups() as (groups, _):
         getattr(dist, name)(output, row, groups[0].torchs)
         assert calls == []
         assert torch.equal(output, row.repeat(8).view(1, 16))
@@ -301,7 +297,7 @@ def test_only_the_fake_groups_gather_is_replaced_and_only_meanwhile(monkeypatch)
 def test_the_command_measures_every_contender_and_says_what_it_means(gpu, capsys, tmp_path):
     output = tmp_path / "bench.json"
     options = Options(SMALL.shapes, SMALL.dtypes, repeats=2, output=str(output))
-    assert bench_gpu.run(options, form="table") == 0
+    assert main.run(options, form="table") == 0
     out, err = capsys.readouterr()
     document = json.loads(output.read_text())
     assert err == ""
@@ -318,22 +314,9 @@ def test_the_command_measures_every_contender_and_says_what_it_means(gpu, capsys
 
 
 @on_fake_cuda
-def test_json_is_one_document_and_takes_shapes_dtype_and_layout(gpu, capsys, monkeypatch):
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    words = [
-        "bench",
-        "--device",
-        "cuda",
-        "--json",
-        "--shapes",
-        "2,4,3,3",
-        "--dtype",
-        "float16",
-        "--channels-last",
-        "--repeats",
-        "1",
-    ]
-    assert cli.main(words) == 0
+def test_json_is_one_document_and_takes_shapes_dtype_and_layout(gpu, capsys):
+    words = ["--json", "--shapes", "2,4,3,3", "--dtype", "float16", "--channels-last", "--repeats", "1"]
+    assert command.main(words) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 7
     assert {(tuple(row["shape"]), row["dtype"], row["layout"]) for row in rows} == {
@@ -343,9 +326,9 @@ def test_json_is_one_document_and_takes_shapes_dtype_and_layout(gpu, capsys, mon
 
 @on_fake_cuda
 def test_without_nccl_and_a_profiler_the_rest_goes_on_and_says_so(gpu, capsys, monkeypatch):
-    monkeypatch.setattr(bench_gpu_contenders, "REAL", "nccl")
-    monkeypatch.setattr(bench_gpu_timing, "profiled", lambda steps: {})
-    assert bench_gpu.run(SMALL, form="json") == 0
+    monkeypatch.setattr(contenders, "REAL", "nccl")
+    monkeypatch.setattr(timing, "profiled", lambda steps: {})
+    assert main.run(SMALL, form="json") == 0
     document = json.loads(capsys.readouterr().out)
     assert len(document["rows"]) == 6 * 5
     assert document["left_out"][0] == "NCCL: this torch is built without nccl"
@@ -356,7 +339,7 @@ def test_without_nccl_and_a_profiler_the_rest_goes_on_and_says_so(gpu, capsys, m
 def test_a_contender_that_fails_is_left_out_alone(gpu, capsys, monkeypatch):
     monkeypatch.delattr(torch, "batch_norm_stats")
     monkeypatch.setattr(torch, "batch_norm_stats", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")), False)
-    assert bench_gpu.run(SMALL, form="json") == 0
+    assert main.run(SMALL, form="json") == 0
     document = json.loads(capsys.readouterr().out)
     assert len(document["rows"]) == 6 * 5
     assert "torch SyncBatchNorm, fake of 8" in document["left_out"][0]
@@ -365,7 +348,7 @@ def test_a_contender_that_fails_is_left_out_alone(gpu, capsys, monkeypatch):
 
 @on_fake_cuda
 def test_a_time_limit_ends_the_measuring_and_not_the_report(gpu, capsys):
-    assert bench_gpu.run(Options(SMALL.shapes, time_limit=1e-9), form="table") == 0
+    assert main.run(Options(SMALL.shapes, time_limit=1e-9), form="table") == 0
     out = capsys.readouterr().out
     assert "0 of 9 shapes, dtypes and layouts timed, 0 profiled; ended by the time limit." in out
     assert out.count("not measured") == 5
@@ -374,7 +357,7 @@ def test_a_time_limit_ends_the_measuring_and_not_the_report(gpu, capsys):
 @on_fake_cuda
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, tmp_path, number):
-    calls, in_turns = [], bench_gpu_timing.in_turns
+    calls, in_turns = [], timing.in_turns
 
     def interrupted(steps, repeats):
         calls.append(1)
@@ -382,10 +365,10 @@ def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, tmp_path, n
             os.kill(os.getpid(), number)
         return in_turns(steps, repeats)
 
-    monkeypatch.setattr(bench_gpu_timing, "in_turns", interrupted)
+    monkeypatch.setattr(timing, "in_turns", interrupted)
     before, output = signal.getsignal(number), tmp_path / "bench.json"
     options = Options(SMALL.shapes, SMALL.dtypes, repeats=2, output=str(output))
-    assert bench_gpu.run(options, form="json") == 128 + number
+    assert main.run(options, form="json") == 128 + number
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads(output.read_text())
     assert (document["timed"], len(document["rows"]), document["ended"]) == (1, 7, f"ended by {number.name}")
@@ -394,7 +377,7 @@ def test_a_signal_leaves_what_was_measured(gpu, capsys, monkeypatch, tmp_path, n
 
 @on_fake_cuda
 def test_a_lost_gpu_leaves_what_was_measured_and_fails(gpu, capsys, monkeypatch):
-    in_turns, left = bench_gpu_timing.in_turns, [3]
+    in_turns, left = timing.in_turns, [3]
 
     def lost(steps, repeats):
         left[0] -= 1
@@ -402,8 +385,8 @@ def test_a_lost_gpu_leaves_what_was_measured_and_fails(gpu, capsys, monkeypatch)
             raise RuntimeError("CUDA error: an illegal memory access\nmore")
         return in_turns(steps, repeats)
 
-    monkeypatch.setattr(bench_gpu_timing, "in_turns", lost)
-    assert bench_gpu.run(SMALL, form="json") == 1
+    monkeypatch.setattr(timing, "in_turns", lost)
+    assert main.run(SMALL, form="json") == 1
     out, err = capsys.readouterr()
     document = json.loads(out)
     assert "Traceback" in err
@@ -413,7 +396,7 @@ def test_a_lost_gpu_leaves_what_was_measured_and_fails(gpu, capsys, monkeypatch)
 @on_fake_cuda
 def test_an_output_that_cannot_be_written_is_refused_first(gpu, capsys, tmp_path):
     options = Options(SMALL.shapes, output=str(tmp_path / "missing" / "bench.json"))
-    assert bench_gpu.run(options, form="table") == 2
+    assert main.run(options, form="table") == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "--output needs a file that can be written" in err

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import syncbn
-from syncbn import cli
+from syncbn.cli import main
 from tests import processes
 
 BENCH = ("-m", "syncbn", "bench", "--shapes", "2,64,56,56", "--repeats", "100000")
@@ -16,8 +16,8 @@ BENCH = ("-m", "syncbn", "bench", "--shapes", "2,64,56,56", "--repeats", "100000
 def naps(monkeypatch):
     """Runs main() here: without its change of a signal handler, and with its pauses recorded instead of slept."""
     slept = []
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(main.time, "sleep", slept.append)
     return slept
 
 
@@ -30,7 +30,7 @@ def test_python_m_syncbn_lists_both_commands():
 
 def test_version_is_that_of_the_package(naps, capsys):
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
+        main.main(["--version"])
     assert capsys.readouterr().out.strip() == f"syncbn {syncbn.__version__}"
 
 
@@ -53,7 +53,7 @@ def test_version_is_that_of_the_package(naps, capsys):
 )
 def test_wrong_arguments_end_with_status_2_and_say_what_is_wrong(naps, capsys, words, message):
     with pytest.raises(SystemExit) as caught:
-        cli.main(words)
+        main.main(words)
     assert caught.value.code == 2
     assert naps == []
     assert re.search(message, capsys.readouterr().err)
@@ -63,9 +63,9 @@ def test_another_rank_fails_silently_and_after_rank_0(naps, capsys, monkeypatch)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     with pytest.raises(SystemExit) as caught:
-        cli.main(["heal"])
+        main.main(["heal"])
     assert caught.value.code == 2
-    assert naps == [cli.GRACE]
+    assert naps == [main.GRACE]
     assert capsys.readouterr() == ("", "")
 
 

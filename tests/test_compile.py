@@ -8,10 +8,10 @@ import torch
 from torch.library import opcheck
 
 import syncbn
-from syncbn import functional, moments, sites
-from syncbn.compiled import operators, order
-from syncbn.moments import Status
-from syncbn.sites import BACKWARD, FORWARD, Site
+from syncbn import functional, moments
+from syncbn.calls import operators, order, sites
+from syncbn.calls.sites import Site
+from syncbn.moments import BACKWARD, FORWARD, Status
 from syncbn.transports.single import SingleTransport
 from tests.conftest import DEVICE
 
@@ -134,7 +134,7 @@ def test_the_operators_say_which_call_they_are_of(monkeypatch):
     copied = given.clone()
     summed, identity, moves = operators.all_reduce_moments(given, SITE.number, None, group, "", SETTINGS)
     hash = SITE.hash(sites.of_floats(SETTINGS), transport.token)
-    forward = sites.numbers(41, hash, FORWARD)
+    forward = moments.numbers(41, hash, FORWARD)
     assert sent[0][: moments.CALL].tolist() == list(moments.head(forward))
     assert identity.tolist() == [int(SITE.number), 1, 41, *hash]
     assert bool(moves)
@@ -142,7 +142,7 @@ def test_the_operators_say_which_call_they_are_of(monkeypatch):
     assert torch.equal(given, copied)
     assert torch.equal(summed[moments.CALL :], given[moments.CALL :])
     operators.all_reduce(given[: 2 * C + 7], None, identity, group, BACKWARD)
-    assert sent[1][: moments.CALL].tolist() == list(moments.head(sites.numbers(41, hash, BACKWARD)))
+    assert sent[1][: moments.CALL].tolist() == list(moments.head(moments.numbers(41, hash, BACKWARD)))
     assert transport.serial == 42  # counts forwards
     operators.forget(transport)
 
@@ -160,7 +160,7 @@ def test_a_rank_that_abstained_forward_abstains_in_every_derivative(monkeypatch)
 
 def test_derivatives_of_the_all_reduce_have_directions_of_their_own(monkeypatch):
     seen = []
-    monkeypatch.setattr(operators.sites, "numbers", lambda *of: seen.append(of[2]) or (1, 2, 3, 4))
+    monkeypatch.setattr(operators.moments, "numbers", lambda *of: seen.append(of[2]) or (1, 2, 3, 4))
     x = torch.randn(2 * C + 7, dtype=torch.float64, requires_grad=True)
     y = operators.all_reduce(x, operators.ANCHOR, IDENTITY, KEY, BACKWARD)
     (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)

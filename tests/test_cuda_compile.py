@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from syncbn.kernels.cuda_launch import source
-from syncbn.kernels.cupy_ops import kernel_name
+from syncbn.kernels.cuda.launch import source
+from syncbn.kernels.cuda.ops import kernel_name
 from syncbn.moments import DTYPES
 from tests.nvrtc import compile_for, ptx_of
 
@@ -58,5 +58,5 @@ def test_a_header_stands_in_a_source_once_and_lines_keep_their_numbers():
     after = text[: text.index("struct LocalMoments {")].rpartition("#line ")[2]
     number, name = after.splitlines()[0].split()
     assert name == '"local_moments.cu"'
-    real = (source.__globals__["resources"].files("syncbn.kernels") / "cuda" / "local_moments.cu").read_text()
+    real = (source.__globals__["resources"].files("syncbn.kernels.cuda") / "local_moments.cu").read_text()
     assert real.splitlines()[int(number) - 1 + after.count("\n") - 1].startswith("struct LocalMoments {")

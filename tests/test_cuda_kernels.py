@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import syncbn
 from syncbn import kernels, moments
-from syncbn.kernels import cuda_geometry, cupy_ops
 from syncbn.kernels.base import Parameters
-from syncbn.kernels.cuda_verdict import DeferredErrors
-from syncbn.kernels.cupy_ops import CupyKernels
+from syncbn.kernels.cuda import geometry, ops
+from syncbn.kernels.cuda.errors import DeferredErrors
+from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import ABSTAINS, LIMIT, Message, Running, Status
 from tests import processes
@@ -70,7 +70,7 @@ def differing(a, b):
 
 @pytest.mark.parametrize("name", ["local_moments", "normalize", "backward_sums", "backward_input"])
 def test_arguments_are_packed_as_the_structs_are(name):
-    packed = getattr(cupy_ops, name.upper()).size
+    packed = getattr(ops, name.upper()).size
     assert EmulatedLauncher().library.argument_size(name.encode()) == packed <= 512
 
 
@@ -214,11 +214,11 @@ RESNET = [(2, 64, 112, 112), (2, 256, 56, 56), (2, 2048, 7, 7), (32, 64, 112, 11
 def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize):
     x = torch.empty(shape, device="meta")
     for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
-        plan = cuda_geometry.plan(x.shape, strides, itemsize)
-        work = x.numel() * itemsize / (16 * 32 * cuda_geometry.STEPS)  # warps with a few packs a thread
+        plan = geometry.plan(x.shape, strides, itemsize)
+        work = x.numel() * itemsize / (16 * 32 * geometry.STEPS)  # warps with a few packs a thread
         assert plan.grid >= min(132, work / 8), plan
-        assert plan.block[0] * plan.block[1] <= cuda_geometry.THREADS
-        assert plan.grid <= 2 * cuda_geometry.BLOCKS_OF_PLANES
+        assert plan.block[0] * plan.block[1] <= geometry.THREADS
+        assert plan.grid <= 2 * geometry.BLOCKS_OF_PLANES
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -226,14 +226,14 @@ def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize):
 def test_the_last_block_of_a_group_reads_partial_sums_in_a_few_rounds(shape, itemsize):
     x = torch.empty(shape, device="meta")
     for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
-        plan = cuda_geometry.plan(x.shape, strides, itemsize)
+        plan = geometry.plan(x.shape, strides, itemsize)
         lanes = plan.block[0 if plan.layout == "Planes" else 1]
         assert plan.blocks <= 4 * lanes, plan
 
 
 def test_one_channel_is_one_plane_while_32_bits_can_count_it():
-    assert cuda_geometry.plan((4, 1, 1000), (1000, 1000, 1), 2).S == 4000
-    assert cuda_geometry.plan((4, 1, 1 << 29), (1 << 29, 1 << 29, 1), 2).S == 1 << 29
+    assert geometry.plan((4, 1, 1000), (1000, 1000, 1), 2).S == 4000
+    assert geometry.plan((4, 1, 1 << 29), (1 << 29, 1 << 29, 1), 2).S == 1 << 29
 
 
 REFUSED = {

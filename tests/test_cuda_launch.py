@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from syncbn import kernels
-from syncbn.kernels import cuda_launch
-from syncbn.kernels.cuda_launch import CupyLauncher
+from syncbn.kernels.cuda import launch
+from syncbn.kernels.cuda.launch import CupyLauncher
 
 LAYOUT, X = struct.Struct("=qd"), torch.zeros(3)
 
@@ -65,7 +65,7 @@ def notes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: notes.capturing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: notes.stream, raising=False)
-    monkeypatch.setattr(cuda_launch, "capture_id", lambda stream: notes.capture)
+    monkeypatch.setattr(launch, "capture_id", lambda stream: notes.capture)
     return notes
 
 
@@ -83,7 +83,7 @@ def test_a_kernel_is_compiled_once_with_its_headers_and_without_contraction(note
     for _ in range(2):
         launcher.launch("backward_sums<double, Planes>", 1, (1, 1), LAYOUT, (0, 0.0), X)
     ((code, options, names),) = notes.compiled
-    assert code == cuda_launch.source("backward_sums")
+    assert code == launch.source("backward_sums")
     assert options == ("--std=c++17", "--fmad=false")
     assert names == ("backward_sums<double, Planes>",)
 
@@ -182,7 +182,7 @@ def test_the_deferred_errors_of_a_device_are_in_one_place(notes, monkeypatch):
 def test_the_device_kernels_are_chosen_and_explained(monkeypatch, version, cupy, override, expected):
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setenv("SYNCBN_KERNELS", override)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if cupy else None)
+    monkeypatch.setattr(kernels.dispatch.importlib.util, "find_spec", lambda name: object() if cupy else None)
     choice = kernels.explain_device.__wrapped__()
     assert choice.name == expected[0]
     assert expected[1] in choice.reason
@@ -190,14 +190,14 @@ def test_the_device_kernels_are_chosen_and_explained(monkeypatch, version, cupy,
 
 def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
     choice = kernels.Choice("torch", "CuPy is not installed")
-    monkeypatch.setattr(kernels, "explain_device", lambda: choice)
+    monkeypatch.setattr(kernels.dispatch, "explain_device", lambda: choice)
     with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
-        assert kernels._cuda_kernels.__wrapped__(False).name == "torch"
+        assert kernels.dispatch._cuda_kernels.__wrapped__(False).name == "torch"
 
 
 def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
-    monkeypatch.setattr(kernels, "PLAIN", (SimpleNamespace,))
-    monkeypatch.setattr(kernels, "_cuda_kernels", lambda on_host: "cupy")
+    monkeypatch.setattr(kernels.dispatch, "PLAIN", (SimpleNamespace,))
+    monkeypatch.setattr(kernels.dispatch, "_cuda_kernels", lambda on_host: "cupy")
     for shape, expected in (((4, 2, 2**29), "cupy"), ((1, 2, 2**31), "torch")):
         x = SimpleNamespace(is_cuda=True, is_neg=lambda: False, numel=lambda shape=shape: prod(shape), shape=shape)
         found = kernels.on_device(x, SimpleNamespace(size=1, on_host=False))
@@ -207,9 +207,9 @@ def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
 def test_a_gpu_that_is_too_old_gets_torchs_operators(monkeypatch):
     monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(kernels.dispatch.importlib.util, "find_spec", lambda name: object())
     for capability, expected in (((7, 5), "torch"), ((8, 0), "cupy"), ((10, 0), "cupy")):
-        monkeypatch.setattr(kernels, "_capabilities", lambda capability=capability: [(9, 0), capability])
+        monkeypatch.setattr(kernels.dispatch, "_capabilities", lambda capability=capability: [(9, 0), capability])
         choice = kernels.explain_device.__wrapped__()
         assert choice.name == expected
         assert ("7.5" in choice.reason) == (expected == "torch")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncbn import moments
-from syncbn.kernels.cupy_ops import CupyKernels
+from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.moments import Status
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.test_cuda_kernels import NUMBERS, batch, differing, step

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from syncbn import launchers
+from syncbn.transports import launchers
 from tests.processes import ROOT, mpirun, python, run, torchrun
 
 EXAMPLES = ROOT / "examples"

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn import agreement, kernels, rendezvous, transports, world
-from syncbn.groups import GroupSpec
-from syncbn.launchers import Launch
+from syncbn import kernels, transports
 from syncbn.moments import CALL
-from syncbn.transports import mpi_staged, nccl
+from syncbn.transports import agreement, mpi_staged, nccl
+from syncbn.transports.groups import GroupSpec
+from syncbn.transports.launchers import Launch
 from syncbn.transports.torch_dist import TorchTransport
+from syncbn.world import init, rendezvous
 from tests.processes import run
 
 
@@ -208,7 +209,9 @@ def test_cuda_tensors_under_mpi_ask_for_nccl_where_there_is_cupy(monkeypatch):
     assert transports.explain("cuda").name == "nccl"
     assert transports.explain("cpu").name == "mpi"
     sys.modules["cupy"].__spec__ = None
-    monkeypatch.setattr(transports.importlib.util, "find_spec", lambda name: None if name == "cupy" else object())
+    monkeypatch.setattr(
+        transports.dispatch.importlib.util, "find_spec", lambda name: None if name == "cupy" else object()
+    )
     assert transports.explain("cuda").name == "mpi"
 
 
@@ -224,7 +227,7 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert world._device(launch(local_rank)) == torch.device("cuda", expected)
+    assert init._device(launch(local_rank)) == torch.device("cuda", expected)
 
 
 def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
@@ -235,7 +238,7 @@ def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
             agreement.require_equal({"C": 3.0}, transport, "It", "")
             with pytest.raises(ValueError, match="On rank 0: bad"):
                 agreement.raise_together(ValueError("bad"), transport)
-            assert world.init().loss_scale(4) == 1.0
+            assert init.init().loss_scale(4) == 1.0
     finally:
         dist.destroy_process_group()
 
@@ -244,7 +247,7 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert world.init(device="cuda").device == torch.device("cuda", 2)
+    assert init.init(device="cuda").device == torch.device("cuda", 2)
     assert chosen == [torch.device("cuda", 2)]
 
 
@@ -255,15 +258,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert not rendezvous.shares_gpus(launch(1, 2))
     for local_rank in range(3):  # also on those that would have one
         with pytest.raises(RuntimeError, match=r"3 processes and 2 GPUs.*NCCL refuses two ranks on one GPU"):
-            world._device(launch(local_rank, 3))
+            init._device(launch(local_rank, 3))
 
 
 def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):
-    place = world.init()
+    place = init.init()
     place.check()  # on a CPU nothing is outstanding
     notes = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: notes.append(("synchronize", device)))
-    monkeypatch.setattr(kernels, "look", lambda device: notes.append(("look", device)))
+    monkeypatch.setattr(kernels.dispatch, "look", lambda device: notes.append(("look", device)))
     gpu = torch.device("cuda", 1)
     dataclasses.replace(place, device=gpu).check()
     assert notes == [("synchronize", gpu), ("look", gpu)]

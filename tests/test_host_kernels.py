@@ -18,8 +18,8 @@ from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Message, Running, Status
 from tests import processes
 
-_host = pytest.importorskip("syncbn.kernels._host", reason="built without a compiler")
-host_ops = pytest.importorskip("syncbn.kernels.host_ops")
+_host = pytest.importorskip("syncbn.kernels.host._host", reason="built without a compiler")
+host_ops = pytest.importorskip("syncbn.kernels.host.ops")
 HOST, TORCH = host_ops.HostKernels(), TorchKernels()
 EPS = 1e-5
 STATUS = Status(0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
@@ -305,7 +305,7 @@ def test_a_forked_child_computes_too():
 
 
 EXPLAIN = "import sys; {hide}; from syncbn import kernels; print(*kernels.explain(), sep='; ')"
-HIDE = "sys.modules['syncbn.kernels._host'] = None"
+HIDE = "sys.modules['syncbn.kernels.host._host'] = None"
 
 
 def test_the_environment_chooses():

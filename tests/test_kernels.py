@@ -8,7 +8,7 @@ import torch
 
 from syncbn import kernels, moments, reference
 from syncbn.kernels.base import Parameters, split_stats
-from syncbn.kernels.cupy_ops import CupyKernels
+from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Message, Running, Status
 from tests.cuda_on_cpu import EmulatedLauncher
@@ -28,8 +28,8 @@ def implementation(request):
         return TorchKernels()
     if request.param.startswith("cuda on cpu"):
         return CupyKernels(EmulatedLauncher(slow="slow" in request.param), on_host=True)
-    pytest.importorskip("syncbn.kernels._host", reason="built without a compiler")
-    return pytest.importorskip("syncbn.kernels.host_ops").HostKernels()
+    pytest.importorskip("syncbn.kernels.host._host", reason="built without a compiler")
+    return pytest.importorskip("syncbn.kernels.host.ops").HostKernels()
 
 
 def exact(x, grad_y, weight, bias):

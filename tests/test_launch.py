@@ -68,7 +68,7 @@ layer(torch.randn(4, 1))
 
 LISTENERS = """
 import json, sys, psutil, torch, syncbn
-from syncbn import launchers
+from syncbn.transports import launchers
 if launchers.detect().speaks_mpi:
     from mpi4py import MPI  # MPI opens listeners of its own: those are there before
 def listeners():

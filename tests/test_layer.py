@@ -13,7 +13,7 @@ from torch import nn
 
 import syncbn
 from syncbn import functional
-from syncbn.compiled import operators
+from syncbn.calls import operators
 from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.transports.single import SingleTransport
 from tests.multiprocess.batches import torchs
@@ -121,6 +121,7 @@ def steps(request, monkeypatch):
     """The kernels of this machine, and those of SYNCBN_KERNELS=torch."""
     if request.param == "torch":
         monkeypatch.setattr("syncbn.kernels.for_call", lambda *_: TorchKernels())
+        monkeypatch.setattr("syncbn.kernels.choose", lambda x: TorchKernels())
 
 
 @pytest.mark.usefixtures("steps")

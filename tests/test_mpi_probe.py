@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from syncbn import mpi_probe
+from syncbn.transports import mpi_probe
 
 
 def _mpich(status, flag):
@@ -48,7 +48,7 @@ def test_a_process_beside_finds_the_library_and_joins_it_alone():
 
 
 def test_looking_beside_leaves_this_process_without_mpi():
-    code = "import sys; from syncbn import mpi_probe; mpi_probe.beside(); sys.exit('mpi4py' in sys.modules)"
+    code = "import sys; from syncbn.transports import mpi_probe; mpi_probe.beside(); sys.exit('mpi4py' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 

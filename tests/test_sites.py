@@ -8,11 +8,12 @@ import pickle
 import pytest
 import torch
 
-from syncbn import sites
-from syncbn.groups import GroupSpec
-from syncbn.moments import LIMIT
-from syncbn.renorm import RenormLimits
-from syncbn.sites import BACKWARD, FORWARD, Site
+from syncbn import moments
+from syncbn.calls import sites
+from syncbn.calls.renorm import RenormLimits
+from syncbn.calls.sites import Site
+from syncbn.moments import BACKWARD, FORWARD, LIMIT
+from syncbn.transports.groups import GroupSpec
 from tests import processes
 
 SETTINGS = (64, 1e-5, 0.1, True, None)
@@ -59,7 +60,7 @@ def test_an_order_that_is_found_after_the_hash_was_asked_for_still_counts():
 
 
 def test_the_hash_is_the_same_in_every_process():
-    program = "from syncbn.sites import Site; print(Site('SyncBatchNorm').hash((64, 1e-5, 0.1, True, None), 5))"
+    program = "from syncbn.calls.sites import Site; print(Site('SyncBatchNorm').hash((64, 1e-5, 0.1, True, None), 5))"
     ours = Site("SyncBatchNorm").hash(SETTINGS, TOKEN)
     for seed in (1, 2):
         done = processes.python("-c", program, PYTHONHASHSEED=seed)
@@ -67,7 +68,7 @@ def test_the_hash_is_the_same_in_every_process():
 
 
 def test_hashes_of_many_texts_differ():
-    assert len({sites.text_hash(f"layer {i}") for i in range(20000)}) == 20000
+    assert len({moments.text_hash(f"layer {i}") for i in range(20000)}) == 20000
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, *OTHERS], ids=str)
@@ -82,13 +83,13 @@ def test_settings_come_back_from_what_a_compiled_graph_holds(settings):
 def test_numbers_stay_below_the_limit_and_tell_directions_and_serials_apart():
     hash = (LIMIT - 1, LIMIT - 1)
     found = {
-        sites.numbers(serial, hash, direction)
+        moments.numbers(serial, hash, direction)
         for serial, direction in itertools.product((0, 1, LIMIT - 1), (FORWARD, BACKWARD, FORWARD + 2, BACKWARD + 2))
     }
     assert len(found) == 12
     assert all(0 <= n < LIMIT for numbers in found for n in numbers)
     assert all(numbers[0] == 1 for numbers in found)  # it has a say
-    assert sites.numbers(LIMIT, hash, FORWARD) == sites.numbers(0, hash, FORWARD)  # and so on for ever
+    assert moments.numbers(LIMIT, hash, FORWARD) == moments.numbers(0, hash, FORWARD)  # and so on for ever
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn import launchers
+from syncbn.transports import launchers
 from tests.processes import ROOT, torchrun
 
 PAGE = ROOT / "docs" / "wrappers.md"

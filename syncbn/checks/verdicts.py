@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from syncbn import moments
-from syncbn.agreement import Notes, by_rank, calls_differ, gather_notes, raise_gathered
 from syncbn.checks.inputs import NAME, mask_values_error, name_of
 from syncbn.moments import DTYPES, Counters, Message, Status
+from syncbn.transports.agreement import Notes, by_rank, calls_differ, gather_notes, raise_gathered
 from syncbn.transports.base import AbstractTransport
 
 

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from syncbn.groups import GroupSpec
 from syncbn.moments import Message
+from syncbn.transports.groups import GroupSpec
 
 PATIENCE = 10.0
 """Seconds that a rank waits for the notes of the others, once it knows that something is wrong."""

@@ -12,9 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from syncbn import groups
-from syncbn.groups import GroupSpec
+from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
+from syncbn.transports.groups import GroupSpec
 
 LEAST_TAG_UB = 32767
 """Every MPI takes tags up to this one."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast, final
 import torch
 from torch import Tensor
 
-from syncbn import mpi_probe
+from syncbn.transports import mpi_probe
 from syncbn.transports.base import AbstractTransport
 
 if TYPE_CHECKING:

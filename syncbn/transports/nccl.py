@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch import Tensor
 
-from syncbn import agreement
+from syncbn.transports import agreement
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.mpi_staged import StagedTransport
 

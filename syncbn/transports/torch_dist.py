@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import groups
-from syncbn.groups import GroupSpec
+from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
+from syncbn.transports.groups import GroupSpec
 
 
 @final

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncbn.kernels.cuda_launch import AbstractLauncher
-from syncbn.kernels.cuda_verdict import DeferredErrors
+from syncbn.kernels.cuda.errors import DeferredErrors
+from syncbn.kernels.cuda.launch import AbstractLauncher
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent.parent / "syncbn" / "kernels" / "cuda"

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from syncbn.kernels.base import Parameters
-from syncbn.kernels.cupy_ops import CupyKernels
+from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.moments import Message, Running, Status
 from tests.cuda_on_cpu import EmulatedLauncher
 

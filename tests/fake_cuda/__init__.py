@@ -27,7 +27,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from syncbn import kernels
-from syncbn.kernels.cuda_launch import AbstractLauncher
+from syncbn.kernels.cuda.launch import AbstractLauncher
 from tests.cuda_on_cpu import EmulatedLauncher
 
 NAME = "fake-cuda"
@@ -166,5 +166,5 @@ def install():
     cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
     sys.modules["cupy"] = cupy
     launcher = CheckedLauncher()
-    kernels._launcher = lambda: launcher
+    kernels.dispatch._launcher = lambda: launcher
     return "cuda:0"

@@ -10,10 +10,11 @@ import sys
 import torch
 
 import syncbn
-from syncbn import functional, launchers
-from syncbn.calls import Call, Layer
+from syncbn import functional
+from syncbn.calls.eager import Call, Layer
+from syncbn.calls.sites import Site
 from syncbn.moments import Running
-from syncbn.sites import Site
+from syncbn.transports import launchers
 from syncbn.transports.single import SingleTransport
 from tests.multiprocess import batches
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import syncbn
-from syncbn import agreement, launchers, rendezvous
+from syncbn.transports import agreement, launchers
+from syncbn.world import rendezvous
 from tests.conftest import DEVICE, LATE_VERDICT
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import launchers
+from syncbn.transports import launchers
 from tests import processes
 from tests.conftest import DEVICE
 from tests.multiprocess import batches
@@ -243,7 +243,7 @@ def test_layers_may_be_added_and_dropped(ranks):
 
 LENGTHS = """
 import sys, torch, syncbn
-from syncbn import launchers
+from syncbn.transports import launchers
 world = syncbn.init()
 wide, narrow = (syncbn.SyncBatchNorm(C) for C in (6, 4))
 for layer in (wide, narrow):

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import groups
-from syncbn.compiled import operators
+from syncbn.calls import operators
+from syncbn.transports import groups
 from tests.multiprocess import batches, test_collectives
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C
 from tests.test_compile import compiled

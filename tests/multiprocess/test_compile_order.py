@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import agreement
+from syncbn.transports import agreement
 from tests.multiprocess import batches
 from tests.test_compile import pytestmark as warnings_of_torch
 

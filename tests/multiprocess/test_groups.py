@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import syncbn
-from syncbn import groups, launchers, transports
+from syncbn import transports
+from syncbn.transports import groups, launchers
+from syncbn.transports.specify import specify
 from tests import processes
 from tests.conftest import DEVICE
 from tests.multiprocess import batches
@@ -31,9 +33,9 @@ def even_group(ranks):
 
 def forget_this_job(monkeypatch):
     """Makes this process know no group, as in a job that loads a layer."""
-    monkeypatch.setattr("syncbn.transports._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
     for table in ("_handles", "_pickled_as", "_unpickled_as"):
-        monkeypatch.setattr(f"syncbn.groups.{table}", {})
+        monkeypatch.setattr(f"syncbn.transports.groups.{table}", {})
 
 
 def check_group(ranks, group, members, rng):
@@ -90,14 +92,14 @@ def test_a_copy_of_a_used_layer_works_in_step_with_it(ranks, rng, copier, groupe
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
 def test_a_copy_of_a_specification_is_the_same_group(ranks, copier, used):
     for group in (even_group(ranks), ranks.world.subgroup(ranks.size)):
-        spec = groups.specify(group)
+        spec = specify(group)
         if used:
             transports.choose(spec)
         ranks.check(copier(spec) == spec and transports.choose(copier(spec)) is transports.choose(spec), f"{spec!r}")
 
 
 def test_each_group_of_the_same_ranks_has_a_transport_of_its_own(ranks):
-    specs = [groups.specify(even_group(ranks)) for _ in range(2)]
+    specs = [specify(even_group(ranks)) for _ in range(2)]
     subgroups = [ranks.world.subgroup(ranks.size) for _ in range(2)]
     tokens = {transports.choose(spec).token for spec in [*specs, *subgroups, None]}
     ranks.check(len(tokens) == (5 if ranks.size > 1 else len(tokens)), f"{specs} {subgroups} {tokens}")
@@ -110,9 +112,9 @@ def test_a_communicator_given_twice_is_one_group(ranks):
     from mpi4py import MPI
 
     comm = even_group(ranks)
-    spec = groups.specify(comm)
-    ranks.check(groups.specify(comm) == groups.specify(MPI.Intracomm(comm)) == spec, f"{spec!r}")
-    ranks.check(groups.specify(comm.Dup()) != spec, "a duplicate has the label of its parent")
+    spec = specify(comm)
+    ranks.check(specify(comm) == specify(MPI.Intracomm(comm)) == spec, f"{spec!r}")
+    ranks.check(specify(comm.Dup()) != spec, "a duplicate has the label of its parent")
 
 
 def test_a_communicator_that_is_made_where_one_was_freed_is_another_group(ranks):
@@ -122,16 +124,16 @@ def test_a_communicator_that_is_made_where_one_was_freed_is_another_group(ranks)
     from mpi4py import MPI
 
     comm = even_group(ranks)
-    spec = groups.specify(comm)
+    spec = specify(comm)
     MPI.Intracomm(comm).Free()
     ranks.check(groups.handle(spec) is None, "the handle of a freed communicator is kept")
-    ranks.check(groups.specify(even_group(ranks)) != spec, "the label of a freed communicator is given again")
+    ranks.check(specify(even_group(ranks)) != spec, "the label of a freed communicator is given again")
     transports.choose(spec)  # makes an equal group
 
 
 def test_a_used_group_has_no_name_of_another_job(ranks, monkeypatch):
     """Counts start anew in each job; the group of a loaded layer is none of those that this job makes."""
-    spec = groups.specify(even_group(ranks))
+    spec = specify(even_group(ranks))
     if transports.choose(spec).name == "single":
         pytest.skip("no group")
     stored = pickle.dumps(spec)
@@ -144,7 +146,7 @@ def test_a_used_group_has_no_name_of_another_job(ranks, monkeypatch):
 def test_a_communicator_that_was_freed_is_made_again(ranks, rng, monkeypatch):
     if not launchers.detect().speaks_mpi:
         pytest.skip("no MPI job")
-    monkeypatch.setattr("syncbn.transports._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
     comm = even_group(ranks)
     layer = syncbn.SyncBatchNorm(5, process_group=comm)
     comm.Free()
@@ -229,7 +231,7 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
     if not launchers.detect().speaks_mpi:
         pytest.skip("would end the world of this run")
     monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
-    monkeypatch.setattr("syncbn.transports._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
     for _ in range(2):
         syncbn.init(torch_distributed=True, device=DEVICE)
         check_group(ranks, None, list(range(ranks.size)), rng)
@@ -240,8 +242,8 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
 @pytest.mark.ranks(2)
 def test_an_unconnected_job_warns_once(ranks, monkeypatch):
     """Silently unsynchronised is the worst outcome: the layer says so, once."""
-    monkeypatch.setattr("syncbn.transports._live", {})
-    monkeypatch.setattr("syncbn.transports._torch_world", lambda: None)
+    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch._torch_world", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     layer = syncbn.SyncBatchNorm(4)
     with warnings.catch_warnings(record=True) as caught:

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import announcing, joining
+from syncbn.training.join import joining
+from syncbn.transports import announcing
 from tests.conftest import DEVICE
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import groups
+from syncbn.transports import groups
 from tests.conftest import DEVICE
 from tests.test_compile import pytestmark as warnings_of_torch
 

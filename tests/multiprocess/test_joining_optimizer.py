@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import syncbn
-from syncbn import nested_values
-from syncbn.nested_values import Encoder, Group
+from syncbn.training.join import nested_values
+from syncbn.training.join.nested_values import Encoder, Group
 from tests.conftest import DEVICE
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels.cupy_ops import CupyKernels
+from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.transports.single import SingleTransport
 from tests.conftest import DEVICE
 from tests.cuda_on_cpu import EmulatedLauncher

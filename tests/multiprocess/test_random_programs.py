@@ -12,7 +12,8 @@ import zlib
 import pytest
 import torch
 
-from syncbn import agreement, moments
+from syncbn import moments
+from syncbn.transports import agreement
 from tests.multiprocess import faults
 from tests.multiprocess.conftest import AgreedError
 from tests.multiprocess.interpreters import Exact, Ours, interpret
@@ -22,9 +23,9 @@ PROGRAMS = int(os.environ.get("SYNCBN_TEST_PROGRAMS", "200"))
 TOLERANCE = 1e-9
 CHECKS = (
     ("syncbn.moments.same_call", lambda *_: True),
-    ("syncbn.kernels.host_ops.HostKernels.check_sums", lambda *_: True),
+    ("syncbn.kernels.host.ops.HostKernels.check_sums", lambda *_: True),
     (
-        "syncbn.kernels.host_ops.HostKernels.read_counters",
+        "syncbn.kernels.host.ops.HostKernels.read_counters",
         lambda _, wire, message: moments.read_counters(wire, message.numbers),
     ),
 )

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 import syncbn
-from syncbn import recomputation
+from syncbn.calls import checkpointing
 from tests.conftest import DEVICE
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import CountingTransport
@@ -218,22 +218,22 @@ def test_nothing_is_kept_of_ordinary_steps_and_little_of_others(ranks):
     layer, x = syncbn.SyncBatchNorm(C), torch.randn(3, C, requires_grad=True)
     for _ in range(3):
         layer(x).sum().backward()
-    ranks.check(layer not in recomputation._calls)
+    ranks.check(layer not in checkpointing._calls)
     with torch.no_grad():
-        for _ in range(recomputation.MOST + 5):
+        for _ in range(checkpointing.MOST + 5):
             layer(torch.randn(3, C))
-    calls = recomputation._calls[layer]
-    ranks.check(len(calls.alive) == len(calls.recent) == recomputation.MOST, f"{len(calls.alive)}")
+    calls = checkpointing._calls[layer]
+    ranks.check(len(calls.alive) == len(calls.recent) == checkpointing.MOST, f"{len(calls.alive)}")
     del calls, layer
     gc.collect()
-    ranks.check(all(len(c.alive) <= recomputation.MOST for c in recomputation._calls.values()))
+    ranks.check(all(len(c.alive) <= checkpointing.MOST for c in checkpointing._calls.values()))
 
 
 def test_what_was_repeated_goes_with_the_next_forward(ranks, rng):
     model = network()
     for _ in range(5):
         checkpoint(model, share(ranks, rng, [3] * ranks.size), use_reentrant=True).square().sum().backward()
-    ranks.check(len(recomputation._calls[model[1]].alive) == 1)
+    ranks.check(len(checkpointing._calls[model[1]].alive) == 1)
 
 
 def test_a_layer_in_use_copies_and_pickles(ranks, rng):

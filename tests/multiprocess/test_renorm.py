@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import renorm
+from syncbn.calls import renorm
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C, counting, settled  # noqa: F401
 from tests.test_compile import compiled

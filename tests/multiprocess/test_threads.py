@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import launchers, transports
+from syncbn import transports
+from syncbn.transports import launchers
 from tests.multiprocess.test_groups import forget_this_job
 
 pytestmark = [pytest.mark.ranks(2), pytest.mark.cpu("autograd runs the backward passes of a GPU on one thread")]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import launchers
+from syncbn.transports import launchers
 from tests.conftest import DEVICE
 from tests.multiprocess.test_collectives import CountingTransport
 from tests.multiprocess.test_ddp import loss, network

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What `python -m benchmarks.gpu` measures, and in which order.
+
+N batch, C channels, S product of the spatial dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.verdict import LARGE, TWO_IMAGES, Shape
+from syncbn.cli.bench import report
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("contiguous", "channels_last")
+SHAPES: tuple[Shape, ...] = (
+    *report.SHAPES[1:],
+    *[(N, C, 512, 512) for N in (1, 2) for C in (64, 128, 256)],
+    (32, 256, 56, 56),
+    (32, 64, 112, 112),
+    (64, 2048),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. ``repeats`` are turns of each contender, of which the median counts."""
+
+    shapes: Sequence[Shape] = SHAPES
+    dtypes: Sequence[str] = DTYPES
+    layouts: Sequence[str] = LAYOUTS
+    repeats: int = 7
+    time_limit: float = math.inf
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the contenders that take turns have in common."""
+
+    shape: Shape
+    dtype: str
+    layout: str
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Makes an input and a gradient, from a generator that no CUDA graph knows."""
+        generator = torch.Generator("cuda").manual_seed(0)
+        layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        x, grad_y = (
+            torch.randn(self.shape, generator=generator, device="cuda").to(dtype).contiguous(memory_format=layout)
+            for _ in range(2)
+        )
+        return x.requires_grad_(), grad_y
+
+
+def plan(options: Options) -> list[Cell]:
+    """Returns what to measure, what is worth most first: 2 images, large, each in float16, the rest."""
+
+    def rank(cell: Cell) -> int:
+        if cell.shape not in TWO_IMAGES and math.prod(cell.shape) < LARGE:
+            return 4
+        return (cell.shape not in TWO_IMAGES) + 2 * (cell.dtype == "float16")
+
+    cells = [Cell(s, d, each) for d in options.dtypes for each in options.layouts for s in options.shapes]
+    return sorted((c for c in cells if len(c.shape) == 4 or c.layout == "contiguous"), key=rank)

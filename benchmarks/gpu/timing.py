@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How `syncbn bench --device cuda` measures: eager wall time, replays of a CUDA graph, and the profiler's counts.
+
+Everything is first timed and only then profiled: a profiler that has run once slows what is launched after it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from benchmarks.gpu.contenders import Step
+
+TURN = 0.005
+"""Seconds of a turn: so many steps are launched before the host waits for the last."""
+PROFILED = 3
+GAP_US = 1000.0
+"""Between the contenders under the profiler, whose clocks of host and GPU agree to some microseconds."""
+MARK = "syncbn bench: "
+WAITS = (
+    *("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
+    *("cuCtxSynchronize", "cuStreamSynchronize", "cuEventSynchronize"),
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the profiler saw, a step."""
+
+    gpu_us: float
+    launches: float
+    host_waits: float
+
+
+def in_turns(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Returns the median microseconds of a step of each, back to back, the contenders taking turns: A B C A B C."""
+    counts = {name: _steps_in_a_turn(step) for name, step in steps.items()}
+    turns: dict[str, list[float]] = {name: [] for name in steps}
+    with _no_garbage_collection():
+        for _ in range(repeats):
+            for name, step in steps.items():
+                turns[name].append(wall(step, counts[name]))
+    return {name: statistics.median(each) for name, each in turns.items()}
+
+
+def wall(step: Step, count: int) -> float:
+    """Returns microseconds a step, from the first launch until the GPU has done the last."""
+    torch.cuda.synchronize()
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter_ns() - start) / 1e3 / count
+
+
+def _steps_in_a_turn(step: Step) -> int:
+    wall(step, 3)  # what the allocator does at first
+    return max(3, min(500, int(TURN * 1e6 / max(wall(step, 3), 1.0))))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@final
+class Capturer:
+    """Captures steps in CUDA graphs, on a stream of its own.
+
+    Each runs there once before: its kernels, tickets and NCCL's communicator are then there.
+
+    A capture that CUDA refuses ends in a second error, before torch has put the caller's stream back; memory and random
+    numbers stay as in a capture. So the stream is put back here, the next capture gets another stream and pool, inputs
+    come from a generator that no graph knows, and what was refused once is not tried again.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+        self._pool: Any = None
+        self.refused: dict[str, str] = {}
+
+    def replays(self, steps: dict[str, Step], repeats: int) -> dict[str, float]:
+        """Returns the median microseconds of a replay of each that can be captured. No graph outlives the call."""
+        graphs = {name: self._capture(name, step) for name, step in steps.items()}
+        graphs = {name: graph for name, graph in graphs.items() if graph is not None}
+        try:
+            return in_turns({name: graph.replay for name, graph in graphs.items()}, repeats)
+        finally:
+            torch.cuda.synchronize()
+            self._pool = None
+            for graph in graphs.values():
+                graph.reset()
+
+    def _capture(self, name: str, step: Step) -> Any:
+        """Returns the graph, or None where the step cannot be captured."""
+        if name in self.refused:
+            return None
+        here = torch.cuda.current_stream()
+        try:
+            graph = self._captured(step)
+        except RuntimeError as error:
+            self._stream = self._pool = None
+            if not isinstance(error, torch.OutOfMemoryError):
+                self.refused[name] = str(error.__context__ or error).partition("\n")[0]
+            return None
+        finally:
+            torch.cuda.set_stream(here)
+        return graph
+
+    def _captured(self, step: Step) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # One pool for all: one graph runs at a time, and none keeps a result for another.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step()
+        # What NCCL's watchdog does meanwhile in a thread of its own is no part of the capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            step()
+        return graph
+
+
+def profiled(steps: dict[str, Step]) -> dict[str, Counts]:
+    """Runs each step a few times under torch's profiler.
+
+    Returns:
+        GPU time, launches and host waits of each; nothing where the profiler sees no GPU.
+    """
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # profiles that follow each other closely can meet its teardown
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    if activities[1] not in torch.profiler.supported_activities():  # type: ignore[no-untyped-call]
+        return {}
+    for step in steps.values():
+        step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for name, step in steps.items():
+            with torch.profiler.record_function(MARK + name):
+                for _ in range(PROFILED):
+                    step()
+            torch.cuda.synchronize()  # behind the mark: this wait is ours
+            time.sleep(GAP_US / 1e6)
+    return counted(profiler.events() or (), PROFILED)
+
+
+def counted(events: Iterable[Any], count: int) -> dict[str, Counts]:
+    """Sums the profiler's events from mark to mark.
+
+    Args:
+        events: of torch.profiler, with a mark around the steps of each contender.
+        count: steps of each.
+    """
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    events = sorted(events, key=lambda event: event.time_range.start)
+    marks = [e for e in events if e.device_type == cpu and e.name.startswith(MARK)]
+    on_gpu = [e for e in events if e.device_type == cuda and not e.is_user_annotation]  # a mark has one there too
+    waits = [e for e in events if e.device_type == cpu and e.name in WAITS]
+    if not on_gpu:
+        return {}
+    begins = [mark.time_range.start - GAP_US / 2 for mark in marks] + [float("inf")]
+    found = {}
+    for i, mark in enumerate(marks):
+        mine = _within(on_gpu, begins[i], begins[i + 1])
+        gpu_us = sum(event.time_range.elapsed_us() for event in mine)
+        stops = len(_within(waits, begins[i], mark.time_range.end))
+        found[mark.name.removeprefix(MARK)] = Counts(gpu_us / count, len(mine) / count, stops / count)
+    return found
+
+
+def _within(events: Sequence[Any], begin: float, end: float) -> list[Any]:
+    return [event for event in events if begin <= event.time_range.start < end]

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What activation checkpointing needs: a forward that is run again in backward must not communicate again.
+
+A first forward leaves its all-reduced wire here where a second one may come, and the second one, which runs
+inside a backward pass, finds it by the bits of its local wire: the kernels are deterministic. An ordinary
+training step leaves nothing and looks nothing up.
+
+C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from syncbn import moments
+from syncbn.calls.renorm import Renormalize, corrected
+from syncbn.moments import ABSTAINS, CALL, STATUS_SLOTS, Message, Running
+from syncbn.transports.base import AbstractTransport
+
+MOST = 64
+"""First calls of one layer that are kept where no autograd graph keeps them, newest first."""
+
+_graph_task = torch._C._current_graph_task_id
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class FirstCall:
+    """One forward: the digest of this rank's wire and, once they are there, the wire of all ranks, and r and d."""
+
+    def __init__(self, wire: Tensor) -> None:
+        self.count_local = float(moments.count(wire))
+        self.digest = _digest(wire)
+        self.reduced: Tensor | None = None
+        self.correction: tuple[Tensor, Tensor] | None = None
+        self.group: AbstractTransport | None = None
+        """What reduced the wire: backward goes there, wherever the layer is by then."""
+        self.message: Message | None = None
+        self.repeated = False
+        self.alone = True
+        """Whether this rank says which forward is repeated: not where others have the same sums and would do."""
+
+
+@final
+class Replay(AbstractTransport):
+    """The transport of one call that activation checkpointing may repeat.
+
+    A first forward is kept with its sums. One that repeats it gets them again, and nothing is sent.
+
+    Args:
+        inner: the transport.
+        owner: the layer, or a tensor of it.
+        message: the identity of the call.
+        error: what is wrong with the input of this rank, or None.
+        renorm: what makes r and d, or None.
+    """
+
+    name = "replay"
+
+    def __init__(
+        self,
+        inner: AbstractTransport,
+        owner: Any,
+        message: Message,
+        error: Exception | None,
+        renorm: Renormalize | None,
+    ) -> None:
+        self._owner, self._message, self._error, self._renorm = owner, message, error, renorm
+        self._first: FirstCall | None = None
+        self._take(inner)
+
+    def _take(self, inner: AbstractTransport) -> None:
+        self._inner = inner
+        self.rank, self.size, self.ranks, self.token = inner.rank, inner.size, inner.ranks, inner.token
+        self.spec, self.on_host = inner.spec, inner.on_host
+
+    @property
+    def sender(self) -> AbstractTransport:
+        """See :meth:`AbstractTransport.sender`."""
+        return self._inner
+
+    @property
+    def serial(self) -> int:
+        """See :attr:`AbstractTransport.serial`."""
+        return self._inner.serial
+
+    @serial.setter
+    def serial(self, serial: int) -> None:
+        self._inner.serial = serial
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """Sums a wire, or returns the sums that the first forward got. Backward comes after forward."""
+        if self._first is not None:
+            return self._inner.all_reduce(wire)
+        self._first = first = first_call(self._owner, wire, self._error)
+        if first.reduced is None or first.group is None:
+            return self._inner.all_reduce(wire)
+        assert first.message is not None
+        self.repeated = first.message if first.alone else first.message._replace(numbers=ABSTAINS)
+        self._take(first.group)  # no_sync may have begun or ended since
+        return first.reduced
+
+    def adjust(
+        self, wire: Tensor, running: Running | None, eps: float, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Keeps a first forward, on which the ranks have agreed by now; renormalizes as it did."""
+        first = self._first
+        assert first is not None
+        if first.reduced is None:
+            first.correction = None if self._renorm is None else self._renorm.correction(wire, running, eps)
+            first.message = self._message
+            keep(self._owner, first, wire, group=self._inner)
+        return (weight, bias) if first.correction is None else corrected(*first.correction, weight, bias)
+
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return self._inner.exchange_notes(note)
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """See :meth:`AbstractTransport.broadcast`."""
+        return self._inner.broadcast(tensor, root)
+
+    def split(self, color: int) -> AbstractTransport:
+        """See :meth:`AbstractTransport.split`."""
+        return self._inner.split(color)
+
+    def barrier(self) -> None:
+        """See :meth:`AbstractTransport.barrier`."""
+        self._inner.barrier()
+
+
+class _Calls:
+    """First calls of one layer: ``alive`` as long as a graph or ``recent`` holds them."""
+
+    def __init__(self) -> None:
+        self.alive: weakref.WeakSet[FirstCall] = weakref.WeakSet()
+        self.recent: list[FirstCall] = []
+
+
+_calls: MutableMapping[Any, _Calls] = WeakIdKeyDictionary()  # beside the layers, not on them: these copy and pickle
+NOBODY = _Calls  # owns the calls of functional.sync_batch_norm without any tensor of a layer
+
+
+def concerns(grad_enabled: bool) -> bool:
+    """Whether this forward is a recomputation or may see one. Two look-ups of some 50 ns in an ordinary step.
+
+    Reentrant checkpointing runs its first forward under no_grad, the other kind under hooks on saved tensors.
+    """
+    return not grad_enabled or _graph_task() != -1 or _hooks(True) is not None
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Hides the operators of a layer from selective checkpointing.
+
+    It matches operators by their order, and a repeated forward has fewer: no collective, no running statistics.
+    """
+    return _disable_current_modes()
+
+
+def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
+    """Finds the first call that this one repeats, with ``reduced`` set, or begins a new one, with None.
+
+    Args:
+        owner: the layer, or a tensor of it.
+        wire: float64 (2C + 15,), this rank's, before the all-reduce.
+        error: what is wrong with the input of this rank, or None.
+
+    Raises:
+        RuntimeError: on this rank, in a recomputation that matches no first call, or several that differ.
+    """
+    if not repeats(owner):
+        return FirstCall(wire)  # also in backward, where nothing was left: it repeats nothing
+    calls = _calls[owner]
+    if error is not None:
+        raise error
+    digest = _digest(wire)
+    found = [call for call in calls.alive if call.digest == digest]
+    if not found:
+        raise RuntimeError(_unknown(len(calls.alive)))
+    # Without local samples any will do: y and grad_x are empty, and this rank's sums are 0 under any statistics.
+    if found[0].count_local and len({_digest(call.reduced) for call in found if call.reduced is not None}) > 1:
+        raise RuntimeError(_ambiguous(len(found)))
+    for call in found:
+        call.repeated, call.alone = True, len(found) == 1
+    return found[0]
+
+
+def repeats(owner: Any) -> bool:
+    """Whether a forward that runs now can only be the repetition of an earlier one."""
+    calls = _calls.get(owner)
+    return _graph_task() != -1 and calls is not None and len(calls.alive) > 0
+
+
+def keep(owner: Any, call: FirstCall, reduced: Tensor, *, group: AbstractTransport) -> None:
+    """Keeps a first call. It lives as long as its autograd graph; the newest ``MOST`` are kept in any case.
+
+    The latter is for what no graph holds: a first forward under no_grad, and one whose output was dropped.
+    Those that have been repeated go with the first forward after that.
+    """
+    call.reduced, call.group = reduced, group
+    calls = _calls.setdefault(owner, _Calls())
+    calls.alive.add(call)
+    calls.recent = [*(c for c in calls.recent if not c.repeated), call][-MOST:]
+
+
+def _digest(wire: Tensor) -> bytes:
+    """Hashes count and sums. The rest may differ: a recomputation is a later call, and may record."""
+    return hashlib.blake2b(wire[CALL : -len(STATUS_SLOTS)].cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _unknown(kept: int) -> str:
+    return (
+        "SyncBatchNorm needs a forward that activation checkpointing repeats to have the bits of the first one, so "
+        f"that it need not communicate again; received other input in backward than in the {kept} forwards kept. "
+        "Make the checkpointed part deterministic (preserve_rng_state=True, no input changed in place), call the layer "
+        f"outside backward otherwise, and with use_reentrant=True leave at most {MOST} forwards of a layer open. If "
+        "this forward repeats none, as in an adjoint ODE block or a reversible network, make the layer with "
+        "replays=False."
+    )
+
+
+def _ambiguous(found: int) -> str:
+    return (
+        "SyncBatchNorm needs to tell the forwards apart that activation checkpointing repeats; received the same sums "
+        f"on this rank from {found} forwards of one layer, with other sums on other ranks. Leave the layer out of the "
+        "checkpointed part, or use a layer of its own for each call."
+    )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One forward of a layer and its backward, in eager mode: what ``functional.py`` asks of a dialect.
+
+A call knows its kernels, its group, its identity, and what the ranks have agreed on.
+
+N batch, C channels, S product of the spatial dims, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from syncbn import kernels, transports
+from syncbn.calls import checkpointing, operators
+from syncbn.calls.compiled import CompiledCall, DifferentiableCall
+from syncbn.calls.operators import ANCHOR
+from syncbn.calls.renorm import Renormalize, RenormLimits
+from syncbn.calls.sites import Settings, Site, agree_once
+from syncbn.checks import inputs, verdicts
+from syncbn.kernels.base import NEEDED, PROBLEM, RECORDS
+from syncbn.moments import BACKWARD, FORWARD, LIMIT, Message, Numbers, Running, in_direction, record, status_of
+from syncbn.transports import agreement
+from syncbn.transports.base import AbstractTransport, MismatchError
+from syncbn.transports.groups import GroupSpec
+
+Pair = tuple[Tensor | None, Tensor | None]
+_status = cache(status_of)
+Adjust = Callable[[Tensor, Running | None, float, Tensor | None, Tensor | None], Pair]
+"""Makes weight and bias of (wire, running, eps, weight, bias), before the running statistics move."""
+
+
+class Layer(NamedTuple):
+    """Who calls."""
+
+    site: Site
+    settings: Settings
+    group: GroupSpec | None
+    """The ranks to synchronise over."""
+    owner: Any = None
+    """The layer, or a tensor of it, whose forwards activation checkpointing may repeat; None for nobody's."""
+
+
+def begin(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    layer: Layer,
+    device: torch.device,
+    error: Exception | None,
+) -> Call | CompiledCall:
+    """Returns the call of a forward, in the dialect of the moment.
+
+    Communication:
+        The first time that a layer is used in a group, the comparison of its settings.
+    """
+    site, settings, group, owner = layer
+    owner = checkpointing.NOBODY if owner is None else owner
+    if torch.compiler.is_compiling():
+        number = site.number if site.compares else None
+        key = operators.key_of_spec(group, device.type)
+        return CompiledCall(x, mask, number, settings, key, running, error)
+    transport = transports.choose(group, device.type)
+    grad_enabled = torch.is_grad_enabled()
+    checkpointed = site.replays and checkpointing.concerns(grad_enabled)
+    if transport.token not in site.orders and not (checkpointed and checkpointing.repeats(owner)):
+        agree_once(site, settings, transport)
+    needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
+    needs_grad = needs_grad or (bias is not None and bias.requires_grad)
+    limits = settings[4]
+    adjust = None if limits is None else Renormalize(RenormLimits(*limits))
+    call = Call(x, mask, needs_grad, layer, transport, running, error, adjust)
+    if checkpointed:
+        call.watch(checkpointing.Replay(transport, owner, call.message, error, adjust))
+    return call
+
+
+@final
+class Call:
+    """One forward and its backward.
+
+    Args:
+        x: this rank's batch; without samples where ``error`` is given.
+        mask: (N, 1, *spatial) or None.
+        needs_grad: whether x, weight or bias requires a gradient.
+        layer: who calls.
+        transport: the group.
+        running: moved in place, or None.
+        error: what is wrong with the input of this rank, or None.
+        adjust: what makes another weight and bias, or None.
+    """
+
+    traced = False
+    __slots__ = (
+        "_adjust", "_error", "_grad_enabled", "_mask", "_settings", "_site", "_x", "anchor", "eps", "hidden",
+        "joins", "message", "numbers", "running", "status", "steps", "transport",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        needs_grad: bool,
+        layer: Layer,
+        transport: AbstractTransport,
+        running: Running | None,
+        error: Exception | None,
+        adjust: Adjust | None,
+    ) -> None:
+        site, settings, _, _ = layer
+        self.steps = (
+            kernels.choose(x) if mask is None and x.is_cpu else kernels.for_call(x, mask is not None, transport)
+        )
+        self.transport, self.running, self.eps = transport, running, settings[1]
+        self._site, self._settings, self._error, self._adjust = site, settings, error, adjust
+        self._grad_enabled = grad_enabled = torch.is_grad_enabled()
+        self.anchor = None if needs_grad else ANCHOR
+        self._x: Tensor | None = x  # with the mask, for errors; let go of once the ranks have agreed
+        self._mask = mask
+        self.status = _status(error is not None, grad_enabled, needs_grad, x.dtype if x.numel() else None)
+        serial = transport.serial
+        self.numbers: Numbers = (1, serial % LIMIT, *site.hash(settings, transport.token))
+        self.message = record(Message, (self.numbers, transport.size, site.label, FORWARD, serial))
+        self.joins = True
+        self.hidden: AbstractContextManager[Any] | None = None
+
+    def watch(self, replay: checkpointing.Replay) -> None:
+        """Makes this call one that activation checkpointing may repeat."""
+        self.transport, self._adjust, self.hidden = replay, replay.adjust, checkpointing.unseen()
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """Sums a forward wire over the ranks, and raises on all of them what it reveals.
+
+        Raises:
+            ValueError, TypeError: on every rank of the group; where kernels are deferred, at a later call.
+        """
+        transport, x = self.transport, self._x
+        assert x is not None
+        try:
+            wire = transport.all_reduce(wire)
+        except MismatchError as error:
+            raise agreement.calls_differ(self.message, self._notes, transport, str(error)) from error
+        if transport.repeated is None:
+            transport.serial += 1  # also where this rank raises below: not all may, or not at this call
+        else:
+            self.message, self.running = transport.repeated, None
+        agreed = self.steps.agreement(wire, self.message)
+        if agreed is None:  # the device will find it out
+            if self._error is not None:
+                raise verdicts.alone(self._error, transport)
+        elif agreed == PROBLEM:
+            self._raise(wire, x)
+        else:
+            # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
+            # Ranks whose GPU reads the counters cannot know.
+            unneeded = not agreed & NEEDED and (agreed & RECORDS or not self._grad_enabled)
+            self.joins = not unneeded or (x.is_cuda and verdicts.is_late(x, transport))
+        self._x = self._mask = None
+        return wire
+
+    def _raise(self, wire: Tensor, x: Tensor) -> None:
+        counters = self.steps.read_counters(wire, self.message)
+        assert counters is not None
+        verdicts.raise_problem(
+            counters,
+            self.message,
+            self._notes,
+            self.transport,
+            x=x,
+            error=self._error or inputs.mask_values_error(self._mask),
+            grad_enabled=self._grad_enabled,
+            late=verdicts.is_late(x, self.transport),
+        )
+
+    def adjust(self, wire: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:
+        """Returns the weight and bias to normalise with."""
+        return (weight, bias) if self._adjust is None else self._adjust(wire, self.running, self.eps, weight, bias)
+
+    def finish(self, wire: Tensor) -> None:
+        """Does what follows the forward; here the kernels have moved the running statistics."""
+
+    def sums_message(self) -> Message:
+        """Returns the identity of the backward."""
+        own, W, label, _, serial = self.message  # of the forward, wherever the layer is by now, and as it was then
+        return record(Message, (in_direction(own, BACKWARD), W, label, BACKWARD, serial))
+
+    def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
+        """Sums a backward wire over the ranks.
+
+        Raises:
+            ValueError: on every rank, if some are in another call; where kernels are deferred, later.
+        """
+        transport = self.transport
+        try:
+            wire = transport.all_reduce(wire)
+        except MismatchError as error:
+            raise agreement.calls_differ(message, self._notes, transport, str(error)) from error
+        if not self.steps.check_sums(wire, message):
+            raise agreement.calls_differ(message, self._notes, transport)
+        return wire
+
+    def differentiable(self, x: Tensor, mask: Tensor | None, wire: Tensor) -> tuple[DifferentiableCall, Tensor]:
+        """Returns this call and its statistics in operators that autograd differentiates again (create_graph=True)."""
+        call = DifferentiableCall(self.transport.sender, self.message, self._site)
+        return call, call.stats(x, mask, wire, self.eps)
+
+    def _notes(self) -> tuple[str, str]:
+        return self._site.notes(self._settings, self.transport.token)

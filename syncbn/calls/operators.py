@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The all-reduce as registered operators: opaque to a compiler, in one order, differentiable any number of times.
+
+N batch, C channels, S product of the spatial dims, W ranks.
+
+A compiled graph holds no communicator and no layer, only numbers: :func:`key_of_spec` gives a group specification one,
+a layer has one in its site, and an operator looks both up when it runs. The public operators ``syncbn::all_reduce`` and
+``syncbn::all_reduce_moments`` decompose into chained ones, see ``order.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncbn import moments, transports
+from syncbn.calls import order, renorm, sites
+from syncbn.calls.renorm import RenormLimits
+from syncbn.calls.sites import Site
+from syncbn.checks import verdicts
+from syncbn.moments import FORWARD, Message
+from syncbn.transports import agreement
+from syncbn.transports.base import AbstractTransport
+from syncbn.transports.groups import GroupSpec
+
+ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+"""An input that always requires a gradient: where any rank needs backward, every rank records it and joins."""
+FUNCTION = Site("sync_batch_norm", compares=False)
+"""Stands for the caller of ``functional.sync_batch_norm``, which has no layer."""
+
+_resolvers: dict[int, Callable[[], AbstractTransport]] = {}
+_keys: dict[object, int] = {}
+_numbers = itertools.count()
+_library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def key_of_spec(spec: GroupSpec | None, device_type: str) -> int:
+    """Returns the number of a group specification for reducing on a type of device, also while a graph is traced."""
+    fields = () if spec is None else (spec.kind, spec.ranks, spec.label, spec.size)
+    key: int = _key_of_fields(fields, device_type)
+    return key
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_of_fields(fields: tuple[Any, ...], device_type: str) -> int:
+    """Takes values. Dynamo guards objects by identity: a GroupSpec argument would recompile for every layer."""
+    spec = GroupSpec(*fields) if fields else None
+    return _key((spec, device_type), lambda: transports.choose(spec, device_type))
+
+
+def key_of_transport(transport: AbstractTransport) -> int:
+    """Returns the number of a live transport in this process."""
+    return _key(transport, lambda: transport)
+
+
+def forget(transport: AbstractTransport) -> None:
+    """Ends the number of a transport, and lets go of it. No graph may still need it."""
+    if transport in _keys:
+        del _resolvers[_keys.pop(transport)]
+
+
+def _key(name: object, resolver: Callable[[], AbstractTransport]) -> int:
+    if name not in _keys:
+        _keys[name] = next(_numbers)
+        _resolvers[_keys[name]] = resolver
+    return _keys[name]
+
+
+def pack_identity(number: int, speaks: int, serial: int, hash: tuple[int, int]) -> Tensor:
+    """Packs what backward needs to say which call it is of: int64 (5,), on the CPU."""
+    return torch.tensor((number, speaks, serial, *hash), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("syncbn::chained_all_reduce", mutates_args=())
+def chained_all_reduce(
+    wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Does what :func:`all_reduce` does, after the collective that ``before`` comes from."""
+    del anchor, before
+    transport = _resolvers[group]()
+    number, speaks, serial, *hash = identity.tolist()
+    numbers = moments.numbers(serial, (hash[0], hash[1]), direction) if speaks else moments.ABSTAINS
+    site = sites.of_number(number)
+    message = Message(numbers, transport.size, "a dropped layer" if site is None else site.label, direction, serial)
+    wire = wire.clone(memory_format=torch.contiguous_format)
+    wire[: moments.CALL] = wire.new_tensor(moments.head(numbers))
+    wire = agreement.all_reduce(wire, transport, message)
+    if not moments.same_call(wire[: moments.CALL].tolist(), numbers):
+        raise agreement.calls_differ(message, agreement.no_notes, transport)
+    return wire, identity.clone()
+
+
+@torch.library.custom_op("syncbn::chained_all_reduce_moments", mutates_args=())
+def chained_all_reduce_moments(
+    wire: Tensor,
+    site: Tensor | None,
+    mask: Tensor | None,
+    group: int,
+    fault: str,
+    settings: Sequence[float],
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what :func:`all_reduce_moments` does, after the collective that ``before`` comes from."""
+    del before
+    transport = _resolvers[group]()
+    caller = FUNCTION if site is None else sites.of_number(int(site)) or FUNCTION
+    repeated = site is not None and caller.replays and torch._C._current_graph_task_id() != -1
+    if repeated and tuple(settings[-2:]) != renorm.OFF:
+        raise RuntimeError(_RENORM_IS_REPEATED)
+    own = sites.of_floats(settings)
+    sites.agree_once(caller, own, transport)
+    hash, serial = caller.hash(own, transport.token), transport.serial
+    message = Message(moments.numbers(serial, hash, FORWARD), transport.size, caller.label, FORWARD, serial)
+    summed = wire.clone()
+    summed[: moments.CALL] = wire.new_tensor(moments.head(message.numbers))
+    notes = partial(caller.notes, own, transport.token)
+    summed = agreement.all_reduce(summed, transport, message, notes)
+    transport.serial += 1  # also where this rank raises below: where kernels are deferred, others may not
+    verdicts.raise_if_wires_disagree(summed, wire, message, notes, transport, fault=fault, mask=mask)
+    identity = pack_identity(int(caller.number), 1, serial, hash)
+    return summed, identity, torch.tensor(not repeated, device=wire.device)
+
+
+_RENORM_IS_REPEATED = (
+    "A compiled SyncBatchNorm with renorm_limits needs its running statistics as they were in the first forward; "
+    "received a forward that activation checkpointing repeats, when they have moved. Leave the layer out of the "
+    "checkpointed part, or run it eagerly."
+)
+
+
+@chained_all_reduce.register_fake
+def _(
+    wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    del anchor, group, direction, before
+    return torch.empty_like(wire, memory_format=torch.contiguous_format), torch.empty_like(identity)
+
+
+@chained_all_reduce_moments.register_fake
+def _(
+    wire: Tensor,
+    site: Tensor | None,
+    mask: Tensor | None,
+    group: int,
+    fault: str,
+    settings: Sequence[float],
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    del site, mask, group, fault, settings, before
+    identity = torch.empty(5, dtype=torch.int64, device="cpu")
+    return torch.empty_like(wire), identity, wire.new_empty((), dtype=torch.bool)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    del output
+    _, anchor, identity, ctx.group, ctx.direction, _ = inputs
+    ctx.save_for_backward(anchor, identity)
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    anchor, identity = ctx.saved_tensors
+    return all_reduce(grad, anchor, identity, ctx.group, ctx.direction + 2), None, None, None, None, None
+
+
+chained_all_reduce.register_autograd(_gradient, setup_context=_save)
+order.keep(torch.ops.syncbn.chained_all_reduce.default)
+order.keep(torch.ops.syncbn.chained_all_reduce_moments.default)
+
+
+def _all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int) -> Tensor:
+    summed, same = torch.ops.syncbn.chained_all_reduce(wire, anchor, identity, group, direction, order.before())
+    order.after(same)
+    return summed  # type: ignore[no-any-return]
+
+
+def _all_reduce_moments(
+    wire: Tensor, site: Tensor | None, mask: Tensor | None, group: int, fault: str, settings: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    summed, identity, moves = torch.ops.syncbn.chained_all_reduce_moments(
+        wire, site, mask, group, fault, settings, order.before()
+    )
+    order.after(identity)
+    return summed, identity, moves
+
+
+_library.define("all_reduce(Tensor wire, Tensor? anchor, Tensor identity, int group, int direction) -> Tensor")
+_library.impl("all_reduce", _all_reduce, "CompositeImplicitAutograd")
+_library.define(
+    "all_reduce_moments(Tensor wire, Tensor? site, Tensor? mask, int group, str fault, float[] settings)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("all_reduce_moments", _all_reduce_moments, "CompositeImplicitAutograd")
+
+
+def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int) -> Tensor:
+    """Sums a wire over the ranks. Its gradient is the sum of the gradients of all ranks.
+
+    Args:
+        wire: float64, of the same shape on every rank, led by the slots of the call, which are filled in here.
+        anchor: :data:`ANCHOR`, which makes every rank record the backward, or None.
+        identity: int64 (5,) of the forward, see :func:`pack_identity`.
+        group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
+        direction: of the message, see ``sites.py``.
+
+    Returns:
+        A new tensor, with the same bits on every rank.
+
+    Communication:
+        One all-reduce of ``wire``, by every rank of the group; one of its gradient in backward.
+
+    Raises:
+        ValueError: on every rank, if some are in another call.
+    """
+    return torch.ops.syncbn.all_reduce(wire, anchor, identity, group, direction)  # type: ignore[no-any-return]
+
+
+def all_reduce_moments(
+    wire: Tensor, site: Tensor | None, mask: Tensor | None, group: int, fault: str, settings: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums a forward wire over the ranks, and raises on all of them what it reveals.
+
+    Args:
+        wire: float64 (2C + 15,), as :mod:`syncbn.moments` lays it out; the slots of the call are filled in here.
+        site: int64 (), the number of the layer's site; None for no layer.
+        mask: what the error about a mask is to describe.
+        group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
+        fault: what is wrong with this rank's input, led by the letter of its kind, or nothing.
+        settings: the layer's, as :func:`syncbn.calls.sites.as_floats` returns them.
+
+    Returns:
+        The summed wire; the identity of the forward, see :func:`pack_identity`; and whether running statistics may
+        move, bool (): not where activation checkpointing repeats a compiled layer.
+
+    Communication:
+        One all-reduce of ``wire``, by every rank. Before it, the first time in a group, the comparison of settings.
+
+    Raises:
+        ValueError, TypeError: on every rank of the group.
+        RuntimeError: where a compiled layer that renormalizes is repeated.
+    """
+    return torch.ops.syncbn.all_reduce_moments(wire, site, mask, group, fault, settings)  # type: ignore[no-any-return]
+
+
+def replayed_all_reduce(local: Tensor, summed: Tensor, identity: Tensor, group: int) -> Tensor:
+    """Returns what an all-reduce of forward sums gave before; differentiates like it, and sends nothing forward.
+
+    Args:
+        local: float64 (2C,), this rank's ``[sum_x, sum_x2]``.
+        summed: float64 (2C,), of all ranks.
+        identity: int64 (5,) of that forward.
+        group: its number.
+    """
+    known: Tensor = _ReplayedAllReduce.apply(local, summed, ANCHOR, identity, group)  # type: ignore[no-untyped-call]
+    return known
+
+
+class _ReplayedAllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, summed: Tensor, anchor: Tensor, identity: Tensor, group: int) -> Tensor:
+        del local, anchor
+        ctx.identity, ctx.group = identity, group
+        return summed.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wire = torch.cat((grad.new_zeros(moments.CALL), grad))
+        summed = all_reduce(wire, ANCHOR, ctx.identity, ctx.group, FORWARD + 2)
+        return summed[moments.CALL :], None, None, None, None
+
+
+@torch.library.custom_op("syncbn::renorm_correction", mutates_args=())
+def renorm_correction(
+    wire: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: float, d_max: float
+) -> tuple[Tensor, Tensor]:
+    """Returns r and d, see :func:`syncbn.calls.renorm.correction`.
+
+    Opaque: a compiler that saw it might form it again in backward, when the running statistics have moved.
+    """
+    return renorm.correction(wire, running_mean, running_var, eps, RenormLimits(r_max, d_max))
+
+
+@renorm_correction.register_fake
+def _(
+    wire: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: float, d_max: float
+) -> tuple[Tensor, Tensor]:
+    del running_var, eps, r_max, d_max
+    return wire.new_empty(running_mean.numel()), wire.new_empty(running_mean.numel())
+
+
+order.keep(torch.ops.syncbn.renorm_correction.default)

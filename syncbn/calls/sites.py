@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Who communicates: the name, the group and the agreements of a layer, and the numbers by which a message says so.
+
+Every message says three integers below ``moments.LIMIT``: how many-th forward of the group it belongs to, and 36 bits
+of a hash of layer, settings and direction. Equal on all ranks means one call. See docs/decisions/0007.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+
+from syncbn import moments
+from syncbn.transports import agreement
+from syncbn.transports.base import AbstractTransport
+from syncbn.transports.groups import GroupSpec
+
+Settings = tuple[int, float, float | None, bool, "tuple[float, float] | None"]
+"""What must be equal on every rank, in the order of ``SETTINGS``; a compiled graph holds :func:`as_floats` of it."""
+SETTINGS = ("num_features", "eps", "momentum (-1 is None)", "track_running_stats", "r_max", "d_max")
+NO_RENORM = (1.0, 0.0)
+
+_KEPT = ("kind", "group", "compares", "replays", "name", "frozen", "renorm", "converted_from")
+_numbers = itertools.count(1)
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+@final
+class Site:
+    """What a layer keeps beside its parameters and buffers.
+
+    Args:
+        kind: what to call a layer without a name, its class.
+        group: the ranks to synchronise over.
+        compares: whether a group compares name and settings at the first call.
+        replays: whether a forward inside backward may be one that activation checkpointing repeats.
+    """
+
+    def __init__(
+        self, kind: str, group: GroupSpec | None = None, *, compares: bool = True, replays: bool = True
+    ) -> None:
+        self.kind, self.group, self.compares, self.replays = kind, group, compares, replays
+        self.name = ""
+        """The qualified name in the model, see :func:`syncbn.name_layers`."""
+        self.frozen = False
+        """Whether the layer stays in eval whatever ``train()`` is told, see :func:`syncbn.freeze`."""
+        self.renorm: tuple[float, float] | None = None
+        self.converted_from: type | None = None
+        self._own_groups: list[GroupSpec | None] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.orders: dict[int, int] = {0: 0}
+        """Of each group that has compared the settings, by its token: the how many-th layer this was."""
+        self.label = self.kind
+        """What a person calls the layer, once its settings are known."""
+        self._seen: tuple[object, ...] = ()
+        self._hash = (0, 0)
+        number = next(_numbers)
+        _sites[number] = self
+        self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
+        """int64 (), unique in this process: what a compiled graph holds of a site."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns what describes the layer, and no agreement: no copy and no later job has it. Plain values pickle."""
+        own = self._own_groups[0] if self._own_groups else self.group
+        return {**{name: self.__dict__[name] for name in _KEPT}, "group": own}
+
+    def enter(self, group: GroupSpec | None) -> None:
+        """Takes another group until :meth:`leave`; no copy takes it along."""
+        self._own_groups.append(self.group)
+        self.group = group
+
+    def leave(self) -> None:
+        """Undoes :meth:`enter`."""
+        self.group = self._own_groups.pop()
+
+    @staticmethod
+    def of_state(state: dict[str, Any]) -> Site:
+        """Makes an equal site, which agrees anew with its group."""
+        site = Site(state["kind"])
+        site.__dict__.update(state)
+        return site
+
+    def hash(self, settings: Settings, token: int) -> tuple[int, int]:
+        """Returns 36 bits of who calls: the same on every rank that has this name, these settings and this order."""
+        order = self.orders.get(token, 0)
+        seen = settings, order, self.name
+        if seen != self._seen:
+            self._hash = moments.text_hash(f"{self.name or self.kind}|{order}|{as_floats(settings)}")
+            self._seen, self.label = seen, f"'{self.name}'" if self.name else f"{self.kind}({settings[0]})"
+        return self._hash
+
+    def notes(self, settings: Settings, token: int) -> tuple[str, str]:
+        """Returns what tells two layers of one label apart, then the settings."""
+        order = self.orders.get(token, 0)
+        values = zip(SETTINGS, as_floats(settings), strict=True)
+        return f"layer {order} of the group", ", ".join(f"{name}={value:g}" for name, value in values)
+
+
+def as_floats(settings: Settings) -> tuple[float, ...]:
+    """Returns what ``SETTINGS`` names, as numbers that compare and travel."""
+    C, eps, momentum, tracks, renorm = settings
+    return float(C), float(eps), -1.0 if momentum is None else float(momentum), float(tracks), *(renorm or NO_RENORM)
+
+
+def of_floats(values: Sequence[float]) -> Settings:
+    """Undoes :func:`as_floats`."""
+    C, eps, momentum, tracks, *renorm = values
+    limits = None if tuple(renorm) == NO_RENORM else (renorm[0], renorm[1])
+    return int(C), eps, None if momentum == -1.0 else momentum, bool(tracks), limits
+
+
+def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> None:
+    """Compares name and settings of a layer over the ranks, at its first training step in a group.
+
+    Args:
+        site: the layer.
+        settings: its own.
+        transport: the group.
+
+    Communication:
+        One all-reduce of 7 W + 7 float64 values, by every rank of the group; one more of texts if names differ.
+
+    Raises:
+        ValueError: on every rank, with the values that differ and the ranks that hold them.
+    """
+    if transport.token in site.orders or not site.compares:
+        return
+    name, values = f"'{site.name}'" if site.name else site.kind, as_floats(settings)
+    remedy = "Build the same model on every rank."
+    row = torch.tensor([float(moments.text_hash(name)[0]), *values], dtype=torch.float64, device="cpu")
+    table = agreement.gather(row, transport, f"the first forward of a {site.kind}")
+    if table[:, 0].min() < table[:, 0].max():
+        received = agreement.by_rank(agreement.gather_notes(name, transport), transport.ranks)
+        raise ValueError(
+            f"All ranks must be in one call; received the first forward of {received}. Ranks took different branches, "
+            f"or their models differ. {remedy}"
+        )
+    what = f"{site.kind} {name}" if site.name else site.kind
+    agreement.raise_unless_equal(table[:, 1:], SETTINGS, transport, what, remedy)
+    site.orders[transport.token] = next_order(transport)
+
+
+def of_number(number: int) -> Site | None:
+    """Finds the site that a compiled graph means; None where the layer is gone."""
+    return _sites.get(number)
+
+
+def next_order(transport: AbstractTransport) -> int:
+    """Counts the layers of a group, in the order of their first use."""
+    transport.layers += 1
+    return transport.layers

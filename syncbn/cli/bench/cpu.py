@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`syncbn bench`: forward + backward of the layer, beside torch's and beside what people use on CPU instead.
+
+N batch, C channels, S product of the spatial dims, W ranks.
+
+The contenders take turns, A B C A B C, each turn started together, so that a slow moment of the machine meets
+all of them. A turn lasts as long as on its slowest rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import syncbn
+from syncbn import kernels
+from syncbn.cli.bench import report
+from syncbn.cli.bench.baseline import CompositeBatchNorm
+from syncbn.cli.bench.report import Machine, Options, Row, Shape
+from syncbn.transports import agreement, launchers
+from syncbn.world.init import World
+
+
+def measure(shape: Shape, options: Options, world: World, tick: Callable[[], object] = lambda: None) -> Row:
+    """Times one shape.
+
+    Args:
+        shape: (N, C, H, W) of each rank's share.
+        options: how to measure; ``shapes`` is not read.
+        world: the processes.
+        tick: called after every round, for a progress bar.
+
+    Communication:
+        That of the layers, one all-reduce of one value before every turn, one of all the times at the end.
+
+    Raises:
+        RuntimeError: on every rank, if a share does not fit into memory on any.
+    """
+    error: Exception | None = None
+    try:
+        layers, x, grad_y = _prepare(shape, options, world)
+    except (RuntimeError, MemoryError) as failure:
+        error = RuntimeError(f"syncbn bench needs memory for shape {shape}: {str(failure).splitlines()[0]}")
+    world.raise_together(error)
+    times: list[float] = []
+    for round_ in range(options.warmup + options.repeats):
+        turns = [_turn(layer, x, grad_y, world) for layer in layers]
+        times += turns if round_ >= options.warmup else []
+        tick()
+    slowest = agreement.gather(torch.tensor(times, dtype=torch.float64), world.transport).amax(0)
+    columns = slowest.view(options.repeats, len(layers)).T.tolist()
+    return Row(shape, *[statistics.median(column) for column in columns])
+
+
+def _prepare(shape: Shape, options: Options, world: World) -> tuple[list[nn.Module], Tensor, Tensor]:
+    """Makes the contenders in the order of the columns, an input and a gradient."""
+    C = shape[1]
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(world.rank)
+    x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+    grad_y = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+    layers: list[nn.Module] = [nn.BatchNorm2d(C), syncbn.SyncBatchNorm(C)]
+    if _has_composite(options, world.size):
+        layers.append(CompositeBatchNorm(C))
+    if dtype == torch.float64:
+        layers = [layer.double() for layer in layers]
+    return layers, x.requires_grad_(), grad_y
+
+
+def _has_composite(options: Options, processes: int) -> bool:
+    return options.composite and processes > 1
+
+
+def _turn(layer: nn.Module, x: Tensor, grad_y: Tensor, world: World) -> float:
+    """Returns the microseconds of one forward and backward, begun on all ranks at once."""
+    for leaf in (x, *layer.parameters()):
+        leaf.grad = None
+    world.transport.all_reduce(torch.zeros(1, dtype=torch.float64))  # wakes all within a microsecond; barrier() naps
+    start = time.perf_counter_ns()
+    layer(x).backward(grad_y)
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def describe_machine(world: World) -> Machine:
+    """Collects what a reader needs to judge the numbers."""
+    threads, kernel = torch.get_num_threads(), kernels.choose(torch.empty(0)).name
+    cores = len(os.sched_getaffinity(0))
+    return Machine(
+        _cpu_model(),
+        cores,
+        world.size,
+        threads,
+        torch.__version__,
+        syncbn.__version__,
+        world.transport.name,
+        kernel,
+        "keeps freed memory" if _keep_freed_memory() else "the system's default",
+    )
+
+
+def _keep_freed_memory() -> bool:
+    """Tells glibc to keep what is freed, as a long training run does anyway, and returns whether it heard.
+
+    By default it hands the results of a step back to the system and faults them in again, a page at a time, or it
+    does not, depending on what was allocated before: for either contender up to twice the time, by chance.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def run(options: Options, *, form: str) -> int:
+    """Runs the command.
+
+    Args:
+        options: what to measure.
+        form: "table", "json" or "csv".
+
+    Returns:
+        0; 1 if the processes are not connected; 2 if a shape does not fit into memory.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as the launch scripts do: processes share the cores
+    rank = 0
+    try:
+        launch = launchers.detect()
+        rank = launch.rank
+        world = _connect(options, launch)
+    except (RuntimeError, ValueError) as error:
+        return fail(error, rank, 1)
+    machine = describe_machine(world)
+    if form == "table" and world.rank == 0:
+        layout = "channels_last" if options.channels_last else "contiguous"
+        facts = {**asdict(machine), "input": f"{options.dtype}, {layout}", "repeats": options.repeats}
+        print(tabulate(facts.items(), tablefmt="plain", disable_numparse=True), end="\n\n", flush=True)
+    try:
+        rows = _measure_all(options, world)
+    except RuntimeError as error:
+        return fail(error, world.rank, 2)
+    if world.rank == 0:
+        print(report.render(rows, options, machine, form=form), flush=True)
+    return 0
+
+
+def _connect(options: Options, launch: launchers.Launch) -> World:
+    """Connects everyone, and gloo too where the composite needs it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # an unconnected job is an error here, below
+        world = syncbn.init(torch_distributed=True if _has_composite(options, launch.size) else None, device="cpu")
+    if world.size != launch.size:
+        raise RuntimeError(
+            f"syncbn bench needs all processes connected; {launch.name} started {launch.size} ({launch.evidence}), "
+            f"the {world.transport.name} transport connects {world.size}. Run `syncbn doctor` for the reason."
+        )
+    return world
+
+
+def _measure_all(options: Options, world: World) -> list[Row]:
+    rounds = len(options.shapes) * (options.warmup + options.repeats)
+    hidden = None if world.rank == 0 else True  # None: shown on a terminal only
+    with tqdm(total=rounds, unit="round", disable=hidden, leave=False, file=sys.stderr) as bar:
+        return [measure(shape, options, world, bar.update) for shape in options.shapes]
+
+
+def fail(error: Exception, rank: int, status: int) -> int:
+    """Says on rank 0 what is wrong, and returns the exit status."""
+    if rank == 0:
+        print(f"syncbn bench: {error}", file=sys.stderr, flush=True)
+    return status

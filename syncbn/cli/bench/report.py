@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What `syncbn bench` measures and says: shapes, options, rows, and their three renderings.
+
+N batch, C channels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from tabulate import tabulate
+
+Shape = tuple[int, int, int, int]
+
+# The first is the smallest case of interest; the others are the distinct inputs of the 53 batch norms of a
+# ResNet-50 (stride on the 3x3 convolution) for 2 images of 224 x 224.
+SHAPES: tuple[Shape, ...] = (
+    (2, 64, 8, 8),
+    (2, 64, 112, 112),
+    (2, 64, 56, 56),
+    (2, 128, 56, 56),
+    (2, 256, 56, 56),
+    (2, 128, 28, 28),
+    (2, 256, 28, 28),
+    (2, 512, 28, 28),
+    (2, 256, 14, 14),
+    (2, 512, 14, 14),
+    (2, 1024, 14, 14),
+    (2, 512, 7, 7),
+    (2, 2048, 7, 7),
+)
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; ``shapes`` are the share of one process."""
+
+    shapes: tuple[Shape, ...] = SHAPES
+    dtype: str = "float32"
+    channels_last: bool = False
+    repeats: int = 30
+    warmup: int = 5
+    composite: bool = True
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured."""
+
+    cpu: str
+    cores: int
+    processes: int
+    threads: int
+    torch: str
+    syncbn: str
+    transport: str
+    kernels: str
+    malloc: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one shape in microseconds: torch's layer, ours, the composite."""
+
+    shape: Shape
+    torch_us: float
+    syncbn_us: float
+    composite_us: float | None = None
+
+    @property
+    def composite_ratio(self) -> float | None:
+        """How many times as long the composite takes as ours."""
+        return None if self.composite_us is None else self.composite_us / self.syncbn_us
+
+    @property
+    def torch_ratio(self) -> float:
+        """How many times as long ours takes as torch's unsynchronised layer."""
+        return self.syncbn_us / self.torch_us
+
+
+def geometric_mean(ratios: Sequence[float | None]) -> float | None:
+    """Returns the geometric mean, or None if a ratio is missing."""
+    found = [ratio for ratio in ratios if ratio is not None]
+    return math.exp(statistics.fmean(map(math.log, found))) if found and len(found) == len(ratios) else None
+
+
+def render(rows: Sequence[Row], options: Options, machine: Machine, *, form: str) -> str:
+    """Renders the rows as "table", "csv" or "json"."""
+    if form == "json":
+        return as_json(rows, options, machine)
+    return as_csv(rows) if form == "csv" else as_table(rows)
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Renders the rows, with the geometric means of the ratios below."""
+    headers = ["N,C,H,W", "torch us", "syncbn us", "composite us", "composite / syncbn", "syncbn / torch"]
+    body = [
+        [",".join(map(str, row.shape))]
+        + [_number(us, 0) for us in (row.torch_us, row.syncbn_us, row.composite_us)]
+        + [_number(ratio, 2) for ratio in (row.composite_ratio, row.torch_ratio)]
+        for row in rows
+    ]
+    means = [_number(mean, 2) for mean in _means(rows).values()]
+    return tabulate(
+        [*body, ["geometric mean", "", "", "", *means]],
+        headers,
+        disable_numparse=True,
+        colalign=("left", *["right"] * 5),
+    )
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Renders the rows as comma-separated values; an empty field where there is no composite."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["N", "C", "H", "W", "torch_us", "syncbn_us", "composite_us"])
+    writer.writerows([*row.shape, row.torch_us, row.syncbn_us, row.composite_us] for row in rows)
+    return text.getvalue().rstrip("\n")
+
+
+def as_json(rows: Sequence[Row], options: Options, machine: Machine) -> str:
+    """Renders everything as one document."""
+    described = [asdict(r) | {"composite_ratio": r.composite_ratio, "torch_ratio": r.torch_ratio} for r in rows]
+    document = {"machine": asdict(machine), "options": asdict(options), "rows": described}
+    return json.dumps(document | {"geometric_mean": _means(rows)}, indent=2)
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float | None]:
+    return {
+        "composite_ratio": geometric_mean([row.composite_ratio for row in rows]),
+        "torch_ratio": geometric_mean([row.torch_ratio for row in rows]),
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

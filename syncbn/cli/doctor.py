@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`syncbn doctor`: says what ``probe.py`` found, from rank 0, also where a step hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from tabulate import tabulate
+
+from syncbn.cli import probe
+from syncbn.cli.probe import Report
+from syncbn.transports.launchers import Launch
+from syncbn.transports.mpi_probe import MPIFacts
+
+LEAD = 2.0
+"""Seconds by which rank 0 gives up earlier: its end makes the launcher end the others."""
+
+
+def run(*, limit: float, as_json: bool) -> int:
+    """Runs the command: examines on every rank, prints on rank 0.
+
+    Args:
+        limit: seconds until a process that waits for others gives up.
+        as_json: one JSON document instead of tables.
+
+    Returns:
+        0 if no problem was found, else 1; the same on every rank.
+    """
+    report = Report()
+    launch = probe.read_launch(report)
+    with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
+        warnings.simplefilter("ignore")  # what the library warns of is a problem of the report
+        probe.examine(report, launch)
+    _speak(report, launch, as_json=as_json)
+    return int(bool(report.problems))
+
+
+@contextmanager
+def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) -> Iterator[None]:
+    """Ends this process with a report when others never come."""
+
+    def give_up() -> None:
+        remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
+        report.complain(f"could not {report.step} within {limit:g} s: some processes never came", remedy)
+        _speak(report, launch, as_json=as_json)
+        os._exit(1)
+
+    late = 0.0 if launch.rank == 0 else LEAD
+    timer = threading.Timer(limit + late, give_up)
+    timer.daemon = True
+    timer.start()
+    # MPI_Init keeps every Python thread from running, so the timer sleeps with it. This one needs no Python.
+    faulthandler.dump_traceback_later(limit + late + LEAD, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _speak(report: Report, launch: Launch, *, as_json: bool) -> None:
+    """Prints on rank 0. Where rank 0 cannot know of it, the first rank of another host names its problem."""
+    if launch.rank == 0:
+        print(to_json(report) if as_json else to_text(report), flush=True)
+    elif launch.local_rank == 0 and report.problems and report.all_reduce == "not checked":
+        host = report.ranks[0].host if report.ranks else "unknown"
+        for problem in report.problems:
+            print(f"rank {launch.rank} on {host}: {problem.what}. {problem.remedy}", file=sys.stderr, flush=True)
+
+
+def to_json(report: Report) -> str:
+    """Renders a report as one document."""
+    return json.dumps(asdict(report), indent=2)
+
+
+def to_text(report: Report) -> str:
+    """Renders a report as tables for a person."""
+    facts = [
+        ("versions", "  ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("launcher", _launcher(report)),
+        ("MPI", _mpi(report.mpi)),
+        ("GPU pointers", f"MPI takes them: {'yes' if report.mpi.gpu_pointers else 'no'}"),
+        ("NCCL", report.nccl or "none: this torch has no CUDA"),
+        ("kernels", f"{report.kernels}: {report.kernels_reason}"),
+        ("transport", f"{report.transport}: {report.reason}"),
+        ("all-reduce", _all_reduce(report)),
+    ]
+    ranks = [list(asdict(place).values()) for place in report.ranks]
+    return "\n\n".join(
+        (
+            tabulate(facts, tablefmt="plain", disable_numparse=True),
+            tabulate(ranks, ["rank", "local rank", "host", "pid", "device"], disable_numparse=True),
+            _problems(report),
+        )
+    )
+
+
+def _launcher(report: Report) -> str:
+    processes = f"{report.processes} process{'es' if report.processes > 1 else ''}"
+    return f"{report.launcher}, {processes}" + (f" ({report.evidence})" if report.evidence else "")
+
+
+def _mpi(mpi: MPIFacts) -> str:
+    if mpi.error:
+        return f"not usable: {mpi.error}"
+    return f"{mpi.name} {mpi.version} ({mpi.library})" if mpi.name else "not looked at"
+
+
+def _all_reduce(report: Report) -> str:
+    times = ", ".join(f"{us:.1f} us at C = {C}" for C, us in report.latency_us.items())
+    answer = {"right": "the known answer", "wrong": "a WRONG answer"}.get(report.all_reduce, report.all_reduce)
+    return f"{answer}; {times}" if times else answer
+
+
+def _problems(report: Report) -> str:
+    if not report.problems:
+        return "No problem found."
+    lines = [f"  {n}. {problem.what}\n     {problem.remedy}" for n, problem in enumerate(report.problems, 1)]
+    return "\n".join(["Problems:", *lines])

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line: `syncbn doctor` and `syncbn bench`, alone or under any launcher. Rank 0 speaks for all."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, Any, NoReturn, final
+
+import syncbn
+from syncbn.cli import doctor
+from syncbn.cli.arguments import at_least, seconds, shape
+from syncbn.cli.bench import cpu, report
+from syncbn.transports import launchers
+
+GRACE = 5.0
+"""Seconds that other ranks leave rank 0 to speak: a launcher ends all processes when the first one fails."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: its words; None takes those of this process.
+
+    Returns:
+        The exit status: 0 if all is well, 1 if something is wrong, 2 for wrong arguments; the same on every rank.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends even a process that waits inside a collective
+    args = _parser().parse_args(argv)
+    if args.command == "doctor":
+        status = doctor.run(limit=args.timeout, as_json=args.json)
+    else:
+        form = "json" if args.json else "csv" if args.csv else "table"
+        shapes = tuple(args.shapes or report.SHAPES)
+        options = report.Options(
+            shapes, args.dtype, args.channels_last, args.repeats, args.warmup, not args.no_composite
+        )
+        status = cpu.run(options, form=form)
+    sys.stdout.flush()
+    return _last(status)
+
+
+def _last(status: int) -> int:
+    """Holds back a failing rank that is not rank 0, and returns its status."""
+    if status and _rank() > 0:
+        time.sleep(GRACE)
+    return status
+
+
+def _rank() -> int:
+    try:
+        return launchers.detect().rank
+    except ValueError:  # the launcher's variables are no numbers; the doctor says so
+        return 0
+
+
+@final
+class _RankZeroParser(argparse.ArgumentParser):
+    """A parser whose messages come from rank 0 alone."""
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        if _rank() == 0:
+            super()._print_message(message, file)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            self._print_message(message, sys.stderr)
+        sys.stderr.flush()
+        sys.exit(_last(status))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _RankZeroParser(prog="syncbn", description="Synchronized batch norm: is it set up well, is it fast?")
+    parser.add_argument("--version", action="version", version=f"syncbn {syncbn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_doctor(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    about = "say what is installed, who is connected, what is wrong and what to do about it"
+    command = commands.add_parser("doctor", help=about, description=f"syncbn doctor: {about}.")
+    command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    command.add_argument(
+        "--timeout",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="give up, and say where, when the processes do not connect (default: %(default)g)",
+    )
+
+
+def _add_bench(commands: Any) -> None:
+    about = "time forward + backward beside torch's BatchNorm2d and a composite over gloo"
+    command = commands.add_parser("bench", help=about, description=f"syncbn bench: {about}.")
+    defaults = report.Options()
+    command.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        metavar="N,C,H,W",
+        help="share of one process (default: those of a ResNet-50 at 2 images a process, and 2,64,8,8)",
+    )
+    command.add_argument("--dtype", choices=report.DTYPES, default=defaults.dtype, help="(default: %(default)s)")
+    command.add_argument("--channels-last", action="store_true", help="input in channels_last memory format")
+    command.add_argument("--repeats", type=at_least(1), default=defaults.repeats, help="(default: %(default)s)")
+    command.add_argument("--warmup", type=at_least(0), default=defaults.warmup, help="(default: %(default)s)")
+    command.add_argument("--no-composite", action="store_true", help="leave the composite out, and torch.distributed")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    form.add_argument("--csv", action="store_true", help="print comma-separated values instead of tables")

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What `syncbn doctor` finds out, step by step, into a report. Whatever is wrong becomes a problem with a remedy.
+
+C channels, W ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+
+import numpy as np
+import torch
+
+import syncbn
+from syncbn import kernels, transports
+from syncbn.moments import STATUS_SLOTS
+from syncbn.transports import AbstractTransport, agreement, launchers, mpi_probe
+from syncbn.transports.dispatch import OVERRIDE
+from syncbn.transports.launchers import Launch
+from syncbn.transports.mpi_probe import MPIFacts
+
+CHANNELS = (64, 512, 2048)
+WARMUP, REPEATS = 20, 200
+SEPARATOR = "\x1f"
+INSTALL = 'pip install "syncbn[mpi]"'
+FOREIGN = (("openmpi", "MPICH"), ("mpich", "Open MPI"))
+"""Launcher and library that cannot belong together; MPI_Init would abort, or start as many jobs of one."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    rank: int
+    local_rank: int
+    host: str
+    pid: int
+    device: str
+
+
+@dataclass
+class Report:
+    """What was found. Complete after every step, so that it can be shown from wherever a later one hangs."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    launcher: str = "none"
+    processes: int = 1
+    evidence: str = ""
+    mpi: MPIFacts = field(default_factory=MPIFacts)
+    nccl: str = ""
+    kernels: str = ""
+    kernels_reason: str = ""
+    transport: str = "none"
+    reason: str = "see the problems"
+    ranks: list[Place] = field(default_factory=list)
+    all_reduce: str = "not checked"
+    """right, wrong or not checked."""
+    latency_us: dict[str, float] = field(default_factory=dict)
+    """Of one all-reduce of the forward wire, by C: the median, on the slowest rank."""
+    problems: list[Problem] = field(default_factory=list)
+    step: str = "start"
+    """The last step begun."""
+
+    def complain(self, what: str, remedy: str) -> None:
+        """Adds a problem."""
+        self.problems.append(Problem(what, remedy))
+
+
+def read_launch(report: Report) -> Launch:
+    """Asks who started this process; unreadable variables are a problem, and then nobody did."""
+    try:
+        launch = launchers.detect()
+    except (ValueError, KeyError) as error:
+        remedy = "Unset the launcher's variables, or start with the launcher that sets them."
+        report.complain(f"the environment cannot be read: {error}", remedy)
+        launch = Launch("none", 0, 1, 0, speaks_mpi=False, evidence="")
+    report.launcher, report.processes, report.evidence = launch.name, launch.size, launch.evidence
+    return launch
+
+
+def examine(report: Report, launch: Launch) -> None:
+    """Fills the report, on every rank; never raises.
+
+    Communication:
+        If the processes connect: two exchanges of short texts, one all-reduce that is checked, and those timed.
+    """
+    readable = not report.problems
+    try:
+        _look_around(report, launch)
+        if not readable or not _find_mpi(report, launch):
+            return
+        transport = _connect(report, launch)
+        if transport is not None:
+            _map_ranks(report, transport)
+            _try_all_reduce(report, transport)
+            _share_problems(report, transport)
+    except Exception as error:
+        remedy = "Do what the message says, then run the doctor again."
+        report.complain(f"could not {report.step}: {type(error).__name__}: {error}", remedy)
+
+
+def _look_around(report: Report, launch: Launch) -> None:
+    report.step = "look at this process"
+    report.versions = {
+        "syncbn": syncbn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "mpi4py": _version_of("mpi4py"),
+    }
+    if torch.version.cuda is not None and torch.distributed.is_nccl_available():
+        report.nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    host, gpus = socket.gethostname(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", launch.local_rank) if launch.local_rank < gpus else torch.device("cpu")
+    if 0 < gpus <= launch.local_rank:
+        remedy = "Start fewer processes a host, or call syncbn.init(device='cpu')."
+        report.complain(f"host {host} has more processes than GPUs ({gpus})", remedy)
+    on_cpu = device.type == "cpu"
+    report.kernels, report.kernels_reason = kernels.explain() if on_cpu else kernels.explain_device()
+    report.ranks = [Place(launch.rank, launch.local_rank, host, os.getpid(), str(device))]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _find_mpi(report: Report, launch: Launch) -> bool:
+    """Joins the MPI job if there is one, else looks at MPI from a distance; False if a job needs MPI in vain."""
+    report.step = "start MPI"
+    if not launch.speaks_mpi:
+        report.mpi = mpi_probe.beside() if launch.rank == 0 else MPIFacts()
+        return True
+    report.mpi = mpi_probe.identify()
+    foreign = launch.size > 1 and (launch.name, report.mpi.name) in FOREIGN
+    if not report.mpi.error and not foreign:
+        report.mpi = mpi_probe.join()
+    if launch.size in (1, report.mpi.size):
+        return True
+    if report.mpi.error:
+        remedy = f"Install MPI for Python with: {INSTALL}, or make the site's MPI visible, as `module load` does."
+        report.complain(f"{_started(launch)}, but MPI cannot be used: {report.mpi.error}", remedy)
+        return False
+    found = f"{report.mpi.name} {report.mpi.version}"
+    joined = f"mpi4py loaded {found}" if foreign else f"{found} joined {report.mpi.size}"
+    remedy = f"Start with the mpirun of {found}, or install the MPI of this mpirun, for example with: {INSTALL}."
+    report.complain(f"{_started(launch)}, but {joined} ({report.mpi.library})", remedy)
+    return False
+
+
+def _started(launch: Launch) -> str:
+    return f"{launch.name} started {launch.size} processes ({launch.evidence})"
+
+
+def _connect(report: Report, launch: Launch) -> AbstractTransport | None:
+    """Connects all processes; on CPU, because that cannot depend on which GPUs a rank sees."""
+    report.step = "connect the processes"
+    torch_distributed = True if os.environ.get(OVERRIDE) == "torch" else None
+    world = syncbn.init(device="cpu", torch_distributed=torch_distributed)
+    report.transport, report.reason, *_ = transports.explain()
+    if world.size == launch.size:
+        return world.transport
+    what = f"NOT synchronised: {_started(launch)}, and the {report.transport} transport connects {world.size}"
+    report.complain(what, f"Unset {OVERRIDE}, or use the launcher that goes with the transport.")
+    return None
+
+
+def _map_ranks(report: Report, transport: AbstractTransport) -> None:
+    report.step = "gather the map of ranks"
+    notes = agreement.gather_notes(json.dumps(asdict(report.ranks[0])), transport)
+    report.ranks = [Place(**json.loads(note)) for note in notes]
+
+
+def _try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
+    """Checks and times the transport of the GPUs if every rank has one, else that of the CPUs."""
+    report.step = "sum over the ranks"
+    transport, device = everyone, torch.device("cpu")
+    if all(place.device.startswith("cuda") for place in report.ranks):
+        device = torch.device(report.ranks[everyone.rank].device)
+        report.transport, report.reason, *_ = transports.explain("cuda")
+        transport = transports.choose(None, "cuda")
+    right = sums_are_right(transport, device)
+    report.all_reduce = "right" if right else "wrong"
+    if not right:
+        remedy = f"Do not train on it. Try another: {OVERRIDE}={' or '.join(transports.CHOICES[1:])}."
+        report.complain(f"an all-reduce of the {transport.name} transport returned a wrong sum", remedy)
+    medians = torch.tensor([latency(transport, C, device) for C in CHANNELS], dtype=torch.float64, device="cpu")
+    slowest = agreement.gather(medians, everyone).amax(0).tolist()
+    report.latency_us = {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
+
+
+def sums_are_right(transport: AbstractTransport, device: torch.device) -> bool:
+    """Compares one all-reduce with its known answer: (rank + 1) * k sums to W (W + 1) / 2 * k, exactly."""
+    k = torch.arange(1, _wire_length(CHANNELS[0]) + 1, dtype=torch.float64, device=device)
+    total = transport.size * (transport.size + 1) // 2
+    return bool((transport.all_reduce(k * (transport.rank + 1)) == k * total).all())
+
+
+def latency(transport: AbstractTransport, C: int, device: torch.device) -> float:
+    """Returns this rank's median microseconds of an all-reduce of the forward wire."""
+    wire = torch.zeros(_wire_length(C), dtype=torch.float64, device=device)
+    times = []
+    for _ in range(WARMUP + REPEATS):
+        start = time.perf_counter_ns()
+        transport.all_reduce(wire)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return statistics.median(times[WARMUP:])
+
+
+def _wire_length(C: int) -> int:
+    return 2 * C + 1 + len(STATUS_SLOTS)
+
+
+def _share_problems(report: Report, transport: AbstractTransport) -> None:
+    """Makes the first problem of any rank a problem of every rank, so that all end with the same status."""
+    report.step = "share the problems"
+    mine = SEPARATOR.join((report.problems[0].what, report.problems[0].remedy)) if report.problems else ""
+    notes = dict.fromkeys(agreement.gather_notes(mine, transport))
+    report.problems = [Problem(*note.split(SEPARATOR, 1)) for note in notes if note]

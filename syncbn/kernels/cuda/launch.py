@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What runs a kernel: CuPy compiles ``cuda/*.cu`` at first use and launches on torch's current stream.
+
+Tests put another launcher here: one that runs the same source on a CPU, and one that records.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from abc import ABC, abstractmethod
+from functools import cache
+from importlib import resources
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels.cuda.errors import DeferredErrors
+
+OPTIONS = ("--std=c++17", "--fmad=false")  # fused by the compiler, an element's bits would depend on its place
+FLOAT32_TO_FLOAT64 = 87
+"""cudaDevAttrSingleToDoublePrecisionPerfRatio: float32 operations in the time of a float64 one."""
+EXPANSION_PAYS = 8
+"""It is 2 on A100, H100 and B200, 32 or 64 on GeForce, A10, L4 and L40; an expansion is 13 to 22 float32 operations."""
+REMEDY = "SYNCBN_KERNELS=torch runs torch's own operators instead."
+
+
+class AbstractLauncher(ABC):
+    """Launches kernels, and keeps what outlives a launch."""
+
+    @abstractmethod
+    def launch(
+        self, kernel: str, grid: int, block: tuple[int, int], layout: struct.Struct, values: tuple[Any, ...], x: Tensor
+    ) -> None:
+        """Launches on the current stream of a device, and waits for nothing.
+
+        Args:
+            kernel: step and template arguments, as in ``local_moments<float, Planes>``.
+            grid: blocks.
+            block: threads (x, y).
+            layout: of the kernel's one argument, a struct.
+            values: its fields.
+            x: a tensor on the device.
+        """
+
+    @abstractmethod
+    def slow_float64(self, x: Tensor) -> bool:
+        """Whether the device of x adds in float64 so slowly that float32 expansions are faster (``cuda/sum.cuh``)."""
+
+    @abstractmethod
+    def tickets(self, x: Tensor, groups: int) -> Tensor:
+        """Returns uint32 (>= groups,), 0 between launches, which no other stream and no other graph uses."""
+
+    @abstractmethod
+    def deferred_errors(self, x: Tensor) -> DeferredErrors:
+        """Returns where the device of x leaves an error for the host."""
+
+
+@final
+class CupyLauncher(AbstractLauncher):
+    """CuPy's compiler and launch, torch's memory and stream."""
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+            from cupy_backends.cuda.api import driver
+        except (ImportError, OSError) as error:  # CuPy makes the folder of its cache when it is imported
+            raise RuntimeError(
+                f"The GPU kernels need a CuPy that loads; received {type(error).__name__}: {error}. Name a folder that "
+                f"can be written in CUPY_CACHE_DIR if it was refused one, or install CuPy anew; {REMEDY}"
+            ) from error
+        self._cupy, self._driver = cupy, driver
+        self._slow: dict[int, bool] = {}
+        self._functions: dict[tuple[str, int], int] = {}
+        self._loaded: list[Any] = []  # what the pointers in _functions lead into, also after cupy.clear_memo()
+        self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+        self._deferred_errors: dict[int, DeferredErrors] = {}
+        self._local = threading.local()  # forward and backward launch from threads of their own
+
+    def launch(
+        self, kernel: str, grid: int, block: tuple[int, int], layout: struct.Struct, values: tuple[Any, ...], x: Tensor
+    ) -> None:
+        """See :meth:`AbstractLauncher.launch`. The raw launch takes a fifth of the time of CuPy's own call."""
+        device = x.get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(kernel, grid, block, layout, values, x)
+        function = self._functions.get((kernel, device)) or self._compile(kernel, device)
+        buffer, pointers = self._argument()
+        layout.pack_into(buffer, 0, *values)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self._driver.launchKernel(function, grid, 1, 1, *block, 1, 0, stream, pointers, 0)
+
+    def slow_float64(self, x: Tensor) -> bool:
+        """See :meth:`AbstractLauncher.slow_float64`. The driver knows how many units of each kind there are."""
+        device = x.get_device()
+        if device not in self._slow:
+            ratio = self._cupy.cuda.runtime.deviceGetAttribute(FLOAT32_TO_FLOAT64, device)
+            self._slow[device] = ratio > EXPANSION_PAYS
+        return self._slow[device]
+
+    def tickets(self, x: Tensor, groups: int) -> Tensor:
+        """See :meth:`AbstractLauncher.tickets`.
+
+        A capture gets its own, for each of its streams: a graph may run beside the stream, and its branches at once.
+        """
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        capture = capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
+        key = (x.get_device(), stream, capture != 0)
+        found = self._tickets.get(key)
+        if found is None or found[0] != capture or found[1].numel() < groups:
+            found = capture, torch.zeros(max(groups, 4096), dtype=torch.int32, device=x.device)
+            self._tickets[key] = found
+        return found[1]
+
+    def deferred_errors(self, x: Tensor) -> DeferredErrors:
+        """See :meth:`AbstractLauncher.deferred_errors`. Pinned memory has one address for host and device."""
+        found = self._deferred_errors.get(x.get_device())
+        if found is None:
+            self._refuse_capture("the first training step")
+            memory = torch.zeros(DeferredErrors.SIZE, dtype=torch.float64, device="cpu").pin_memory()
+            found = self._deferred_errors[x.get_device()] = DeferredErrors(memory)
+        return found
+
+    def _argument(self) -> tuple[Any, int]:
+        """Returns this thread's memory for a kernel's argument, and the address of the array that points to it."""
+        try:
+            return self._local.argument  # type: ignore[no-any-return]
+        except AttributeError:
+            buffer = ctypes.create_string_buffer(512)
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+            self._local.keep = pointers
+            self._local.argument = buffer, ctypes.addressof(pointers)
+            self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver wants a context in this thread
+            return self._local.argument  # type: ignore[no-any-return]
+
+    def _compile(self, kernel: str, device: int) -> int:
+        """Compiles one instance of a template, or takes it from CuPy's cache on disk."""
+        self._refuse_capture(f"the first use of {kernel}")
+        try:
+            self._cupy.cuda.runtime.setDevice(device)  # CuPy compiles for the GPU that it takes for the current one
+            module = self._cupy.RawModule(
+                code=source(kernel.partition("<")[0]), options=OPTIONS, name_expressions=(kernel,)
+            )
+            loaded = module.get_function(kernel).kernel
+        except Exception as error:
+            raise RuntimeError(explain_failure(kernel, error, self._cupy)) from error
+        function: int = loaded.ptr
+        self._loaded.append(loaded)
+        self._functions[kernel, device] = function
+        return function
+
+    def _refuse_capture(self, what: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"A CUDA graph can only hold what has run before; received a capture that contains {what}. "
+                "Run one training step, forward and backward, before the capture."
+            )
+
+
+def source(step: str) -> str:
+    """Returns a step's source with its headers in place: CuPy's cache then knows when one of them changes."""
+    return _with_headers(f"{step}.cu", set())
+
+
+def _with_headers(name: str, seen: set[str]) -> str:
+    seen.add(name)
+    lines = [f'#line 1 "{name}"']
+    text = resources.files("syncbn.kernels.cuda").joinpath(name).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.startswith('#include "'):
+            header = line.split('"')[1]
+            lines += [] if header in seen else [_with_headers(header, seen), f'#line {number + 1} "{name}"']
+        elif line != "#pragma once":
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def explain_failure(kernel: str, error: Exception, cupy: Any) -> str:
+    """Says what to install where a kernel does not compile, and what the compiler said."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    try:
+        version = cupy.cuda.runtime.runtimeGetVersion()
+        theirs = f"CuPy {cupy.__version__} for CUDA {version // 1000}.{version % 1000 // 10}"
+    except Exception as unknown:  # the very libraries that are missing
+        theirs = f"CuPy {cupy.__version__}, whose CUDA does not load: {unknown}"
+    return (
+        f"The GPU kernels need a CuPy that compiles for this GPU; received a failure at {kernel}, with {theirs} beside "
+        f"torch {torch.__version__} for CUDA {torch.version.cuda}. Install the pair that fits with: pip install "
+        f'"syncbn[cuda{major}]", and NVRTC with: pip install "nvidia-cuda-nvrtc{"" if int(major) > 12 else "-cu12"}"; '
+        f"{REMEDY} The compiler said:\n{error}"
+    )
+
+
+@cache
+def _capture_info() -> Any:
+    """The driver's question for the number of a capture, in its first and simplest form."""
+    ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo
+    ask.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint64))
+    return ask
+
+
+def capture_id(stream: int) -> int:
+    """Returns a number that no other capture of this process has."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    if _capture_info()(stream, ctypes.byref(status), ctypes.byref(number)):
+        raise RuntimeError("The CUDA driver did not name the capture that it is in. Capture with torch.cuda.graph().")
+    return number.value + 1

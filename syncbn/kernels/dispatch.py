@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which kernels a tensor gets, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from syncbn.kernels.base import AbstractKernels
+from syncbn.kernels.cuda import geometry
+from syncbn.transports.base import AbstractTransport
+
+if TYPE_CHECKING:
+    from syncbn.kernels.cuda.launch import CupyLauncher
+
+
+CHOICES = ("auto", "host", "torch")
+OVERRIDE = "SYNCBN_KERNELS"
+OLDEST = (8, 0)
+"""The compute capability that the kernels' own instructions ask for, bfloat16's above all."""
+PLAIN = (Tensor, Parameter)
+"""Classes whose memory is what it seems; a subclass may be a stand-in without any."""
+
+
+class Choice(NamedTuple):
+    """Which kernels tensors get, and why."""
+
+    name: str
+    reason: str
+
+
+def for_call(x: Tensor, masked: bool, transport: AbstractTransport) -> AbstractKernels:
+    """Returns the kernels for a call over a group; with a mask the readable ones, which alone take it."""
+    if masked:
+        return _torch_kernels()
+    return choose(x) if x.is_cpu else on_device(x, transport)
+
+
+def choose(x: Tensor) -> AbstractKernels:
+    """Returns the kernels for a CPU tensor.
+
+    It gets :class:`syncbn.kernels.host.ops.HostKernels`, where they were built, and any other
+    :class:`syncbn.kernels.torch_ops.TorchKernels`. ``SYNCBN_KERNELS`` is read once, at the first call.
+    """
+    return _cpu_kernels() if x.is_cpu and type(x) in PLAIN and not x.is_neg() else _torch_kernels()
+
+
+def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
+    """Returns the kernels for a tensor that is not on the CPU, in a group of ranks.
+
+    A CUDA tensor gets :class:`syncbn.kernels.cuda.ops.CupyKernels`, where CuPy is installed; without it the readable
+    kernels serve, and a warning says so once. They serve a plane of 2^31 values too.
+    """
+    if not x.is_cuda or type(x) not in PLAIN or x.is_neg():
+        return _torch_kernels()
+    if x.numel() > geometry.MOST and prod(x.shape[2:]) > geometry.MOST:
+        return _torch_kernels()
+    return _cuda_kernels(transport.on_host)
+
+
+def look(device: torch.device) -> None:
+    """Raises what the kernels of a CUDA device have left for the host, if they have. Waits for nothing."""
+    if explain_device().name == "cupy":
+        _launcher().deferred_errors(torch.empty(0, device=device)).look()
+
+
+def check(device: torch.device) -> None:
+    """Waits for a device and raises what it has found. For the end of a step, not for its middle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        look(device)
+
+
+@cache
+def explain_device() -> Choice:
+    """Says which kernels CUDA tensors get in this process, and why. Does not import CuPy."""
+    if os.environ.get(OVERRIDE, "auto") == "torch":
+        return Choice("torch", f"{OVERRIDE}=torch")
+    if torch.version.cuda is None:
+        return Choice("torch", "this torch is not built for CUDA")
+    if importlib.util.find_spec("cupy") is None:
+        major = torch.version.cuda.split(".")[0]
+        return Choice(
+            "torch", f'CuPy is not installed; `pip install "syncbn[cuda{major}]"` brings it, and kernels for the GPU'
+        )
+    old = [capability for capability in _capabilities() if capability < OLDEST]
+    if old:
+        return Choice(
+            "torch",
+            f"the GPU kernels need compute capability {OLDEST[0]}.{OLDEST[1]}; this machine has a GPU of "
+            f"{old[0][0]}.{old[0][1]}. Hide it with CUDA_VISIBLE_DEVICES if there is a newer one",
+        )
+    return Choice("cupy", "CuPy compiles them at first use")
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+
+
+@cache
+def explain() -> Choice:
+    """Says which kernels CPU tensors get in this process, and why.
+
+    Raises:
+        ValueError: if ``SYNCBN_KERNELS`` is not one of ``CHOICES``.
+        RuntimeError: if it demands the host kernels and they cannot be loaded.
+    """
+    wanted = os.environ.get(OVERRIDE, "auto")
+    if wanted not in CHOICES:
+        raise ValueError(f"{OVERRIDE} must be one of {', '.join(CHOICES)}; received {wanted!r}. Correct or unset it.")
+    if wanted == "torch":
+        return Choice("torch", f"{OVERRIDE}=torch")
+    problem = _host_problem()
+    if not problem:
+        from syncbn.kernels.host import _host
+
+        return Choice("host", f"compiled C++ for {_host.instruction_set()}, the best that this processor runs")
+    if wanted == "host":
+        raise RuntimeError(
+            f"{OVERRIDE}=host needs the compiled host kernels; {problem}. "
+            f"Install a C++17 compiler and reinstall syncbn, or unset {OVERRIDE}."
+        )
+    return Choice("torch", f"{problem}; with a C++17 compiler, reinstalling syncbn makes it several times as fast")
+
+
+def _host_problem() -> str:
+    """Says why the host kernels cannot be used; nothing if they can."""
+    if importlib.util.find_spec("syncbn.kernels.host._host") is None:
+        return "the compiled host kernels were not built when syncbn was installed"
+    try:
+        from syncbn.kernels.host import ops  # noqa: F401
+    except (ImportError, AttributeError, RuntimeError) as error:  # built for another system, or an older torch
+        return f"the compiled host kernels do not load: {error}"
+    return ""
+
+
+@cache
+def _cpu_kernels() -> AbstractKernels:
+    if explain().name == "torch":
+        return _torch_kernels()
+    from syncbn.kernels.host.ops import HostKernels
+
+    return HostKernels()
+
+
+@cache
+def _torch_kernels() -> AbstractKernels:
+    from syncbn.kernels.torch_ops import TorchKernels
+
+    return TorchKernels()
+
+
+@cache
+def _cuda_kernels(on_host: bool) -> AbstractKernels:
+    choice = explain_device()
+    if choice.name == "torch":
+        if not choice.reason.startswith(OVERRIDE):
+            warnings.warn(f"syncbn runs on torch's operators for CUDA tensors: {choice.reason}", stacklevel=2)
+        return _torch_kernels()
+    from syncbn.kernels.cuda.ops import CupyKernels
+
+    return CupyKernels(_launcher(), on_host=on_host)
+
+
+@cache
+def _launcher() -> CupyLauncher:
+    from syncbn.kernels.cuda.launch import CupyLauncher
+
+    return CupyLauncher()

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""join(): a training loop that ends earlier on some ranks. Those that have finished follow with empty shares.
+
+N batch, W ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from syncbn import transports
+from syncbn.training import modes
+from syncbn.training.join import backward, empty_batch, errors, optimizer_state, stale_optimizers
+from syncbn.training.join.empty_batch import Call
+from syncbn.training.join.nested_values import Group
+from syncbn.training.join.optimizer_state import Source
+from syncbn.transports import agreement, announcing, groups
+from syncbn.transports.announcing import Heard, Hook, Said
+from syncbn.transports.base import AbstractTransport
+from syncbn.world.init import World
+
+KEPT = 64
+"""Forwards of a finished rank that wait for their backward."""
+
+
+@final
+class join:  # noqa: N801 - used as a statement, like contextlib.suppress
+    """Lets ranks make different numbers of training steps; those that have finished take part with weight zero.
+
+    Put it around the loop. A rank that leaves the loop runs the model on an empty share (N = 0) for every forward
+    that others still make, its backward with zero gradients, and its part of ``World.average_gradients``,
+    ``World.loss_scale`` and ``World.raise_together``, until all have left. Then parameters, buffers and the state of
+    the optimizer are copied from a rank that made the most forwards.
+
+    Args:
+        model: the model whose forward is called in the loop, plain or in DistributedDataParallel.
+        optimizer: the optimizer that steps in the loop, or a list of optimizers and of LR schedulers and GradScalers
+            that do. All of their ``state_dict()`` is copied. If numbers of steps differed, the next ``step()`` of an
+            optimizer that was not passed and has state is an error on every rank. Plain SGD has none.
+        throw_on_early_termination: raise on every rank as soon as one has finished while others go on.
+        empty: makes ``(args, kwargs)`` of an empty share from those of a forward. By default every tensor with
+            dims loses its first one's entries, and everything else stays.
+
+    Communication:
+        Entering: two comparisons, of 4 and of 2 values a rank; at a process's first, one group of everyone is made.
+        In training, each forward, backward and each of the three calls of World: one all-reduce of 13 float64
+        values more, whether or not a rank has finished. Leaving: the same for every call that others still make,
+        and at the end one all-reduce of W values. If numbers of steps differed, also one ``World.broadcast``, one
+        comparison and one broadcast for every 64 MB of the optimizers, and four of short texts.
+
+    Raises:
+        RuntimeError: on every rank, if ranks that train make different calls, if one leaves by an exception
+            between two calls, or as ``throw_on_early_termination`` says.
+        ValueError: on every rank, at the first forward, if the model fails on an empty share; at entering, if ranks
+            pass different optimizers.
+        TypeError: on every rank, if ``optimizer`` is something else, or its state more than tensors, numbers and text.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Source | Sequence[Source] | None = None,
+        *,
+        throw_on_early_termination: bool = False,
+        empty: Callable[[tuple[Any, ...], dict[str, Any]], Call] | None = None,
+    ) -> None:
+        self._model = model
+        self._inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._optimizers: tuple[Source, ...] = optimizer_state.as_tuple(optimizer)
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the loop, on this rank
+        self._throw = throw_on_early_termination
+        self._empty = empty_batch.of if empty is None else empty
+        self._example: Call | None = None
+        self._forwards = 0
+        self._waiting: dict[int, list[Tensor]] = {}
+        self._quiet = False  # following others, or trying the model
+        self._within = False  # a call of World, which may make others
+        self._inside = False  # between an announcement and the good end of what it announced
+        self._over = False  # all ranks know that it went wrong
+
+    def __enter__(self) -> Self:
+        if announcing.is_open():
+            raise errors.second_join()
+        everyone = transports.choose(None)
+        settings = {"throw_on_early_termination": self._throw, "number of parameters": len(list(self._params()))}
+        settings |= {"DistributedDataParallel": self._inner is not self._model}
+        settings |= {"number of lazy tensors": self._count_lazy()}
+        agreement.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
+        optimizer_state.require_same(self._optimizers, self._inner, everyone)
+        self._refuse_lazy()
+        self._alone = self._which_are_alone()
+        self._transport = _own_group(everyone)
+        transport = transports.choose(None, self._device.type)
+        self._world = World(transport.rank, transport.size, 0, self._device, "join", transport)
+        self._hooks = [
+            self._model.register_forward_pre_hook(Hook(self._before_forward), prepend=True, with_kwargs=True),
+            self._model.register_forward_hook(Hook(self._after_forward)),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._stepped.add(optimizer)),
+        ]
+        announcing.open_for(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._quiet = True
+        try:
+            if error is None:
+                self._follow()
+            elif isinstance(error, Exception) and not self._inside and not self._over:
+                # The others are on their way to their next announcement. This rank raises its own error.
+                with contextlib.suppress(RuntimeError, ValueError, TypeError):
+                    self._say(Said(None, error=RuntimeError(f"left syncbn.join with {error!r}")))
+        finally:
+            announcing.close()
+            for hook in self._hooks:
+                hook.remove()
+            self._waiting.clear()
+
+    # On ranks that train.
+
+    def enter(self, operation: str, transport: AbstractTransport) -> bool:
+        """Announces a collective of World."""
+        if self._quiet or self._within:
+            return False
+        if transport is not self._world.transport:  # ranks that have finished would answer in another group
+            raise errors.other_world(operation)
+        self._say(Said(operation))
+        self._within = self._inside = True
+        return True
+
+    def leave(self, *, well: bool = True) -> None:
+        """Notes that what was announced has ended; if well, an exception after it finds the others on their way."""
+        self._within, self._inside = False, not well
+
+    def _say(self, said: Said) -> Heard:
+        self._over = True
+        heard = announcing.announce(said, self._transport)
+        if self._throw and 0 < heard.finished < self._transport.size:
+            raise errors.early_termination(heard.finished, self._transport.size)
+        self._over = False
+        return heard
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._quiet or not model.training:  # eval does not communicate
+            return
+        if torch._C._current_graph_task_id() != -1:
+            errors.refuse_reentrant_checkpoint()
+            return
+        error = None
+        with torch.no_grad():
+            self._example = self._empty(args, kwargs)
+        if self._forwards == 0:
+            error = empty_batch.refusal(self._inner, self._example, self._hush)
+        alone = self._which_are_alone()
+        if alone != self._alone and not all(alone):
+            error = error or ValueError(errors.NO_SYNC_OF_A_PART)
+        flags = torch.is_grad_enabled() + 2 * getattr(model, "require_backward_grad_sync", True)
+        flags += 4 * (alone != self._alone)
+        heard = self._say(Said("forward", self._forwards, flags, error=error))
+        self._share(heard)
+        self._inside = True
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._quiet or not model.training or torch._C._current_graph_task_id() != -1:
+            return output
+        output = backward.noted(output, self, self._forwards)
+        self._forwards += 1
+        self._inside = False
+        return output
+
+    def trains(self) -> bool:
+        """Whether this rank is still in the loop."""
+        return announcing.is_open(self) and not self._quiet
+
+    def before_backward(self, forward: int, used: list[bool]) -> None:
+        """Announces the backward of a forward, through the outputs that are used."""
+        fresh = all(p.grad is None or not p.grad.any() for p in self._params())
+        flags = sum(2**i for i, each in enumerate(used) if each)
+        error = None if forward >= self._forwards - KEPT else errors.too_old(self._forwards - forward, KEPT)
+        self._say(Said("backward", forward, flags, fresh, error=error))
+        self._inside = True
+        torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+
+    def _which_are_alone(self) -> list[bool]:
+        """Says of each layer whether it is in ``syncbn.no_sync``."""
+        return [layer._site.group == groups.ALONE for layer in modes.layers_of(self._inner)]
+
+    def _count_lazy(self) -> int:
+        return sum(map(is_lazy, (*self._inner.parameters(), *self._inner.buffers())))
+
+    def _refuse_lazy(self) -> None:
+        if lazy := self._count_lazy():
+            raise errors.lazy_tensors(lazy)
+
+    def _params(self) -> Iterator[nn.Parameter]:
+        return (p for p in self._inner.parameters() if p.requires_grad)
+
+    @contextlib.contextmanager
+    def _hush(self) -> Iterator[None]:
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    def _share(self, heard: Heard) -> None:
+        if heard.needs_example:
+            self._example = empty_batch.send(self._example, self._device, self._transport)
+
+    # On ranks that have finished.
+
+    def _follow(self) -> None:
+        """Does what the others do, with an empty share, until all have finished."""
+        follow = {"forward": self._follow_forward, "backward": self._follow_backward}
+        own, world = self._forwards, self._world
+        while (heard := self._say(Said(None, needs_example=self._example is None))).operation is not None:
+            if heard.operation == "average_gradients":
+                world.average_gradients(self._inner)
+            elif heard.operation == "loss_scale":
+                world.loss_scale(0)
+            elif heard.operation == "raise_together":
+                world.raise_together(None)
+            else:
+                follow[heard.operation](heard)
+        row = torch.tensor([float(own)], dtype=torch.float64, device="cpu")
+        made = [int(forwards) for (forwards,) in agreement.gather(row, self._transport).tolist()]
+        if min(made) < max(made):
+            self._hand_over(made, made.index(max(made)))
+        if own < max(made):
+            self._inner.zero_grad()
+
+    def _hand_over(self, made: list[int], root: int) -> None:
+        """Copies model and optimizers from ``root``; of optimizers that it cannot copy the next step is refused."""
+        self._world.broadcast(self._inner, root)
+        error: Exception | None = None
+        try:
+            group = Group(self._transport, self._world.transport, self._device)
+            optimizer_state.broadcast(self._optimizers, self._inner, root, group)
+        except (TypeError, ValueError) as refused:  # by every rank alike
+            error = refused
+        received = agreement.by_rank([f"{forwards} forwards" for forwards in made], self._transport.ranks)
+        copied = () if error else self._optimizers
+        stale_optimizers.refuse(self._stepped, copied, self._inner, root, received=received, host=self._transport)
+        if error:
+            raise error
+
+    def _follow_forward(self, heard: Heard) -> None:
+        self._share(heard)
+        assert self._example is not None
+        args, kwargs = self._example
+        with torch.set_grad_enabled(bool(heard.flags & 1)), self._no_sync(heard):
+            self._waiting[heard.forward] = backward.differentiable(self._model(*args, **kwargs))
+        self._waiting.pop(heard.forward - KEPT, None)
+
+    @contextlib.contextmanager
+    def _no_sync(self, heard: Heard) -> Iterator[None]:
+        with contextlib.ExitStack() as both:
+            if isinstance(self._model, DistributedDataParallel) and not heard.flags & 2:
+                both.enter_context(self._model.no_sync())
+            if heard.flags & 4:
+                both.enter_context(modes.no_sync(self._inner))
+            yield
+
+    def _follow_backward(self, heard: Heard) -> None:
+        if heard.forward not in self._waiting:
+            raise errors.unfinished(heard.forward)
+        if heard.fresh:  # else a sum over several backwards is under way, of which this rank's part counts
+            self._inner.zero_grad()
+        used = [y for i, y in enumerate(self._waiting[heard.forward]) if heard.flags & 2**i]
+        torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
+
+
+_groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()
+
+
+def _own_group(everyone: AbstractTransport) -> AbstractTransport:
+    """Makes, once, a group for announcements: none must meet a wire of a layer."""
+    if everyone not in _groups:
+        _groups[everyone] = everyone.split(0)
+    return _groups[everyone]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Verdicts that every rank of a group shares: nobody raises alone, so nobody is left waiting.
+
+N batch, C channels, S product of the spatial dims, W ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from syncbn import moments
+from syncbn.moments import Message
+from syncbn.transports.base import AbstractTransport, MismatchError
+
+NOTE_BYTES = 1000
+_OTHER = -1
+"""The direction of a message that is of no layer's forward or backward."""
+
+
+def exchange(values: Tensor, transport: AbstractTransport, what: str) -> Tensor:
+    """Sums numbers over the ranks, in a message that says what they are.
+
+    Args:
+        values: float64 (K,), K the same on every rank that makes this call.
+        transport: the group.
+        what: the call, for example "World.average_gradients".
+
+    Returns:
+        float64 (K,).
+
+    Communication:
+        One all-reduce of K + 7 float64 values.
+
+    Raises:
+        ValueError: on every rank, if some are in another call.
+    """
+    hash = moments.text_hash(what)
+    message = Message(moments.numbers(transport.serial, hash, 0), transport.size, what, _OTHER, transport.serial)
+    wire = torch.cat((values.new_tensor(moments.head(message.numbers)), values))
+    wire = all_reduce(wire, transport, message)
+    if not moments.same_call(wire[: moments.CALL].tolist(), message.numbers):
+        raise calls_differ(message, no_notes, transport)
+    return wire[moments.CALL :]
+
+
+Notes = Callable[[], tuple[str, str]]
+"""What tells layers of one label apart, and the settings, see ``Site.notes``; asked for where something is wrong."""
+
+
+def no_notes() -> tuple[str, str]:
+    """Stands for the notes of a message that is not of a layer."""
+    return "", ""
+
+
+def all_reduce(wire: Tensor, transport: AbstractTransport, message: Message, notes: Notes = no_notes) -> Tensor:
+    """Sums a wire over the ranks; where the library below cannot, raises what is known of the call."""
+    try:
+        return transport.all_reduce(wire)
+    except MismatchError as error:
+        raise calls_differ(message, notes, transport, str(error)) from error
+
+
+def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, said: str = "") -> ValueError:
+    """Returns the error for ranks that are in different calls. Called wherever a rank has noticed.
+
+    Args:
+        message: of this rank.
+        notes: of its layer.
+        transport: the group.
+        said: what the library below said, if it refused the message.
+    """
+    if said:  # at once: the launcher may end this process while it waits for the others, some of which may have ended
+        sys.stderr.write(f"syncbn: rank {transport.ranks[transport.rank]} was in {message}; {said}\n")
+        sys.stderr.flush()
+    rows = transport.exchange_notes("\n".join((str(message), *notes())))
+    parts = [("an unknown call: it sent no word",) * 3 if row is None else tuple(row.split("\n")) for row in rows]
+    calls, orders, settings = ([part[i] for part in parts] for i in range(3))
+    library = f" The library below said: {said}." if said else ""
+    if len(set(calls)) > 1 or said:
+        return ValueError(
+            f"All ranks must be in one call; received {by_rank(calls, transport.ranks)}. Ranks took different "
+            "branches, ran backward passes in another order, or one of them left a call out. Look for code that "
+            f"depends on the rank or on its data.{library}"
+        )
+    if len(set(orders)) > 1:
+        received = by_rank([f"{c}, {o}" for c, o in zip(calls, orders, strict=True)], transport.ranks)
+        return ValueError(
+            f"All ranks must call the same layer; received {received}. Ranks took different branches, or use copies of "
+            "a model in another order. Look for code that depends on the rank or on its data."
+        )
+    if len(set(settings)) == 1:
+        return ValueError(
+            f"All ranks must get the sums of what they send; received other ones in {by_rank(calls, transport.ranks)}. "
+            "What sums them must keep every bit of float64: look for a wrapper that rounds or compresses."
+        )
+    return ValueError(
+        f"All ranks must use the same settings of {message.label}; received {by_rank(settings, transport.ranks)}. "
+        "Change them on all ranks, at the same step."
+    )
+
+
+def gather(row: Tensor, transport: AbstractTransport, what: str = "a comparison") -> Tensor:
+    """Collects one row of numbers from every rank.
+
+    Args:
+        row: float64 (K,), K the same on every rank.
+        transport: the group.
+        what: the call, see :func:`exchange`.
+
+    Returns:
+        float64 (W, K), exact: every rank adds its row to zeros.
+
+    Communication:
+        One all-reduce of W * K + 7 float64 values.
+    """
+    table = torch.zeros(transport.size, row.numel(), dtype=torch.float64, device="cpu")
+    table[transport.rank] = row
+    return exchange(table.view(-1), transport, what).view(table.shape)
+
+
+def gather_notes(note: str, transport: AbstractTransport) -> list[str]:
+    """Collects a short text from every rank, as bytes; a longer one is cut at ``NOTE_BYTES``.
+
+    Communication:
+        One all-reduce of W * ``NOTE_BYTES`` float64 values: for reports and failures, not for steps.
+    """
+    row = torch.zeros(NOTE_BYTES, dtype=torch.float64, device="cpu")
+    encoded = note.encode()[:NOTE_BYTES]
+    row[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.float64, device="cpu")
+    rows = gather(row, transport, "a report of texts").to(torch.uint8).tolist()
+    return [bytes(r).rstrip(b"\0").decode(errors="ignore") for r in rows]
+
+
+def require_equal(
+    values: Mapping[str, float], transport: AbstractTransport, what: str, remedy: str, *errors: Exception | None
+) -> None:
+    """Raises on every rank unless the named numbers are the same on all.
+
+    Args:
+        values: the numbers; the names and their order are the same on every rank.
+        transport: the group.
+        what: the subject of the message.
+        remedy: its last sentence.
+        errors: one error of this rank or None, which rides along and comes first; or nothing, on every rank alike.
+
+    Communication:
+        One all-reduce of W * (len(values) + len(errors)) + 7 float64 values, by every rank of the group.
+
+    Raises:
+        ValueError: on every rank, with the values that differ and the ranks that hold them.
+    """
+    row = [*values.values(), *[float(error is not None) for error in errors]]
+    table = gather(torch.tensor(row, dtype=torch.float64, device="cpu"), transport, what)
+    if errors and table[:, -1].any():
+        raise_gathered(errors[0], transport)
+    raise_unless_equal(table[:, : len(values)], values, transport, what, remedy)
+
+
+def raise_unless_equal(
+    table: Tensor, names: Iterable[str], transport: AbstractTransport, what: str, remedy: str
+) -> None:
+    """Raises on every rank unless each column of a gathered table, (W, K), holds one value."""
+    for name, column in zip(names, table.T.tolist(), strict=True):
+        texts = [f"{v:.17g}" for v in column]  # compared as text: NaN is not equal to itself
+        if len(set(texts)) > 1:
+            received = by_rank(texts, transport.ranks)
+            raise ValueError(f"{what} needs the same {name} on every rank; received {received}. {remedy}")
+
+
+def raise_together(error: Exception | None, transport: AbstractTransport, what: str = "World.raise_together") -> None:
+    """Raises on every rank if any rank brings an error; the text names the ranks.
+
+    Args:
+        error: this rank's error, or None.
+        transport: the group.
+        what: the call, see :func:`exchange`.
+
+    Communication:
+        One all-reduce of 8 values by every rank; one more of texts if there is an error.
+
+    Raises:
+        ValueError, TypeError or RuntimeError: the kind of the first rank's error, on every rank.
+    """
+    count = torch.tensor([float(error is not None)], dtype=torch.float64, device="cpu")
+    if exchange(count, transport, what).item():
+        raise_gathered(error, transport)
+
+
+def raise_gathered(error: Exception | None, transport: AbstractTransport) -> None:
+    """Raises the errors of all ranks on all ranks. Called only where every rank knows that there is one."""
+    kinds: dict[str, type[Exception]] = {"V": ValueError, "T": TypeError, "R": RuntimeError}
+    kind = next((k for k, cls in kinds.items() if isinstance(error, cls)), "R")
+    notes = gather_notes("" if error is None else f"{kind}{error}", transport)
+    first = next((note for note in notes if note), "R")
+    raise kinds[first[0]](by_rank([note[1:] for note in notes], transport.ranks, skip_empty=True, joint=" | "))
+
+
+def by_rank(notes: list[str], ranks: tuple[int, ...], *, skip_empty: bool = False, joint: str = " and ") -> str:
+    """Groups equal notes: ``64 on ranks 0, 2 and 32 on rank 1``; for errors, the text leads with its ranks."""
+    holders: dict[str, list[int]] = {}
+    for rank, note in zip(ranks, notes, strict=True):
+        if note or not skip_empty:
+            holders.setdefault(note, []).append(rank)
+    parts = []
+    for note, who in holders.items():
+        where = f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+        parts.append(f"On {where}: {note}" if skip_empty else f"{note} on {where}")
+    return joint.join(parts)

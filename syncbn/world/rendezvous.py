@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How torch.distributed finds its peers. On one host, what this module opens listens on loopback alone."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from syncbn.transports.launchers import Launch
+
+LOOPBACK = "127.0.0.1"
+TIMEOUT = timedelta(minutes=5)
+# The agent's store outlives a process group, and would give a second one the addresses of the first.
+_connections = itertools.count()
+
+
+def connect_torch(launch: Launch) -> None:
+    """Initialises torch.distributed once, with NCCL where each process has a GPU; and ends it when Python exits."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    atexit.register(_disconnect_torch)  # a gloo thread alive at exit can abort a process that did all its work
+    own = torch.cuda.is_available() and not shares_gpus(launch)  # NCCL refuses two ranks on one GPU
+    backend = "cpu:gloo,cuda:nccl" if own else "gloo"
+    if launch.name in ("torchrun", "env"):
+        from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        store = PrefixStore(f"syncbn/{next(_connections)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        return
+    address, store = _store(launch)
+    if address == LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size)
+
+
+def shares_gpus(launch: Launch) -> bool:
+    """Whether a host has more processes than GPUs. One visible GPU each is what a launcher hands out."""
+    handed_out = torch.cuda.device_count() == 1 and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return launch.local_size > torch.cuda.device_count() and not handed_out
+
+
+def _disconnect_torch() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store(launch: Launch) -> tuple[str, Any]:
+    """Opens the key-value store where the processes exchange their addresses."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    listener: socket.socket | None = None
+    if launch.size == 1:
+        listener = _listen(LOOPBACK, 0)
+        port = int(listener.getsockname()[1])
+    elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return address, TCPStore(address, port, launch.size, launch.rank == 0, TIMEOUT)
+    elif launch.speaks_mpi:
+        return _store_over_mpi(launch)
+    elif os.environ.get("SLURM_STEP_NUM_NODES") == "1":
+        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
+        listener = _listen(LOOPBACK, port) if launch.rank == 0 else None
+    else:
+        raise RuntimeError(
+            f"torch.distributed needs the address of rank 0 under {launch.name} on several hosts; MASTER_ADDR and "
+            "MASTER_PORT are not set. Export them, as launch/slurm.sbatch does, or use srun --mpi=pmix with "
+            'pip install "syncbn[mpi]".'
+        )
+    return LOOPBACK, _tcp_store(launch, LOOPBACK, port, listener)
+
+
+def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
+    """Rank 0 listens on a free port, of loopback if all ranks share its host, and MPI tells the others."""
+    from syncbn.transports import mpi, over_mpi
+
+    transport = over_mpi()
+    on_one_host = mpi.ranks_on_this_host() == launch.size
+    listener: socket.socket | None = None
+    port = torch.zeros(1, dtype=torch.int64, device="cpu")
+    address = LOOPBACK if on_one_host else mpi.host_of_rank_zero()
+    if launch.rank == 0:
+        listener = _listen(LOOPBACK if on_one_host else "", 0)
+        port.fill_(listener.getsockname()[1])
+    transport.broadcast(port)
+    return address, _tcp_store(launch, address, int(port), listener)
+
+
+def _tcp_store(launch: Launch, address: str, port: int, listener: socket.socket | None) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if listener is None:
+        return TCPStore(address, port, launch.size, False, TIMEOUT)
+    return TCPStore(address, port, launch.size, True, TIMEOUT, master_listen_fd=listener.detach())
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(128)
+    return listener
