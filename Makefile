@@ -68,6 +68,7 @@ lint: $(VENV)/ready
 	ruff format --check .
 	ruff check .
 	mypy
+	lint-imports
 
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
