@@ -48,8 +48,8 @@ tests=(-m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --color=no -W i
 has pytest_timeout && tests+=(--timeout $((100 * SLOWER)) --timeout-method thread)
 with_mpi=()
 has pytest_mpi && with_mpi=(--with-mpi)
-one=(tests/test_{layer,derivatives,convert,deployment,compile,moments}.py)
-contract=(tests/test_{kernels,cuda_launch,gpu_transports}.py) # with CPU tensors: they make their own on a GPU
+one=(tests/test_{layer,convert,moments}.py tests/calls/test_{derivatives,compile}.py tests/project/test_deployment.py)
+contract=(tests/kernels/test_contract.py tests/kernels/cuda/test_launch.py tests/transports/test_gpu.py) # with CPU tensors: they make their own on a GPU
 quick=() slow=(tests/multiprocess/test_{compile,combinations}.py)
 for file in tests/multiprocess/test_*.py; do
     [[ " ${slow[*]} " == *" $file "* ]] || quick+=("$file")

@@ -2,9 +2,11 @@
 """One thread a process, and rules for running under a launcher."""
 
 import atexit
+import inspect
 import os
 import shutil
 import tempfile
+from functools import cache
 
 import pytest
 import torch
@@ -42,6 +44,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Makes ranks(n) pytest-mpi's mpi(min_size=n); without that plugin, and under torchrun, unknown to it, a skip."""
     for item in items:
+        if _starts_programs(item):
+            item.add_marker(pytest.mark.program)
         if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=about.args[0]))
         if LATE_VERDICT and item.get_closest_marker("prompt_verdict"):
@@ -54,6 +58,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.mpi(min_size=mark.args[0]))
         elif LAUNCH.size < max(2, mark.args[0]):
             item.add_marker(pytest.mark.skip(reason=f"needs {max(2, mark.args[0])} processes"))
+
+
+def _starts_programs(item):
+    """Whether a test starts programs: its own text says so, with its decorators and fixtures."""
+    functions = [getattr(item, "function", None)]
+    functions += [d[-1].func for d in getattr(item, "_fixtureinfo", None).name2fixturedefs.values()] if functions[0] else []
+    return any("processes." in _text(f) or "subprocess." in _text(f) for f in functions if f is not None)
+
+
+@cache
+def _text(function):
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ N batch, C channels, S product of the spatial dims, W ranks.
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
 An implementation is stateless, accepts any strides and an empty local batch (N * S == 0), and is checked by
-``tests/test_kernels.py`` against ``reference.py`` in float64. ``torch_ops.py`` is the readable one, and the only one
-that takes a mask, is compiled by torch.compile, and is differentiated by autograd.
+``tests/kernels/test_contract.py`` against ``reference.py`` in float64. ``torch_ops.py`` is the readable one, and the only
+one that takes a mask, is compiled by torch.compile, and is differentiated by autograd.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from syncbn import kernels, moments
 from syncbn.kernels.base import Parameters
 from syncbn.moments import Message
 from syncbn.transports.single import SingleTransport
-from tests.test_kernels import EPS, SHAPES, STATUS, bound, exact
+from tests.kernels.test_contract import EPS, SHAPES, STATUS, bound, exact
 from tests.tolerances import error
 
 MESSAGE = Message((1, 3, 200_000, 77), 1, "'layer'", 0, 3)

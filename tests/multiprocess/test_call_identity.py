@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.transports import launchers
 from tests import processes
+from tests.calls.test_compile import compiled
+from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.conftest import DEVICE
 from tests.multiprocess import batches
-from tests.test_compile import compiled
-from tests.test_compile import pytestmark as warnings_of_torch
 
 pytestmark = [pytest.mark.ranks(2), pytest.mark.prompt_verdict, *warnings_of_torch]
 C = 5

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.calls import operators
 from syncbn.transports import groups
+from tests.calls.test_compile import compiled
+from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.multiprocess import batches, test_collectives
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C
-from tests.test_compile import compiled
-from tests.test_compile import pytestmark as warnings_of_torch
 
 pytestmark = [pytest.mark.ranks(1), pytest.mark.timeout(300), *warnings_of_torch]
 counting = test_collectives.counting

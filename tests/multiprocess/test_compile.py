@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import syncbn
+from tests.calls.test_compile import compiled
+from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.multiprocess import batches, test_collectives
 from tests.multiprocess.test_bad_input import FAULTS
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C
-from tests.test_compile import compiled
-from tests.test_compile import pytestmark as warnings_of_torch
 from tests.tolerances import allowed, error
 
 UNTRACEABLE = ("no tensor", "sparse")

@@ -16,8 +16,8 @@ from torch import nn
 
 import syncbn
 from syncbn.transports import agreement
+from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.multiprocess import batches
-from tests.test_compile import pytestmark as warnings_of_torch
 
 pytestmark = [
     pytest.mark.ranks(2),

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.transports import groups
+from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.conftest import DEVICE
-from tests.test_compile import pytestmark as warnings_of_torch
 
 pytestmark = [pytest.mark.ranks(1), pytest.mark.timeout(300), *warnings_of_torch]
 

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.calls import renorm
+from tests.calls.test_compile import compiled
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C, counting, settled  # noqa: F401
-from tests.test_compile import compiled
 
 pytestmark = pytest.mark.ranks(1)
 

@@ -10,6 +10,7 @@ from syncbn.kernels.cuda.ops import kernel_name
 from syncbn.moments import DTYPES
 from tests.nvrtc import compile_for, ptx_of
 
+pytestmark = pytest.mark.nvrtc
 STEPS = {
     "local_moments": "LocalMoments",
     "normalize": "Normalize",

@@ -12,7 +12,7 @@ import syncbn
 from syncbn import transports
 from syncbn.transports.single import SingleTransport
 from tests import processes
-from tests.test_launchers import MPICH, OPENMPI, SLURM, TORCHRUN
+from tests.transports.test_launchers import MPICH, OPENMPI, SLURM, TORCHRUN
 
 
 @pytest.fixture(autouse=True)

@@ -462,6 +462,7 @@ def sanitized(kind, library):
     return processes.python(*words, LD_PRELOAD=found.stdout.strip(), PYTHONMALLOC="malloc", limit=300, **options)
 
 
+@pytest.mark.builds
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["address", "thread"])
 def test_the_sanitizers_find_nothing(kind):
@@ -479,6 +480,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.builds
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("missing", BROKEN)
 def test_the_sanitizers_find_a_kernel_without(missing, tmp_path):

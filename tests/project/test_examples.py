@@ -20,7 +20,10 @@ HELPERS = {"together", "digits_data", "digits_model", "digits_options", "digits_
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 ARMS = ["one process", "BatchNorm2d", "SyncBatchNorm"]
 
-pytestmark = pytest.mark.skipif(launchers.detect().size > 1, reason="starts its own processes")
+pytestmark = [
+    pytest.mark.program,
+    pytest.mark.skipif(launchers.detect().size > 1, reason="starts its own processes"),
+]
 
 
 def promises():

@@ -14,7 +14,10 @@ from tests.processes import ROOT, torchrun
 PAGE = ROOT / "docs" / "wrappers.md"
 STEPS, SHARE = 6, 4
 
-pytestmark = pytest.mark.skipif(launchers.detect().size > 1, reason="starts its own processes")
+pytestmark = [
+    pytest.mark.program,
+    pytest.mark.skipif(launchers.detect().size > 1, reason="starts its own processes"),
+]
 
 START = f"""
 import json
