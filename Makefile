@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo     four processes train on real data, synchronized and not
-# make test     every test, on 1 to 4 processes
-# make test-fake-gpu  a part of make test: the layer on CUDA tensors, on a device made of host memory
+# make test     every claim of the core, on 1 to 4 processes, in minutes
+# make test-all that, and all other tests: programs, compilers, MPICH, CUDA tensors on a device made of host memory
 # make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make gpu      on a machine with an NVIDIA GPU: the tests with CUDA tensors, then the benchmark; needs no network
@@ -13,34 +13,16 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-one test-mpi test-torchrun test-fake-gpu test-torch test-mpich sanitize gpu lint docs clean
+.PHONY: demo test test-all test-torch sanitize gpu lint docs clean
 
 demo: $(VENV)/ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
 
-test: test-one test-mpi test-torchrun test-fake-gpu
+test: $(VENV)/ready
+	tests/run.sh quick
 
-test-one: $(VENV)/ready
-	timeout 2400 python -m pytest
-
-test-mpi: $(VENV)/ready
-	NPROC=2 timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-	NPROC=3 timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-	NPROC=4 timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-
-test-torchrun: $(VENV)/ready
-	NPROC=2 timeout 1200 launch/torchrun.sh -m pytest tests/multiprocess
-
-# CUDA tensors without a GPU: the kernels from their own source, pinned memory, gloo; see tests/fake_cuda. What compiles
-# for minutes is left to the CPU.
-FAKE := SYNCBN_TEST_DEVICE=fake-cuda timeout 600
-SLOW := $(addprefix tests/multiprocess/test_,compile.py combinations.py)
-GLOO := $(patsubst %,tests/multiprocess/test_%.py,late_verdict exactness ddp bad_input collectives masks groups world modes)
-GLOO += tests/multiprocess/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went
-test-fake-gpu: $(VENV)/ready
-	$(FAKE) python -m pytest $(patsubst %,tests/test_%.py,fake_cuda layer derivatives convert bench_gpu)
-	NPROC=2 $(FAKE) launch/mpirun.sh -m pytest --with-mpi $(filter-out $(SLOW),$(wildcard tests/multiprocess/test_*.py))
-	NPROC=2 $(FAKE) launch/torchrun.sh -m pytest $(GLOO)
+test-all: test $(VENV)-mpich/ready
+	BIN_MPICH=$(BIN_MPICH) tests/run.sh rest
 
 # Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
 TORCH ?= 2.11.0
@@ -49,13 +31,7 @@ test-torch:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[mpi,examples,test,docs,wrappers]" torch==$(TORCH)
-	PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1500 python -m pytest
-	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
-	NPROC=2 PATH=$(CURDIR)/$(OTHER)/bin:$$PATH timeout 1200 launch/torchrun.sh -m pytest tests/multiprocess
-
-# The other MPI wheel, in an environment of its own: one environment holds one MPI.
-test-mpich: $(VENV)-mpich/ready
-	NPROC=3 PATH=$(BIN_MPICH):$$PATH timeout 1200 launch/mpirun.sh -m pytest --with-mpi tests/multiprocess
+	PATH=$(CURDIR)/$(OTHER)/bin:$$PATH tests/run.sh quick programs compiled
 
 sanitize: $(VENV)/ready
 	timeout 900 tests/sanitize.sh

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One thread a process, and rules for running under a launcher."""
 
+import ast
 import atexit
 import inspect
 import os
 import shutil
 import tempfile
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from syncbn.transports import launchers
 from tests import fake_cuda
 
 torch.set_num_threads(1)
+HERE = Path(__file__).parent
 LAUNCH = launchers.detect()
 WANTED = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
 DEVICE = torch.device(fake_cuda.install() if WANTED == fake_cuda.NAME else WANTED)
@@ -46,6 +49,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if _starts_programs(item):
             item.add_marker(pytest.mark.program)
+        if (
+            "multiprocess" in item.nodeid and "compil" in item.nodeid
+        ):  # seconds each, and as many on any number of ranks
+            item.add_marker(pytest.mark.slow)
         if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=about.args[0]))
         if LATE_VERDICT and item.get_closest_marker("prompt_verdict"):
@@ -61,18 +68,26 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _starts_programs(item):
-    """Whether a test starts programs: its own text says so, with its decorators and fixtures."""
-    functions = [getattr(item, "function", None)]
-    functions += [d[-1].func for d in getattr(item, "_fixtureinfo", None).name2fixturedefs.values()] if functions[0] else []
-    return any("processes." in _text(f) or "subprocess." in _text(f) for f in functions if f is not None)
+    """Whether a test starts programs: the text of it or of one of its fixtures says so."""
+    if not hasattr(item, "function"):
+        return False
+    fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+    return any("processes." in _text(f) or "subprocess." in _text(f) for f in (item.function, *fixtures))
+
+
+def _text(function):
+    code = inspect.unwrap(function).__code__
+    return _texts(code.co_filename).get(code.co_name, "")
 
 
 @cache
-def _text(function):
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""
+def _texts(path):
+    """The functions of a file, with their decorators."""
+    text = Path(path).read_text(encoding="utf-8") if path.startswith(str(HERE)) else ""
+    lines = text.splitlines()
+    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    begin = [min([node.lineno, *(each.lineno for each in node.decorator_list)]) for node in functions]
+    return {f.name: "\n".join(lines[b - 1 : f.end_lineno]) for f, b in zip(functions, begin, strict=True)}
 
 
 @pytest.fixture(autouse=True)

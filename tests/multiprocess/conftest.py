@@ -26,10 +26,10 @@ class Ranks:
 
     def check(self, ok, detail=""):
         """Asserts on every rank that ``ok`` holds on every rank. Collective."""
-        notes = agreement.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
-        failed = [note for note in notes if note]
-        if failed:
-            raise AgreedError("\n".join(failed))
+        failed = torch.tensor([float(not ok)], dtype=torch.float64, device="cpu")
+        if agreement.exchange(failed, self.transport, "the verdict of a test").item():
+            notes = agreement.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
+            raise AgreedError("\n".join(note for note in notes if note))
 
     def check_equal(self, actual, expected, detail=""):
         """Asserts on every rank that two tensors have the same bits, NaN included, on every rank. Collective."""

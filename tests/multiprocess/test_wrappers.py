@@ -144,7 +144,9 @@ def test_fsdp2_in_bfloat16_keeps_float32_statistics_equal_on_all_ranks(ranks, to
     ranks.check_equal(norm.running_var, everyones)
 
 
-@pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True}], ids=["mean", "ema"]
+)
 def test_averaged_models_are_those_of_one_process(ranks, options):
     whole, model = Network().double(), syncbn.convert_sync_batchnorm(Network().double())
     averaged = AveragedModel(whole, **options), AveragedModel(model, **options)

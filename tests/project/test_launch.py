@@ -18,6 +18,7 @@ import yaml
 
 from tests import processes
 
+pytestmark = pytest.mark.program
 LAUNCH = processes.ROOT / "launch"
 SHELL_FILES = ("mpirun.sh", "torchrun.sh", "slurm.sbatch")
 LAUNCHERS = ("mpirun.sh", "torchrun.sh")

@@ -273,6 +273,7 @@ def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):
 
 
 @pytest.mark.parametrize("launch_script", ["mpirun.sh", "torchrun.sh"])
+@pytest.mark.program
 def test_the_program_that_make_gpu_runs_on_several_ranks_holds_on_a_cpu(launch_script):
     result = run(f"launch/{launch_script}", "-m", "tests.gpu.ranks", NPROC=2, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr

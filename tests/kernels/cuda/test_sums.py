@@ -13,6 +13,7 @@ from syncbn.moments import Status
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.kernels.cuda.test_kernels import NUMBERS, batch, differing, step
 
+pytestmark = pytest.mark.slow  # blocks and threads one by one
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FLOAT64 = 2.0**-53
 """The rounding of one float64 operation, relative."""

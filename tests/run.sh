@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+# The tests in stages, one line each; what a stage prints is kept in out/tests and shown where it fails.
+#     tests/run.sh quick            what make test runs: every claim of the core, once each
+#     tests/run.sh rest             what make test-all adds: programs, compilers, MPICH, CUDA tensors
+#     tests/run.sh mpi-3 torchrun   some stages by name; PYTEST_WORDS="-k masks" goes to each
+# BIN is the folder of the commands of the environment, BIN_MPICH of that with MPICH.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+BIN=${BIN:-$(dirname "$(command -v python)")}
+BIN_MPICH=${BIN_MPICH:-$PWD/.venv-mpich/bin}
+LOGS=${LOGS:-out/tests}
+read -ra more <<<"--color=no ${PYTEST_WORDS:-}"
+export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1
+mkdir -p "$LOGS" || exit 1
+
+several=tests/multiprocess
+# What depends on the number of ranks: shares, bits, groups, what is counted in messages.
+counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining}.py)
+# CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
+gloo=$(echo $several/test_{late_verdict,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
+brief="not slow and not program"
+
+stages() { # the stages of a set, or those that are named
+    case $1 in
+        quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
+        rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+        *) echo "$@" ;;
+    esac
+}
+
+ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
+    local n=$1 launcher=$2
+    shift 2
+    [ "$launcher" = mpirun ] && set -- --with-mpi "$@"
+    NPROC=$n timeout -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
+}
+
+# One after the other where ranks share the cores; side by side, one for each core, where tests are of one process.
+# shellcheck disable=SC2086 # lists of files
+stage() {
+    case $1 in
+        one) timeout -k 10 900 python -m pytest -n 2 -m "$brief and not builds and not nvrtc" --ignore $several "${more[@]}" ;;
+        mpi-3) ranks 3 mpirun -m "$brief" $several ;;
+        mpi-2) ranks 2 mpirun -m "$brief" $counted ;;
+        mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
+        torchrun) ranks 2 torchrun -m "$brief" $several ;;
+        programs) timeout -k 10 1500 python -m pytest -n 2 -m program --ignore $several "${more[@]}" ;;
+        programs-of-ranks) ranks 3 mpirun -m program $several ;;
+        kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program" --ignore $several "${more[@]}" ;;
+        compiled) ranks 2 mpirun -m slow $several ;;
+        compiled-torchrun) ranks 2 torchrun -m slow $several/test_{compile_order,call_identity}.py ;;
+        mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $several ;;
+        fake-gpu)
+            SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -m "not program" "${more[@]}" \
+                tests/kernels/cuda/test_fake_cuda.py tests/test_{layer,convert}.py tests/calls/test_derivatives.py tests/benchmarks
+            ;;
+        fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $several ;;
+        fake-gpu-torchrun) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 torchrun -m "$brief" $gloo ;;
+        *) echo "tests/run.sh needs quick, rest or names of stages; received $1." >&2 && return 2 ;;
+    esac
+}
+
+began=$SECONDS tests=0 names=$(stages "$@")
+for name in $names; do
+    started=$SECONDS
+    printf '%-20s' "$name"
+    stage "$name" >"$LOGS/$name.log" 2>&1
+    status=$?
+    said=$(grep -aoE '([0-9]+ (passed|failed|skipped|errors?|deselected|warnings?)(, )?)+' "$LOGS/$name.log" | tail -n 1)
+    passed=$(grep -oE '[0-9]+ passed' <<<"$said" | grep -oE '[0-9]+')
+    if [ $status -ne 0 ] || [ -z "$passed" ]; then
+        printf 'FAILED with status %s after %4d s: %s\n\n' "$status" $((SECONDS - started)) "$said"
+        tail -n 150 "$LOGS/$name.log"
+        echo "tests/run.sh: $name failed; all that it printed is in $LOGS/$name.log"
+        exit 1
+    fi
+    tests=$((tests + passed))
+    printf '%5d s   %s\n' $((SECONDS - started)) "${said%, }"
+done
+echo "$tests tests passed in $((SECONDS - began)) s: ${names//$'\n'/ }"
