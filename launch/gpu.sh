@@ -104,7 +104,7 @@ fi
 wait
 # Alone again: nothing may disturb it.
 if $real; then
-    part 170 bench "$PYTHON" -m syncbn bench --device cuda --repeats 5 --time-limit 140 --output "$OUT/bench.json"
+    part 170 bench "$PYTHON" -m benchmarks.gpu --repeats 5 --time-limit 140 --output "$OUT/bench.json"
     cat "$OUT/bench.log"
 else
     left_out bench "not on a GPU"

@@ -31,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORWARD, BACKWARD = 0, 1
 """Directions of a message. The derivative of a message of direction d has direction d + 2."""
 Numbers = tuple[int, int, int, int]
-"""What identifies a call: 1, and three integers below ``LIMIT``, see ``sites.py``; or ``ABSTAINS``."""
+"""What identifies a call: 1, and three integers below ``LIMIT``, see :func:`numbers`; or ``ABSTAINS``."""
 ABSTAINS: Numbers = (0, 0, 0, 0)
 """Of a rank that joins without a say: it adds nothing, and cannot tell which of several calls it repeats."""
 LIMIT = 2**18

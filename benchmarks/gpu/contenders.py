@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who takes part in `syncbn bench --device cuda`: a training step of each, and the process groups for it.
+"""Who takes part in `python -m benchmarks.gpu`: a training step of each, and the process groups for it.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 

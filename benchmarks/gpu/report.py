@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `syncbn bench --device cuda` says: two tables, or one JSON document, whole also where the run ended early."""
+"""What `python -m benchmarks.gpu` says: two tables, or one JSON document, whole also where the run ended early."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How `syncbn bench --device cuda` measures: eager wall time, replays of a CUDA graph, and the profiler's counts.
+"""How `python -m benchmarks.gpu` measures: eager wall time, replays of a CUDA graph, and the profiler's counts.
 
 Everything is first timed and only then profiled: a profiler that has run once slows what is launched after it.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the times of `syncbn bench --device cuda` mean: bandwidth, ratios to torch's, and the bars. No GPU, no clock.
+"""What the times of `python -m benchmarks.gpu` mean: bandwidth, ratios to torch's, and the bars. No GPU, no clock.
 
 N batch, C channels.
 """

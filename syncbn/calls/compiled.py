@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A forward and its backward in operators: for a compiler, and for second derivatives. See ``syncbn/calls.py``.
+"""A forward and its backward in operators: for a compiler, and for second derivatives. See ``eager.py``.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 

@@ -205,7 +205,7 @@ def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int
         anchor: :data:`ANCHOR`, which makes every rank record the backward, or None.
         identity: int64 (5,) of the forward, see :func:`pack_identity`.
         group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
-        direction: of the message, see ``sites.py``.
+        direction: of the message, see :class:`syncbn.moments.Message`.
 
     Returns:
         A new tensor, with the same bits on every rank.

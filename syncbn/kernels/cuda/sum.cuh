@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A running sum that loses no more than float64 does, in two arithmetics; cuda_launch.py says which one a GPU gets.
+// A running sum that loses no more than float64 does, in two arithmetics; launch.py says which one a GPU gets.
 //
 // Float64: one addition, or one fma, a number. For GPUs with half as many float64 units as float32 units.
 // Expansion: three float32, each the rounding errors of the one before, some 70 bits together; 13 to 22 float32 operations

@@ -38,7 +38,7 @@ __device__ inline bool same_call(const double* wire, const Numbers& numbers) {
     return same;
 }
 
-// Host memory, see kernels/cuda_verdict.py: [number, ranks, same_call, count, status (7)]; number is 0 while it is empty.
+// Host memory, see kernels/cuda/errors.py: [number, ranks, same_call, count, status (7)]; number is 0 while it is empty.
 struct DeferredError {
     volatile double* memory;  // null where the host compares the calls itself
     double number;            // of this launch; above 0

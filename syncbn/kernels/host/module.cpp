@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The Python module syncbn.kernels._host: arguments in, checks, one step, out. See host_ops.py and _host.pyi.
+// The Python module syncbn.kernels.host._host: arguments in, checks, one step, out. See ops.py and _host.pyi.
 //
 // Written against Python's stable C interface, so one build serves every Python from 3.11 and every torch; a call costs
 // some tens of nanoseconds. The steps release the GIL where they take long enough for another thread to gain.
