@@ -88,6 +88,7 @@ DEMO := .[mpi,examples]
 $(VENV)/demo-ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*)
 	@echo "Making $(VENV): what pip says goes to $(VENV)/pip.log"
 	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/pip.log
 	$(call quietly,$(VENV),  torch (the CPU build: some 200 MB to load),$(BIN)/python $(INSTALL) torch)
 	$(call quietly,$(VENV),  syncbn with MPI and compiled kernels; scikit-learn; matplotlib,$(BIN)/python $(INSTALL) -e "$(DEMO)")
 	@touch $@
@@ -102,6 +103,7 @@ $(VENV)/ready: $(VENV)/demo-ready
 $(VENV)-dist/ready: constraints.txt pyproject.toml
 	@echo "Making $(VENV)-dist: build and auditwheel"
 	@$(PYTHON) -m venv $(VENV)-dist
+	@rm -f $(VENV)-dist/pip.log
 	$(call quietly,$(VENV)-dist,  tools that build packages,$(call extras,$(VENV)-dist,dist))
 	@touch $@
 
