@@ -4,18 +4,25 @@
 # make test-all that, and all other tests: programs, compilers, MPICH, CUDA tensors on a device made of host memory
 # make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
+# make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
 # make gpu      on a machine with an NVIDIA GPU: the tests with CUDA tensors, then the benchmark; needs no network
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 BIN_MPICH := $(CURDIR)/$(VENV)-mpich/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# $(call quietly,ENVIRONMENT,SENTENCE,COMMAND): one line for the step; what pip says is kept, and shown where it fails.
+quietly = @echo "$(2)"; $(3) >>$(1)/pip.log 2>&1 || { cat $(1)/pip.log; echo "FAILED: $(2)" >&2; exit 1; }
+# $(call extras,ENVIRONMENT,NAMES): installs the packages of these extras without syncbn, which need not be built again.
+READ := import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+READ += ; print(*[package for name in sys.argv[1:] for package in extras[name]], sep="\n")
+extras = $(PYTHON) -c '$(READ)' $(2) >$(1)/extras.txt && $(1)/bin/python $(INSTALL) -r $(1)/extras.txt
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all test-torch sanitize gpu lint docs clean
+.PHONY: demo test test-all test-torch sanitize gpu lint docs dist clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/demo-ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
 
 test: $(VENV)/ready
@@ -49,18 +56,41 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
-# The CPU build of torch comes first: resolved by a range, torch brings gigabytes of CUDA packages.
-$(VENV)/ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) torch
-	$(BIN)/python $(INSTALL) -e ".[mpi,examples,test,wrappers,docs,lint]"
-	touch $@
+# Only builds and checks; how a release is uploaded is for its maintainer.
+dist: $(VENV)-dist/ready
+	PYTHON=$(PYTHON) TOOLS=$(CURDIR)/$(VENV)-dist/bin tests/dist.sh
+
+# What the demo needs. The CPU build of torch comes first: resolved by a range, torch brings gigabytes of CUDA packages.
+DEMO := .[mpi,examples]
+$(VENV)/demo-ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*)
+	@echo "Making $(VENV): what pip says goes to $(VENV)/pip.log"
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/pip.log
+	$(call quietly,$(VENV),  torch (the CPU build: some 200 MB to load),$(BIN)/python $(INSTALL) torch)
+	$(call quietly,$(VENV),  syncbn with MPI and compiled kernels; scikit-learn; matplotlib,$(BIN)/python $(INSTALL) -e "$(DEMO)")
+	@touch $@
+
+# The same environment, filled up with what the tests, the linters and the pages need.
+$(VENV)/ready: $(VENV)/demo-ready
+	$(call quietly,$(VENV),  tools of the tests,$(call extras,$(VENV),test wrappers))
+	$(call quietly,$(VENV),  tools of the linters and the pages,$(call extras,$(VENV),docs lint))
+	@touch $@
+
+# Has no torch: the build of syncbn needs none.
+$(VENV)-dist/ready: constraints.txt pyproject.toml
+	@echo "Making $(VENV)-dist: build and auditwheel"
+	@$(PYTHON) -m venv $(VENV)-dist
+	@rm -f $(VENV)-dist/pip.log
+	$(call quietly,$(VENV)-dist,  tools that build packages,$(call extras,$(VENV)-dist,dist))
+	@touch $@
 
 $(VENV)-mpich/ready: constraints.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)-mpich
-	$(BIN_MPICH)/python $(INSTALL) torch
-	$(BIN_MPICH)/python $(INSTALL) -e ".[test]" mpi4py mpich
-	touch $@
+	@echo "Making $(VENV)-mpich: one environment holds one MPI"
+	@$(PYTHON) -m venv $(VENV)-mpich
+	@rm -f $(VENV)-mpich/pip.log
+	$(call quietly,$(VENV)-mpich,  torch,$(BIN_MPICH)/python $(INSTALL) torch)
+	$(call quietly,$(VENV)-mpich,  syncbn with MPICH and tools of the tests,$(BIN_MPICH)/python $(INSTALL) -e ".[test]" mpi4py mpich)
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-mpich out site build dist
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-dist out site build dist

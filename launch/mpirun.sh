@@ -13,6 +13,11 @@ read -ra MPIRUN <<<"${MPIRUN:-mpirun}" # a command and its options, split at spa
 # One thread a process: more processes than cores with several threads each are slower, not faster.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# glibc hands large freed tensors back to the system and then faults them in again, a page at a time, in every step.
+# With these it keeps them: blocks of up to 32 MiB inside its heap, and up to 2 GB of freed memory at the end of it.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
+
 # More processes than cores is allowed; Open MPI then yields instead of spinning. Two names: versions 4 and 5.
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
 export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}

@@ -82,6 +82,14 @@ sys.stdout.flush()
 world.barrier()
 """
 
+# What glibc is told in each rank.
+MEMORY = """
+import os, sys
+names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+sys.stdout.write(" ".join(os.environ.get(name, "unset") for name in names) + "\\n")
+"""
+KEPT = "33554432 2000000000"
+
 # Stands in for srun: starts --ntasks local processes with the variables of a step, and ends all when one fails.
 # With a PMI the real mpirun starts them, which is what lets MPI_Init succeed.
 SRUN = """#!{python}
@@ -199,6 +207,23 @@ def test_a_launcher_starts_two_ranks_unless_told(program, launcher):
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["0", "1"]
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_tells_every_rank_to_keep_freed_memory(program, launcher, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    done = processes.run(LAUNCH / launcher, program(MEMORY), limit=LIMIT, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [KEPT, KEPT]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_leaves_the_memory_settings_of_the_user(program, launcher):
+    settings = {"MALLOC_MMAP_THRESHOLD_": 131072, "MALLOC_TRIM_THRESHOLD_": 262144}
+    done = processes.run(LAUNCH / launcher, program(MEMORY), limit=LIMIT, PYTHON=sys.executable, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["131072 262144"] * 2
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_torch_distributed_may_be_ended_and_connected_again_under_torchrun(program, n):
     """The agent keeps one store for all: without a name of its own each time, gloo finds the old addresses there."""
@@ -281,6 +306,14 @@ def test_slurm_without_pmi_trains_over_torch_distributed(program, slurm):
     assert sorted(done.stdout.splitlines()) == [f"{r} of 2 torch 6.5 ['--epochs', '3']" for r in (0, 1)]
     assert options == {"mpi": "none", "ntasks": "2", "cpus-per-task": "2", "kill-on-bad-exit": "1"}
     assert (command[0], address, threads) == ("python", None, "1")
+
+
+def test_slurm_tells_every_rank_to_keep_freed_memory(program, slurm, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    done, *_ = slurm(program(MEMORY), PMI="none")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [KEPT, KEPT]
 
 
 def test_slurm_on_two_hosts_meets_at_the_first(program, slurm):
@@ -409,7 +442,10 @@ def test_mpijob_starts_what_mpirun_sh_starts():
     assert int(worker["resources"]["limits"]["cpu"]) == job["spec"]["slotsPerWorker"]
     assert words[-4:] == ["python", "-m", "mpi4py", "train.py"]
     assert '"$PYTHON" -m mpi4py "$@"' in script
-    assert words[words.index("-x") + 1] == "OMP_NUM_THREADS"
+    malloc = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    assert [words[i + 1] for i, word in enumerate(words) if word == "-x"] == ["OMP_NUM_THREADS", *malloc]
+    for name in malloc:
+        assert f"export {name}=${{{name}:-{environment[name]}}}" in script
     for name in ("OMP_NUM_THREADS", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         assert environment[name] == "1"
         assert f"{name}=" in script
