@@ -7,7 +7,7 @@ N batch, C channels, S product of the spatial dims, W ranks.
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
 An implementation is stateless, accepts any strides and an empty local batch (N * S == 0), and is checked against
-``reference.py`` in float64 by ``tests/kernels/test_contract.py``. ``torch_ops.py`` is the readable one, and the only one
+``reference.py`` in float64 by ``tests/kernels/test_contract.py``. ``torch_ops.py`` is the readable one, the only one
 that takes a mask, is compiled by torch.compile, and is differentiated by autograd.
 """
 
