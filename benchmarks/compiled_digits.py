@@ -5,7 +5,7 @@
 
 Eager runs the host kernels where they were built. Compiled is one graph without a break, of torch operators around the
 all-reduce; the compiler fuses sums and normalisation with their neighbours. Each row is forward, backward and SGD on
-the share of one process, the batch shared out evenly; medians of steps that take turns, on the slowest process.
+the local batch, the batch split evenly; medians of steps that take turns, on the slowest process.
 """
 
 import argparse

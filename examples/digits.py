@@ -46,7 +46,7 @@ def shuffled(count, batch_size, seed):
 
 
 def train(world, arm, model, data, args, reference, *, alone=False):
-    """Trains one arm: one step of SGD a batch, of which this rank computes its share, or alone all of it."""
+    """Trains one arm: one step of SGD a batch, of which this rank computes its local batch, or alone all of it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     batches = itertools.islice(shuffled(len(data.x), args.batch, args.seed), args.steps)
     progress = tqdm(batches, arm.name, args.steps, ncols=79, disable=world.rank > 0)

@@ -46,10 +46,10 @@ def load(world, args):
 
 
 def train_step(world, model, optimizer, x, y):
-    """One step on the whole batch x, y, of which this rank computes its share; returns the loss of the batch."""
+    """One step on the whole batch x, y, of which this rank computes its local batch; returns the loss of the batch."""
     mine = slice(*(len(x) * rank // world.size for rank in (world.rank, world.rank + 1)))
     optimizer.zero_grad()
-    total = F.cross_entropy(model(x[mine]), y[mine], reduction="sum")  # 0 for an empty share, which takes part too
+    total = F.cross_entropy(model(x[mine]), y[mine], reduction="sum")  # an empty local batch gives 0
     (total * world.size / len(x)).backward()  # average_gradients divides by the number of ranks again
     world.average_gradients(model)
     optimizer.step()

@@ -33,7 +33,7 @@ world = syncbn.init(device="cpu")
 layer = syncbn.SyncBatchNorm(1)
 
 batch = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
-x = batch.tensor_split(world.size)[world.rank]  # this process's share: uneven, and empty on a sixth process
+x = batch.tensor_split(world.size)[world.rank]  # the local batch: uneven, and empty on a sixth process
 y = layer(x)
 
 before = ", ".join(f"{value:g}" for value in x.flatten().tolist()) or "nothing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Data-parallel training with MPI alone: no torch.distributed, no DDP, and uneven shares, one of them empty.
+"""Data-parallel training with MPI alone: no torch.distributed, no DDP, and uneven local batches, one of them empty.
 
 Eleven samples a step are spread unevenly, and the weights stay those of one process that sees all eleven.
 
@@ -8,7 +8,7 @@ Eleven samples a step are spread unevenly, and the weights stay those of one pro
     shares: 6, 3, 1, 1, 0
     10 steps, as in one process with the whole batch: True
 
-With one process (`python examples/pure_mpi.py`) there is one share of 11.
+With one process (`python examples/pure_mpi.py`) there is one local batch of 11.
 """
 
 import torch

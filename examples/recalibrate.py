@@ -3,7 +3,7 @@
 
 An average of the weights of many steps (SWA, EMA) often generalises better than the last ones, but no batch has
 ever been through it: the running statistics in it are those of the last weights. One pass over the training images,
-of which every process takes its share, makes them its own.
+of which every process takes its part, makes them its own.
 
     $ NPROC=2 launch/mpirun.sh examples/recalibrate.py
     last weights                                   0.90
@@ -26,7 +26,7 @@ STEPS, BATCH, AVERAGE_FROM = 80, 60, 5
 
 
 def train(world, model, data):
-    """Trains on batches of which each rank takes a share, and averages the weights of the later steps."""
+    """Trains on batches of which each rank takes a part, and averages the weights of the later steps."""
     averaged = AveragedModel(model)  # averages parameters, and copies the running statistics of the last ones
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(1)  # the same batches on every rank

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Exact synchronized batch normalization for PyTorch, on any number of processes.
 
-Data takes five steps, and the same names stand wherever a step is done:
+Data takes these steps. Each step has the same name everywhere:
 
     forward    x  -> local_moments  -> all_reduce -> normalize      -> y
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
 A tour, in reading order:
 
-    reference.py      the whole layer over the global batch, in one process: what the rest must equal
-    functional.py     the skeleton: the picture above, step by step, for every way through the layer
-    moments.py        what travels: which call it is, and sums of x and x * x, in float64
-    kernels/          the steps on one process's data: torch_ops.py to be read, host/ compiled C++, cuda/ for GPUs
-    transports/       the step across processes; groups.py is what a module stores of a group, agreement.py the errors
-                      that all ranks raise alike
-    checks/           what can be wrong with a call, and every message
-    calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized; and who calls
-    layer.py          the module
-    convert/          makes one of a torch batch norm, and back, unless something would be lost
-    training/         what training systems ask for: freeze, no_sync, recalibrate, join
-    world/            init(): who started us, who connects us
+    reference.py      the whole layer over the global batch, in one process: the rest must equal it
+    functional.py     the skeleton: the steps above, in order, for every kind of call
+    moments.py        the wire: which call it is, and sums of x and x * x, in float64
+    kernels/          the steps on one process's data: torch_ops.py is readable, host/ compiled C++, cuda/ for GPUs
+    transports/       the step across processes; groups.py is what a module stores of a group, agreement.py the
+                      errors that all ranks raise alike
+    checks/           the errors of a call
+    calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized
+    layer.py          the module, SyncBatchNorm
+    convert/          conversion of torch's batch norms and back, refused if something would be lost
+    training/         freeze, no_sync, recalibrate, join
+    world/            init(): which launcher started this process, and connecting it
     cli/              `syncbn doctor` and `syncbn bench`
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Makes ``python -m syncbn`` the same as ``syncbn``, for launchers that want a Python program."""
+"""Makes ``python -m syncbn`` the same as ``syncbn``, for launchers that start Python."""
 
 import sys
 

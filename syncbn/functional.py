@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The skeleton: the data flow, step by step, forward and backward. Every way through the layer is this one.
+"""The skeleton: the data flow, step by step, forward and backward. Every kind of call runs these lines.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
     forward    x -> local_moments  -> all_reduce -> normalize      -> y
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
-The dialects differ in the steps (``kernels/``) and in the call, which says how to reduce: ``eager.py`` in eager mode,
-``compiled/`` for a compiler and for second derivatives.
+A call (``calls/``) holds what differs: the kernels, and how to reduce. ``calls/eager.py`` has the call of eager mode,
+``calls/compiled.py`` those of torch.compile and of second derivatives.
 """
 
 from __future__ import annotations
@@ -93,15 +93,15 @@ def forward(
     device: torch.device,
     error: Exception | None = None,
 ) -> Tensor:
-    """Checks x and the mask, then runs the skeleton in the dialect of this call. See :func:`sync_batch_norm`.
+    """Checks x and the mask, then runs the skeleton. See :func:`sync_batch_norm`.
 
     Args:
         x: (N, C, *spatial).
         mask: (N, *spatial) or (N, 1, *spatial), or None.
         tensors: weight, bias, running_mean, running_var, num_batches_tracked, each (C,), the last (), or None.
         layer: who calls.
-        device: that of the group, where a rank with a refused input joins.
-        error: what is wrong with a parameter or with where x is, or None.
+        device: where a rank with a refused input joins the all-reduce.
+        error: what is wrong with a parameter or with the device of x, or None.
     """
     C, eps, momentum, tracks, _ = layer.settings
     weight, bias, mean, var, tracked = tensors
@@ -110,7 +110,7 @@ def forward(
         running = record(Running, (mean, var, tracked, momentum))
     found = inputs.input_error(x, C) if mask is None and eps > 0 else inputs.call_error(x, mask, C, eps)
     error = error if found is None else found
-    if error is not None:  # joins the all-reduce with no samples, then raises with the others
+    if error is not None:  # this rank joins the all-reduce without samples, then raises with the others
         x, mask = torch.empty(0, C, device=device), None
     if mask is not None:
         mask = mask.detach().reshape(x.size(0), 1, *x.shape[2:])
@@ -129,7 +129,7 @@ def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tens
         mask: (N, 1, *spatial) or None.
         weight: (C,) or None.
         bias: (C,) or None.
-        call: the dialect, see ``eager.py``.
+        call: the kernels and the group, see ``calls/eager.py``.
     """
     wire = call.all_reduce(call.steps.local_moments(x, mask, call.numbers, call.status))
     weight, bias = call.adjust(wire, weight, bias)
@@ -156,7 +156,7 @@ class _Normalize(torch.autograd.Function):
         if not call.joins:
             ctx.mark_non_differentiable(y)
         ctx.save_for_backward(x, mask, weight)
-        # Beside the saved tensors, at a fraction of their cost: nobody else can change the statistics.
+        # An attribute costs less than a saved tensor, and needs no version check: nobody else can change these.
         ctx.state = call, wire, stats, None if bias is None else bias.dtype
         return y
 
@@ -169,7 +169,7 @@ class _Normalize(torch.autograd.Function):
             call, stats = call.differentiable(x, mask, wire)
         message = call.sums_message()
 
-        sums, grad_weight, grad_bias = call.steps.backward_sums(  # local, as DDP expects: it averages them
+        sums, grad_weight, grad_bias = call.steps.backward_sums(  # these gradients stay local: DDP averages them
             grad_y,
             x,
             stats,
@@ -183,4 +183,4 @@ class _Normalize(torch.autograd.Function):
 
 
 _APPLY: Callable[..., Tensor] = super(torch.autograd.Function, _Normalize).apply
-"""The C++ base of Function.apply, which skips 1 us of Python that only a transform needs."""
+"""The C++ base of Function.apply. It skips a 1 us Python wrapper that only torch.func transforms need."""

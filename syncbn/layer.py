@@ -30,7 +30,7 @@ from syncbn.transports.specify import specify, specify_blocks
 class SyncBatchNorm(_BatchNorm):
     """Batch normalization over the batch of all processes.
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over N and S of every rank's share.
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over N and S of every local batch.
 
     In training, output, input gradient and running statistics are those of ``torch.nn.BatchNorm*`` over the
     concatenated batch. In eval it is ``torch.nn.functional.batch_norm`` and never communicates. Gradients of
@@ -41,27 +41,28 @@ class SyncBatchNorm(_BatchNorm):
         eps: added to the variance.
         momentum: weight of a batch in the running statistics; None averages over all batches seen.
         affine: whether to learn weight and bias.
-        track_running_stats: whether to keep running statistics. Without them eval uses those of its own share.
+        track_running_stats: whether to keep running statistics. Without them, eval uses the statistics of the local
+            batch.
         process_group: None for every rank, a torch ProcessGroup, an mpi4py communicator, or what
-            ``World.subgroup`` returned. A specification is stored, never the handle.
+            ``World.subgroup`` returned. The layer stores a specification of the group, never the handle.
         device: where to create parameters and buffers.
         dtype: their dtype.
         bias: False leaves the bias out.
         group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must
             divide the number of all ranks.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization; None is batch normalization. See
-            :class:`syncbn.calls.renorm.RenormLimits`.
-        replays: whether a forward inside backward may be one that activation checkpointing repeats, so that it sends
-            nothing. False for a layer that is called inside backward for another reason, as in an adjoint ODE block or
-            a reversible network: there every forward communicates.
+            :class:`syncbn.RenormLimits`.
+        replays: True if a forward inside backward is one that activation checkpointing repeats: it then sends nothing.
+            Pass False for a layer that is called inside backward for another reason, as in an adjoint ODE block or a
+            reversible network: there every forward communicates.
 
     Shape:
         Input and output: (N, C, *spatial), with any number of spatial dims, N from 0.
 
     Communication:
         Training: one all-reduce of 2C + 15 float64 values in forward and one of 2C + 7 in backward, by every rank of
-        the group, also with an empty local batch. At the first training step of a layer in a group one more of 7 W + 7,
-        which compares its name and settings. Eval: none.
+        the group, also with an empty local batch. At the first training step of a layer in a group, one more of
+        7 W + 7 values compares its name and settings. Eval: none.
 
     Raises:
         ValueError, TypeError: on every rank of the group alike, if the input of any rank is wrong, if settings,
@@ -74,7 +75,7 @@ class SyncBatchNorm(_BatchNorm):
     __module__ = "syncbn"
 
     converter: ClassVar[Callable[[torch.nn.Module, Any], torch.nn.Module]]
-    """``convert_sync_batchnorm``, which imports this file."""
+    """``syncbn.convert_sync_batchnorm``. ``convert/`` sets it, since it imports this file."""
 
     def __init__(
         self,
@@ -93,14 +94,14 @@ class SyncBatchNorm(_BatchNorm):
         replays: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # an argument that the layers of torch 2.11 do not have yet
+        if not bias:  # the layers of torch 2.11 do not have this argument
             self.register_parameter("bias", None)
         self._site = Site("SyncBatchNorm", specify_blocks(process_group, group_size), replays=replays)
         self.renorm_limits = renorm_limits
 
     @property
     def process_group(self) -> GroupSpec | None:
-        """The group, as a specification that copies and pickles. Assign any kind of group to change it."""
+        """The group, as a specification that can be copied and pickled. Assign any kind of group to change it."""
         return self._site.group
 
     @process_group.setter
@@ -109,46 +110,46 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def converted_from(self) -> type[_BatchNorm] | None:
-        """The class that ``revert_sync_batchnorm`` gives back; None for a layer that was created as this one."""
+        """The class that ``revert_sync_batchnorm`` restores; None for a layer that was created as SyncBatchNorm."""
         return self._site.converted_from
 
     @property
     def renorm_limits(self) -> RenormLimits | None:
-        """``(r_max, d_max)`` of batch renormalization, or None. Assign other limits as training goes on."""
+        """``(r_max, d_max)`` of batch renormalization, or None. Assign new limits at any step, on every rank."""
         limits = self._site.renorm
         return None if limits is None else RenormLimits(*limits)
 
     @renorm_limits.setter
     def renorm_limits(self, limits: tuple[float, float] | None) -> None:
         found = renorm.checked(limits, self.track_running_stats)
-        self._site.renorm = None if found is None else (found.r_max, found.d_max)  # plain: it pickles
+        self._site.renorm = None if found is None else (found.r_max, found.d_max)  # a plain tuple pickles
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles describe the group; nothing that is live goes with them."""
+        """Describes the layer for copies and pickles: they get the group's specification and no live handle."""
         return {**self.__dict__, "_site": self._site.state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_site": Site.of_state(state["_site"])})  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
-        """Starts anew: running statistics of nothing, weight 1, bias 0."""
+        """Resets running mean to 0, running variance to 1, weight to 1 and bias to 0."""
         self.reset_running_stats()
         for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
             if parameter is not None:
                 torch.nn.init.constant_(parameter, value)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode; a frozen layer stays in eval."""
+        """Sets the mode. A frozen layer stays in eval."""
         return super().train(mode and not self._site.frozen)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalises this rank's share, (N, C, *spatial), by the statistics of the global batch.
+        """Normalises the local batch, (N, C, *spatial), by the statistics of the global batch.
 
         Args:
-            input: (N, C, *spatial), N from 0.
-            mask: (N, *spatial) or (N, 1, *spatial), boolean or weights >= 0, or None where all counts. Where it is 0 a
-                value counts in no statistic and gets none of their gradient; it is normalised like the rest. In eval
-                it changes nothing.
+            input: (N, C, *spatial). N may be 0.
+            mask: (N, *spatial) or (N, 1, *spatial), boolean or weights >= 0, or None. A value whose mask is 0 counts in
+                no statistic and gets no gradient through them; it is normalised like the rest. In eval the mask
+                changes nothing.
         """
         if not self.training:
             return self._eval_forward(input, mask)
@@ -172,7 +173,7 @@ class SyncBatchNorm(_BatchNorm):
         if mean is not None and var is not None and not inputs.is_recorded(x) and self._records(x):
             # backward needs them as they are now: a training step in between moves the buffers
             mean, var = mean.clone(), var.clone()
-        local = mean is None  # no running statistics: those of this batch, without communication
+        local = mean is None  # without running statistics: use the local batch's, without communication
         return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
 
     def _records(self, x: Tensor) -> bool:
@@ -181,10 +182,10 @@ class SyncBatchNorm(_BatchNorm):
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def __prepare_scriptable__(self) -> Self:
-        """Is called by torch.jit.script before it compiles."""
+        """Refuses torch.jit.script, which calls this before it compiles."""
         raise TypeError(
-            "torch.jit.script needs layers without communication; received a SyncBatchNorm. Call "
-            "syncbn.revert_sync_batchnorm(model) first; torch.export and torch.jit.trace take it as it is."
+            "torch.jit.script needs layers that do not communicate; received a SyncBatchNorm. Call "
+            "syncbn.revert_sync_batchnorm(model) first. torch.export and torch.jit.trace take the layer as it is."
         )
 
     @classmethod
@@ -194,7 +195,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """A SyncBatchNorm that takes ``num_features`` from its first input and then is a :class:`SyncBatchNorm`.
+    """A SyncBatchNorm that takes ``num_features`` from its first input. It then becomes a :class:`SyncBatchNorm`.
 
     Args:
         eps: see :class:`SyncBatchNorm`, as for the others.
@@ -207,7 +208,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         bias: False leaves the bias out.
         group_size: the number of consecutive ranks to synchronise over.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization.
-        replays: whether a forward inside backward may be one that activation checkpointing repeats.
+        replays: True if a forward inside backward is one that activation checkpointing repeats.
     """
 
     __module__ = "syncbn"
@@ -236,8 +237,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.renorm_limits = renorm_limits
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
-        """Takes ``num_features`` from the first input; in training a bad one on any rank is an error on all."""
-        del mask  # forward looks at it
+        """Takes ``num_features`` from the first input. In training, a wrong input on any rank raises on all ranks."""
+        del mask  # forward checks it
         error = inputs.input_error(input, None)
         if self.training:
             transport = transports.choose(
@@ -247,7 +248,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         elif error is not None:
             raise error
         without_bias = self.weight is not None and self.bias is None
-        if without_bias:  # torch 2.11 asks for one
+        if without_bias:  # torch 2.11 requires one
             self.bias = UninitializedParameter(device=self.weight.device, dtype=self.weight.dtype)  # type: ignore[call-arg]
         super().initialize_parameters(input)
         if without_bias:
@@ -255,7 +256,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
 
 
 def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
-    """Looks up weight, bias, running_mean, running_var, num_batches_tracked; each is a microsecond as an attribute."""
+    """Looks up weight, bias, running_mean, running_var, num_batches_tracked. Each costs 1 us as an attribute."""
     try:
         parameters, buffers = layer._parameters, layer._buffers
         return (
@@ -265,5 +266,5 @@ def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
             buffers["running_var"],
             buffers["num_batches_tracked"],
         )
-    except KeyError:  # a parametrization, for example, moves a parameter elsewhere
+    except KeyError:  # for example, a parametrization has moved a parameter
         return layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.num_batches_tracked

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The additive wire form: what travels between ranks, and what is made of it. No devices, no MPI.
+"""The wire: what ranks send, and the statistics computed from it. No devices, no MPI.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
@@ -7,8 +7,8 @@ N batch, C channels, S product of the spatial dims, W ranks.
     backward   [call (7), sum_grad_y (C), sum_grad_y_xhat (C)]          float64, 2C + 7 values
 
 Every value is a plain sum over samples or over ranks, so one SUM all-reduce combines any partition of the
-batch, and neither size nor dtype of the wire depends on the data of a rank. The call comes first: it is still
-read where ranks send wires of different length and a library cuts the longer one short.
+batch. Size and dtype of the wire never depend on the data of a rank. The call comes first, so that it can still be
+read if ranks send wires of different length and a library truncates the longer one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 Record = TypeVar("Record", bound=NamedTuple)
 record = cast("Callable[[type[Record], tuple[Any, ...]], Record]", tuple.__new__)
-"""Makes a NamedTuple of a class and all its values, past its Python: each step makes five."""
+"""Makes a NamedTuple without its Python constructor, which is slow: each step makes five."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The input dtypes of the layer, in the order of their status slots."""
@@ -33,9 +33,9 @@ FORWARD, BACKWARD = 0, 1
 Numbers = tuple[int, int, int, int]
 """What identifies a call: 1, and three integers below ``LIMIT``, see :func:`numbers`; or ``ABSTAINS``."""
 ABSTAINS: Numbers = (0, 0, 0, 0)
-"""Of a rank that joins without a say: it adds nothing, and cannot tell which of several calls it repeats."""
+"""The numbers of a rank that does not know which of several calls it repeats. They add nothing to the sums."""
 LIMIT = 2**18
-"""Sums of squares of smaller integers are exact in float64 for up to 65,536 ranks: 2^16 * (2^18)^2 < 2^53."""
+"""Sums of squares of integers below it are exact in float64 for up to 65,536 ranks: 2^16 * (2^18)^2 < 2^53."""
 
 
 class Message(NamedTuple):
@@ -47,9 +47,9 @@ class Message(NamedTuple):
     label: str
     """The layer."""
     direction: int
-    """0 forward, 1 backward; the derivative of a message of direction d has direction d + 2. Below 0: of no layer."""
+    """0 forward, 1 backward; the derivative of a message of direction d has direction d + 2. Below 0: not a layer's."""
     serial: int
-    """The number of forwards of the group before that forward."""
+    """The number of forwards that the group made before the one that this message belongs to."""
 
     def __str__(self) -> str:
         if self.direction < 0:
@@ -73,14 +73,14 @@ class Status(NamedTuple):
     bfloat16: float = 0.0
     float32: float = 0.0
     float64: float = 0.0
-    """1 for the dtype of a local batch that is not empty. An empty one votes for none."""
+    """1 for the dtype of a local batch that is not empty. An empty local batch sets none of the four."""
 
 
 STATUS_SLOTS = Status._fields
 DTYPE_VOTES = {d: tuple(float(d == other) for other in DTYPES) for d in DTYPES}
 CALL = 1 + 2 * 3
 """Slots of the call: 1, three integers and their squares."""
-_increment_version = torch._C._increment_version  # torch.autograd.graph.increment_version, past its Python
+_increment_version = torch._C._increment_version  # torch.autograd.graph.increment_version without its Python wrapper
 _COUNT, _TAIL = CALL, len(STATUS_SLOTS)
 
 
@@ -95,7 +95,7 @@ class Counters(NamedTuple):
     """As :class:`Status` names them."""
 
     def problem(self, ranks: int) -> str:
-        """Names what forbids the call, the first that applies: call, input, dtype, grad_enabled, count; or nothing."""
+        """Returns the first problem that applies: call, input, dtype, grad_enabled or count; or an empty string."""
         count, status = self.samples, self.status
         if not self.same_call:
             return "call"
@@ -154,28 +154,28 @@ def numbers(serial: int, hash: tuple[int, int], direction: int) -> Numbers:
 
 
 def in_direction(forward: Numbers, direction: int) -> Numbers:
-    """Returns the numbers of a later message of a forward; a rank that abstained there abstains again."""
+    """Returns the numbers of a later message of a forward. A rank that abstained in the forward abstains again."""
     speaks, serial, a, b = forward
     return (speaks, serial, (a + direction) % LIMIT, b) if speaks else forward
 
 
 def text_hash(text: str) -> tuple[int, int]:
-    """Returns 36 bits of a text, the same in every process."""
+    """Returns a 36-bit hash of a text. It is the same in every process."""
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=5).digest(), "big")
     return number % LIMIT, number // LIMIT % LIMIT
 
 
 def same_call(slots: Sequence[float], numbers: Numbers) -> bool:
-    """Whether every rank that has a say sent the same numbers; all ranks find the same.
+    """Whether every rank that does not abstain sent the same numbers. All ranks get the same answer.
 
-    Of n integers all are equal to v iff their sum is n * v and the sum of their squares n * v^2. All are equal iff
-    n * sum(v^2) = (sum v)^2. Every sum is exact, see ``LIMIT``.
+    n ranks sent the number v iff the sum is n * v and the sum of squares n * v^2. They sent one number, whichever it
+    is, iff n * sum(v^2) = (sum v)^2. Every sum is exact, see ``LIMIT``.
 
     Args:
         slots: the call slots, summed over the ranks.
         numbers: of this rank's call.
     """
-    if not all(math.isfinite(s) and s == int(s) for s in slots):  # not slots of calls at all
+    if not all(math.isfinite(s) and s == int(s) for s in slots):  # these are no call slots
         return False
     n, *sums = map(int, slots)
     integers, squares = sums[:3], sums[3:]
@@ -248,9 +248,9 @@ def update_running(running: Running, wire: Tensor, moves: Tensor | None = None) 
     A batch without samples is counted in num_batches_tracked, as torch does, and moves nothing else.
 
     Args:
-        running: what moves.
+        running: the statistics to move.
         wire: float64 (2C + 15,), summed over the ranks.
-        moves: bool (), whether to move at all; None for yes.
+        moves: bool (), False to leave the statistics alone; None is True.
     """
     mean, var, _ = finalize(wire, 0.0)
     n, tracked = count(wire), running.num_batches_tracked
@@ -258,7 +258,7 @@ def update_running(running: Running, wire: Tensor, moves: Tensor | None = None) 
     momentum: float | Tensor = 0.0 if running.momentum is None else running.momentum
     if tracked is not None:
         tracked.add_(1 if moves is None else moves.to(torch.int64))
-        if running.momentum is None:  # where nothing counts the batches torch, too, leaves the buffers alone
+        if running.momentum is None:  # without num_batches_tracked torch, too, leaves the buffers alone
             momentum = 1.0 / tracked.double().clamp(min=1.0)
     unbiased = var * (n / (n - 1.0))
     for buffer, batch in ((running.mean, mean), (running.var, unbiased)):
@@ -267,15 +267,15 @@ def update_running(running: Running, wire: Tensor, moves: Tensor | None = None) 
 
 
 def status_of(fault: bool, grad_enabled: bool, needs_grad: bool, dtype: torch.dtype | None) -> Status:
-    """Returns the counters of a call; no dtype where there are no samples."""
+    """Returns the status of a call. ``dtype`` is None if there are no samples."""
     votes = (0.0,) * len(DTYPES) if dtype is None else DTYPE_VOTES[dtype]
     return Status(float(fault), float(grad_enabled), float(grad_enabled and needs_grad), *votes)
 
 
 def tell_autograd(running: Running) -> None:
-    """Counts, for autograd, a change that a kernel has made to the running statistics behind its back.
+    """Tells autograd that a kernel has changed the running statistics in place.
 
-    A graph that has saved a buffer then refuses backward instead of using values that have moved.
+    A graph that has saved a buffer then raises in backward instead of using the changed values.
     """
     mean, var, tracked, _ = running
     if not mean.is_inference():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The executable definition: the layer over the global batch, in one process, in plain torch.
+"""The definition of the layer: batch norm over the global batch, in one process, in plain torch.
 
-N batch, C channels, S product of the spatial dims. Everything else in this package computes this, faster or in
-pieces. Autograd differentiates it, also twice; give it float64 and it is the oracle of the tests.
+N batch, C channels, S product of the spatial dims. Everything else in this package computes the same, faster or over
+several ranks. Autograd differentiates it, also twice. The tests use it in float64 as their oracle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Reference(NamedTuple):
-    """What the layer makes of a global batch."""
+    """The output for a global batch, and the running statistics after it."""
 
     y: Tensor
     running_mean: Tensor
@@ -35,7 +35,7 @@ def batch_norm(
     y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Args:
-        x: (N, C, *spatial), the shares of all ranks concatenated.
+        x: (N, C, *spatial), the local batches of all ranks, concatenated.
         weight: (C,).
         bias: (C,).
         running_mean: (C,).

@@ -20,7 +20,7 @@ FLOOR = {
 
 
 def error(actual, exact):
-    """The largest absolute difference; 0 for an empty share."""
+    """The largest absolute difference; 0 for an empty local batch."""
     return (actual.detach().double() - exact.detach()).abs().max().item() if actual.numel() else 0.0
 
 

@@ -9,7 +9,7 @@ group, and gets two, side by side in one process: torch's fake one of 8 ranks, a
 The fake group's all-reduce does nothing. Its all-gather cuts the output along the first dim into 8 pieces, and fails at
 the buffer of torch's layer, (1, W (2C + 1)). So over this group a gather is one copy of the input to all 8 places, one
 launch as a real one is, and a call of the fake all-reduce, for what a collective costs the host. The statistics are
-those of 8 equal shares; grad_x is not, as nothing adds its sums. Bars are judged over both groups.
+those of 8 equal local batches; grad_x is not, as nothing adds its sums. Bars are judged over both groups.
 """
 
 from __future__ import annotations

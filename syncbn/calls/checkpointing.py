@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What activation checkpointing needs: a forward that is run again in backward must not communicate again.
+"""Activation checkpointing: a forward that is repeated in backward must not communicate again.
 
-A first forward leaves its all-reduced wire here where a second one may come, and the second one, which runs
-inside a backward pass, finds it by the bits of its local wire: the kernels are deterministic. An ordinary
-training step leaves nothing and looks nothing up.
+A first forward that may be repeated stores its all-reduced wire here. The repeated forward runs inside a backward pass
+and finds that wire by the bits of its local wire, since the kernels are deterministic. An ordinary training step
+stores nothing and looks nothing up.
 
 C channels.
 """
@@ -27,14 +27,14 @@ from syncbn.moments import ABSTAINS, CALL, STATUS_SLOTS, Message, Running
 from syncbn.transports.base import AbstractTransport
 
 MOST = 64
-"""First calls of one layer that are kept where no autograd graph keeps them, newest first."""
+"""How many first calls of one layer are kept when no autograd graph keeps them: the newest."""
 
 _graph_task = torch._C._current_graph_task_id
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class FirstCall:
-    """One forward: the digest of this rank's wire and, once they are there, the wire of all ranks, and r and d."""
+    """One forward: the digest of this rank's wire and, after the all-reduce, the wire of all ranks and r and d."""
 
     def __init__(self, wire: Tensor) -> None:
         self.count_local = float(moments.count(wire))
@@ -42,18 +42,18 @@ class FirstCall:
         self.reduced: Tensor | None = None
         self.correction: tuple[Tensor, Tensor] | None = None
         self.group: AbstractTransport | None = None
-        """What reduced the wire: backward goes there, wherever the layer is by then."""
+        """The transport that reduced the wire. Backward uses it, even if the layer has another group by then."""
         self.message: Message | None = None
         self.repeated = False
         self.alone = True
-        """Whether this rank says which forward is repeated: not where others have the same sums and would do."""
+        """False if other forwards have the same sums on this rank, so that it cannot say which one is repeated."""
 
 
 @final
 class Replay(AbstractTransport):
     """The transport of one call that activation checkpointing may repeat.
 
-    A first forward is kept with its sums. One that repeats it gets them again, and nothing is sent.
+    It keeps a first forward with its sums. A repeated forward gets these sums, and nothing is sent.
 
     Args:
         inner: the transport.
@@ -97,7 +97,7 @@ class Replay(AbstractTransport):
         self._inner.serial = serial
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """Sums a wire, or returns the sums that the first forward got. Backward comes after forward."""
+        """Sums a wire. If this forward repeats an earlier one, returns the sums of that one instead."""
         if self._first is not None:
             return self._inner.all_reduce(wire)
         self._first = first = first_call(self._owner, wire, self._error)
@@ -111,7 +111,7 @@ class Replay(AbstractTransport):
     def adjust(
         self, wire: Tensor, running: Running | None, eps: float, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Keeps a first forward, on which the ranks have agreed by now; renormalizes as it did."""
+        """Keeps a first forward, now that the ranks have agreed on it. A repeated one gets the r and d of the first."""
         first = self._first
         assert first is not None
         if first.reduced is None:
@@ -138,19 +138,19 @@ class Replay(AbstractTransport):
 
 
 class _Calls:
-    """First calls of one layer: ``alive`` as long as a graph or ``recent`` holds them."""
+    """The first calls of one layer. A call is in ``alive`` while a graph or ``recent`` holds it."""
 
     def __init__(self) -> None:
         self.alive: weakref.WeakSet[FirstCall] = weakref.WeakSet()
         self.recent: list[FirstCall] = []
 
 
-_calls: MutableMapping[Any, _Calls] = WeakIdKeyDictionary()  # beside the layers, not on them: these copy and pickle
-NOBODY = _Calls  # owns the calls of functional.sync_batch_norm without any tensor of a layer
+_calls: MutableMapping[Any, _Calls] = WeakIdKeyDictionary()  # no attribute of a layer: it would be copied
+NOBODY = _Calls  # stands for the owner of a functional.sync_batch_norm that gets no parameter or buffer
 
 
 def concerns(grad_enabled: bool) -> bool:
-    """Whether this forward is a recomputation or may see one. Two look-ups of some 50 ns in an ordinary step.
+    """Whether checkpointing may repeat this forward, or this one may repeat another. Costs two look-ups of 50 ns.
 
     Reentrant checkpointing runs its first forward under no_grad, the other kind under hooks on saved tensors.
     """
@@ -160,13 +160,14 @@ def concerns(grad_enabled: bool) -> bool:
 def unseen() -> AbstractContextManager[Any]:
     """Hides the operators of a layer from selective checkpointing.
 
-    It matches operators by their order, and a repeated forward has fewer: no collective, no running statistics.
+    Selective checkpointing matches operators by their order. A repeated forward has fewer of them: it does not
+    communicate and moves no running statistics.
     """
     return _disable_current_modes()
 
 
 def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
-    """Finds the first call that this one repeats, with ``reduced`` set, or begins a new one, with None.
+    """Returns the first call that this one repeats, with ``reduced`` set; else a new one, with ``reduced`` None.
 
     Args:
         owner: the layer, or a tensor of it.
@@ -174,10 +175,10 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
         error: what is wrong with the input of this rank, or None.
 
     Raises:
-        RuntimeError: on this rank, in a recomputation that matches no first call, or several that differ.
+        RuntimeError: on this rank, if a repeated forward matches no first call, or several that differ.
     """
     if not repeats(owner):
-        return FirstCall(wire)  # also in backward, where nothing was left: it repeats nothing
+        return FirstCall(wire)  # in backward too, if no first call was stored: there is nothing to repeat
     calls = _calls[owner]
     if error is not None:
         raise error
@@ -185,7 +186,7 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
     found = [call for call in calls.alive if call.digest == digest]
     if not found:
         raise RuntimeError(_unknown(len(calls.alive)))
-    # Without local samples any will do: y and grad_x are empty, and this rank's sums are 0 under any statistics.
+    # With an empty local batch any of them will do: y and grad_x are empty, and this rank adds 0 to every sum.
     if found[0].count_local and len({_digest(call.reduced) for call in found if call.reduced is not None}) > 1:
         raise RuntimeError(_ambiguous(len(found)))
     for call in found:
@@ -194,16 +195,16 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
 
 
 def repeats(owner: Any) -> bool:
-    """Whether a forward that runs now can only be the repetition of an earlier one."""
+    """Whether this forward runs in backward and first calls are stored, so that it must repeat one of them."""
     calls = _calls.get(owner)
     return _graph_task() != -1 and calls is not None and len(calls.alive) > 0
 
 
 def keep(owner: Any, call: FirstCall, reduced: Tensor, *, group: AbstractTransport) -> None:
-    """Keeps a first call. It lives as long as its autograd graph; the newest ``MOST`` are kept in any case.
+    """Keeps a first call. It lives as long as its autograd graph. The newest ``MOST`` are kept anyway.
 
-    The latter is for what no graph holds: a first forward under no_grad, and one whose output was dropped.
-    Those that have been repeated go with the first forward after that.
+    No graph holds a first forward under no_grad, as reentrant checkpointing runs it, or one whose output was dropped.
+    The next first forward drops the calls that have been repeated.
     """
     call.reduced, call.group = reduced, group
     calls = _calls.setdefault(owner, _Calls())
@@ -212,24 +213,23 @@ def keep(owner: Any, call: FirstCall, reduced: Tensor, *, group: AbstractTranspo
 
 
 def _digest(wire: Tensor) -> bytes:
-    """Hashes count and sums. The rest may differ: a recomputation is a later call, and may record."""
+    """Hashes count and sums. The other slots differ: a repeated forward is a later call and may record gradients."""
     return hashlib.blake2b(wire[CALL : -len(STATUS_SLOTS)].cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def _unknown(kept: int) -> str:
     return (
-        "SyncBatchNorm needs a forward that activation checkpointing repeats to have the bits of the first one, so "
-        f"that it need not communicate again; received other input in backward than in the {kept} forwards kept. "
-        "Make the checkpointed part deterministic (preserve_rng_state=True, no input changed in place), call the layer "
-        f"outside backward otherwise, and with use_reentrant=True leave at most {MOST} forwards of a layer open. If "
-        "this forward repeats none, as in an adjoint ODE block or a reversible network, make the layer with "
-        "replays=False."
+        "SyncBatchNorm needs a forward that activation checkpointing repeats to have the bits of the first one, since "
+        f"it does not communicate again; received an input in backward that none of the {kept} forwards kept had. "
+        "Make the checkpointed part deterministic (preserve_rng_state=True, no input changed in place). With "
+        f"use_reentrant=True, leave at most {MOST} forwards of a layer without their backward. If this forward repeats "
+        "none, as in an adjoint ODE block or a reversible network, make the layer with replays=False."
     )
 
 
 def _ambiguous(found: int) -> str:
     return (
-        "SyncBatchNorm needs to tell the forwards apart that activation checkpointing repeats; received the same sums "
-        f"on this rank from {found} forwards of one layer, with other sums on other ranks. Leave the layer out of the "
+        "SyncBatchNorm needs to know which forward activation checkpointing repeats; received the same sums on this "
+        f"rank from {found} forwards of one layer, but different sums on other ranks. Leave the layer out of the "
         "checkpointed part, or use a layer of its own for each call."
     )

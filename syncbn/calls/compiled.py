@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A forward and its backward in operators: for a compiler, and for second derivatives. See ``eager.py``.
+"""The calls of torch.compile and of second derivatives: the steps in torch operators, around registered all-reduces.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-The wires are those of the eager dialect, so a rank that comes this way and a rank that does not still meet.
+The wires are those of ``eager.py``, so a compiled rank and an eager rank can take part in one call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNKNOWN = Message(ABSTAINS, 0, "", 0, 0)
 
 
 class _Operators:
-    """What both kinds of calls do alike."""
+    """What both calls have in common."""
 
     steps = STEPS
     _identity: Tensor
@@ -39,7 +39,7 @@ class _Operators:
         return UNKNOWN
 
     def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
-        """Sums a backward wire; in a second derivative two more sums of 2C + 7 values, and so on."""
+        """Sums a backward wire over the ranks. Its derivative makes two more sums of 2C + 7 values, and so on."""
         del message
         return operators.all_reduce(wire, ANCHOR, self._identity, self._group, BACKWARD)
 
@@ -61,10 +61,10 @@ class CompiledCall(_Operators):
     traced = True
     numbers, message = UNKNOWN.numbers, UNKNOWN
     running = None
-    """The kernels move nothing: :meth:`finish` does, where a compiler sees it."""
+    """None, so that the kernels do not move the running statistics: :meth:`finish` does, in the graph."""
     hidden = None
     joins = True
-    """Which ranks need a gradient is not known while a graph is traced."""
+    """Always True: while a graph is traced, no rank knows which ranks need a gradient."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class CompiledCall(_Operators):
 
 @final
 class DifferentiableCall(_Operators):
-    """The backward of an eager forward, in operators that autograd differentiates again.
+    """The backward of an eager forward, in operators that autograd can differentiate again.
 
     Args:
         transport: the group.
@@ -120,7 +120,7 @@ class DifferentiableCall(_Operators):
         self._group = operators.key_of_transport(transport)
 
     def stats(self, x: Tensor, mask: Tensor | None, wire: Tensor, eps: float) -> Tensor:
-        """Returns mean, invstd and count as functions of x: their value is known, their gradient is not.
+        """Returns mean, invstd and count as functions of x, so that autograd can differentiate them.
 
         Args:
             x: (N, C, *spatial).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One forward of a layer and its backward, in eager mode: what ``functional.py`` asks of a dialect.
+"""One forward of a layer and its backward, in eager mode. ``functional.py`` uses every call as it uses this one.
 
 A call knows its kernels, its group, its identity, and what the ranks have agreed on.
 
@@ -32,18 +32,18 @@ from syncbn.transports.groups import GroupSpec
 Pair = tuple[Tensor | None, Tensor | None]
 _status = cache(status_of)
 Adjust = Callable[[Tensor, Running | None, float, Tensor | None, Tensor | None], Pair]
-"""Makes weight and bias of (wire, running, eps, weight, bias), before the running statistics move."""
+"""Takes (wire, running, eps, weight, bias) and returns weight and bias. Runs before the running statistics move."""
 
 
 class Layer(NamedTuple):
-    """Who calls."""
+    """What a call needs to know of its layer."""
 
     site: Site
     settings: Settings
     group: GroupSpec | None
     """The ranks to synchronise over."""
     owner: Any = None
-    """The layer, or a tensor of it, whose forwards activation checkpointing may repeat; None for nobody's."""
+    """The layer, or a tensor of it, under which first calls are kept for activation checkpointing; or None."""
 
 
 def begin(
@@ -56,10 +56,10 @@ def begin(
     device: torch.device,
     error: Exception | None,
 ) -> Call | CompiledCall:
-    """Returns the call of a forward, in the dialect of the moment.
+    """Returns the call of a forward: compiled inside torch.compile, else eager.
 
     Communication:
-        The first time that a layer is used in a group, the comparison of its settings.
+        One comparison of the settings, the first time that a layer is used in a group.
     """
     site, settings, group, owner = layer
     owner = checkpointing.NOBODY if owner is None else owner
@@ -90,11 +90,11 @@ class Call:
         x: this rank's batch; without samples where ``error`` is given.
         mask: (N, 1, *spatial) or None.
         needs_grad: whether x, weight or bias requires a gradient.
-        layer: who calls.
+        layer: the layer that is called.
         transport: the group.
         running: moved in place, or None.
         error: what is wrong with the input of this rank, or None.
-        adjust: what makes another weight and bias, or None.
+        adjust: what adjusts weight and bias, or None.
     """
 
     traced = False
@@ -122,7 +122,7 @@ class Call:
         self._site, self._settings, self._error, self._adjust = site, settings, error, adjust
         self._grad_enabled = grad_enabled = torch.is_grad_enabled()
         self.anchor = None if needs_grad else ANCHOR
-        self._x: Tensor | None = x  # with the mask, for errors; let go of once the ranks have agreed
+        self._x: Tensor | None = x  # for errors, as the mask is; dropped once the ranks have agreed
         self._mask = mask
         self.status = _status(error is not None, grad_enabled, needs_grad, x.dtype if x.numel() else None)
         serial = transport.serial
@@ -132,14 +132,14 @@ class Call:
         self.hidden: AbstractContextManager[Any] | None = None
 
     def watch(self, replay: checkpointing.Replay) -> None:
-        """Makes this call one that activation checkpointing may repeat."""
+        """Lets activation checkpointing repeat this call."""
         self.transport, self._adjust, self.hidden = replay, replay.adjust, checkpointing.unseen()
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """Sums a forward wire over the ranks, and raises on all of them what it reveals.
+        """Sums a forward wire over the ranks. If it shows an error on any rank, all ranks raise it.
 
         Raises:
-            ValueError, TypeError: on every rank of the group; where kernels are deferred, at a later call.
+            ValueError, TypeError: on every rank of the group; with deferred kernels, at a later call.
         """
         transport, x = self.transport, self._x
         assert x is not None
@@ -148,18 +148,18 @@ class Call:
         except MismatchError as error:
             raise agreement.calls_differ(self.message, self._notes, transport, str(error)) from error
         if transport.repeated is None:
-            transport.serial += 1  # also where this rank raises below: not all may, or not at this call
+            transport.serial += 1  # even if this rank raises below: the others may raise later or not at all
         else:
             self.message, self.running = transport.repeated, None
         agreed = self.steps.agreement(wire, self.message)
-        if agreed is None:  # the device will find it out
+        if agreed is None:  # the device compares, and its error is deferred
             if self._error is not None:
                 raise verdicts.alone(self._error, transport)
         elif agreed == PROBLEM:
             self._raise(wire, x)
         else:
-            # A first forward under no_grad could not say who needs a gradient: its repetition records on every rank.
-            # Ranks whose GPU reads the counters cannot know.
+            # The no_grad first forward could not tell who needs a gradient, so in its repeat every rank joins backward.
+            # Ranks whose GPU reads the counters cannot tell either.
             unneeded = not agreed & NEEDED and (agreed & RECORDS or not self._grad_enabled)
             self.joins = not unneeded or (x.is_cuda and verdicts.is_late(x, transport))
         self._x = self._mask = None
@@ -184,18 +184,18 @@ class Call:
         return (weight, bias) if self._adjust is None else self._adjust(wire, self.running, self.eps, weight, bias)
 
     def finish(self, wire: Tensor) -> None:
-        """Does what follows the forward; here the kernels have moved the running statistics."""
+        """Does nothing: the kernels have moved the running statistics."""
 
     def sums_message(self) -> Message:
         """Returns the identity of the backward."""
-        own, W, label, _, serial = self.message  # of the forward, wherever the layer is by now, and as it was then
+        own, W, label, _, serial = self.message  # as in the forward, even if the layer has another group by now
         return record(Message, (in_direction(own, BACKWARD), W, label, BACKWARD, serial))
 
     def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
         """Sums a backward wire over the ranks.
 
         Raises:
-            ValueError: on every rank, if some are in another call; where kernels are deferred, later.
+            ValueError: on every rank, if some are in another call; with deferred kernels, at a later call.
         """
         transport = self.transport
         try:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The all-reduce as registered operators: opaque to a compiler, in one order, differentiable any number of times.
+"""The all-reduce as registered operators: opaque to a compiler, ordered, differentiable any number of times.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-A compiled graph holds no communicator and no layer, only numbers: :func:`key_of_spec` gives a group specification one,
-a layer has one in its site, and an operator looks both up when it runs. The public operators ``syncbn::all_reduce`` and
-``syncbn::all_reduce_moments`` decompose into chained ones, see ``order.py``.
+A compiled graph holds no communicator and no layer, only numbers. :func:`key_of_spec` numbers a group specification,
+and a layer's site holds the layer's number. An operator looks both up when it runs. The public operators
+``syncbn::all_reduce`` and ``syncbn::all_reduce_moments`` decompose into chained ones, see ``order.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 
 ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
-"""An input that always requires a gradient: where any rank needs backward, every rank records it and joins."""
+"""An input that always requires a gradient. With it every rank records backward, and joins if any rank needs it."""
 FUNCTION = Site("sync_batch_norm", compares=False)
 """Stands for the caller of ``functional.sync_batch_norm``, which has no layer."""
 
@@ -40,7 +40,7 @@ _library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-u
 
 
 def key_of_spec(spec: GroupSpec | None, device_type: str) -> int:
-    """Returns the number of a group specification for reducing on a type of device, also while a graph is traced."""
+    """Returns the number of a group specification and device type. Works while a graph is traced, too."""
     fields = () if spec is None else (spec.kind, spec.ranks, spec.label, spec.size)
     key: int = _key_of_fields(fields, device_type)
     return key
@@ -48,7 +48,7 @@ def key_of_spec(spec: GroupSpec | None, device_type: str) -> int:
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _key_of_fields(fields: tuple[Any, ...], device_type: str) -> int:
-    """Takes values. Dynamo guards objects by identity: a GroupSpec argument would recompile for every layer."""
+    """Takes plain values. Dynamo guards objects by identity: a GroupSpec argument would recompile for every layer."""
     spec = GroupSpec(*fields) if fields else None
     return _key((spec, device_type), lambda: transports.choose(spec, device_type))
 
@@ -59,7 +59,7 @@ def key_of_transport(transport: AbstractTransport) -> int:
 
 
 def forget(transport: AbstractTransport) -> None:
-    """Ends the number of a transport, and lets go of it. No graph may still need it."""
+    """Drops a transport and its number. No graph may still need it."""
     if transport in _keys:
         del _resolvers[_keys.pop(transport)]
 
@@ -72,7 +72,7 @@ def _key(name: object, resolver: Callable[[], AbstractTransport]) -> int:
 
 
 def pack_identity(number: int, speaks: int, serial: int, hash: tuple[int, int]) -> Tensor:
-    """Packs what backward needs to say which call it is of: int64 (5,), on the CPU."""
+    """Packs the identity of a forward for its backward: int64 (5,), on the CPU."""
     return torch.tensor((number, speaks, serial, *hash), dtype=torch.int64, device="cpu")
 
 
@@ -80,7 +80,7 @@ def pack_identity(number: int, speaks: int, serial: int, hash: tuple[int, int]) 
 def chained_all_reduce(
     wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Does what :func:`all_reduce` does, after the collective that ``before`` comes from."""
+    """See :func:`all_reduce`. Runs after the collective that returned ``before``."""
     del anchor, before
     transport = _resolvers[group]()
     number, speaks, serial, *hash = identity.tolist()
@@ -105,7 +105,7 @@ def chained_all_reduce_moments(
     settings: Sequence[float],
     before: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what :func:`all_reduce_moments` does, after the collective that ``before`` comes from."""
+    """See :func:`all_reduce_moments`. Runs after the collective that returned ``before``."""
     del before
     transport = _resolvers[group]()
     caller = FUNCTION if site is None else sites.of_number(int(site)) or FUNCTION
@@ -120,16 +120,16 @@ def chained_all_reduce_moments(
     summed[: moments.CALL] = wire.new_tensor(moments.head(message.numbers))
     notes = partial(caller.notes, own, transport.token)
     summed = agreement.all_reduce(summed, transport, message, notes)
-    transport.serial += 1  # also where this rank raises below: where kernels are deferred, others may not
+    transport.serial += 1  # even if this rank raises below: with deferred kernels, others may not
     verdicts.raise_if_wires_disagree(summed, wire, message, notes, transport, fault=fault, mask=mask)
     identity = pack_identity(int(caller.number), 1, serial, hash)
     return summed, identity, torch.tensor(not repeated, device=wire.device)
 
 
 _RENORM_IS_REPEATED = (
-    "A compiled SyncBatchNorm with renorm_limits needs its running statistics as they were in the first forward; "
-    "received a forward that activation checkpointing repeats, when they have moved. Leave the layer out of the "
-    "checkpointed part, or run it eagerly."
+    "A compiled SyncBatchNorm with renorm_limits needs the running statistics of its first forward; received a forward "
+    "that activation checkpointing repeats, after they have moved. Leave the layer out of the checkpointed part, or "
+    "run it eagerly."
 )
 
 
@@ -201,7 +201,7 @@ def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int
     """Sums a wire over the ranks. Its gradient is the sum of the gradients of all ranks.
 
     Args:
-        wire: float64, of the same shape on every rank, led by the slots of the call, which are filled in here.
+        wire: float64, of the same shape on every rank. It begins with the call slots, which are filled in here.
         anchor: :data:`ANCHOR`, which makes every rank record the backward, or None.
         identity: int64 (5,) of the forward, see :func:`pack_identity`.
         group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
@@ -222,38 +222,38 @@ def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int
 def all_reduce_moments(
     wire: Tensor, site: Tensor | None, mask: Tensor | None, group: int, fault: str, settings: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums a forward wire over the ranks, and raises on all of them what it reveals.
+    """Sums a forward wire over the ranks. If it shows an error on any rank, all ranks raise it.
 
     Args:
-        wire: float64 (2C + 15,), as :mod:`syncbn.moments` lays it out; the slots of the call are filled in here.
+        wire: float64 (2C + 15,), see :mod:`syncbn.moments`. The call slots are filled in here.
         site: int64 (), the number of the layer's site; None for no layer.
-        mask: what the error about a mask is to describe.
+        mask: the mask, for an error about its values; or None.
         group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
-        fault: what is wrong with this rank's input, led by the letter of its kind, or nothing.
-        settings: the layer's, as :func:`syncbn.calls.sites.as_floats` returns them.
+        fault: what is wrong with this rank's input, see :func:`syncbn.checks.verdicts.describe`; or an empty string.
+        settings: the layer's settings, from :func:`syncbn.calls.sites.as_floats`.
 
     Returns:
         The summed wire; the identity of the forward, see :func:`pack_identity`; and whether running statistics may
-        move, bool (): not where activation checkpointing repeats a compiled layer.
+        move, bool (): False if activation checkpointing repeats a compiled layer.
 
     Communication:
-        One all-reduce of ``wire``, by every rank. Before it, the first time in a group, the comparison of settings.
+        One all-reduce of ``wire``, by every rank. The first time in a group, one comparison of settings before it.
 
     Raises:
         ValueError, TypeError: on every rank of the group.
-        RuntimeError: where a compiled layer that renormalizes is repeated.
+        RuntimeError: if activation checkpointing repeats a compiled layer with ``renorm_limits``.
     """
     return torch.ops.syncbn.all_reduce_moments(wire, site, mask, group, fault, settings)  # type: ignore[no-any-return]
 
 
 def replayed_all_reduce(local: Tensor, summed: Tensor, identity: Tensor, group: int) -> Tensor:
-    """Returns what an all-reduce of forward sums gave before; differentiates like it, and sends nothing forward.
+    """Returns the known result of an all-reduce of forward sums. Sends nothing forward; its gradient is all-reduced.
 
     Args:
         local: float64 (2C,), this rank's ``[sum_x, sum_x2]``.
-        summed: float64 (2C,), of all ranks.
-        identity: int64 (5,) of that forward.
-        group: its number.
+        summed: float64 (2C,), the sums of all ranks.
+        identity: int64 (5,) of that forward, see :func:`pack_identity`.
+        group: the number of its group.
     """
     known: Tensor = _ReplayedAllReduce.apply(local, summed, ANCHOR, identity, group)  # type: ignore[no-untyped-call]
     return known
@@ -279,7 +279,7 @@ def renorm_correction(
 ) -> tuple[Tensor, Tensor]:
     """Returns r and d, see :func:`syncbn.calls.renorm.correction`.
 
-    Opaque: a compiler that saw it might form it again in backward, when the running statistics have moved.
+    It is opaque, since a compiler could otherwise recompute it in backward, after the running statistics have moved.
     """
     return renorm.correction(wire, running_mean, running_var, eps, RenormLimits(r_max, d_max))
 

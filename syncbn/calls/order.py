@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One order of the collectives of a compiled graph: each depends, by data, on the one before it.
 
-A compiler may exchange operators that do not depend on each other, by size for example, and sizes differ between
-ranks. An ordered effect does not keep inductor from it. So each collective takes the identity that the one before it
-returned. The chain is made while AOTAutograd records a graph, forward and backward in the order of the program, and
-ends with the graph: nothing of a step is kept for the next one. Where no graph is recorded the program is the order.
+A compiler may reorder operators that do not depend on each other, for example by size, and sizes differ between ranks.
+An ordered effect does not stop inductor from doing so. So each collective takes the identity that the one before it
+returned. The chain is built while AOTAutograd records a graph, for forward and for backward in the order of the
+program. It ends with the graph, so no step keeps another step's graph alive. Without a graph, the program is the order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _last: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
 
 
 def before() -> Tensor | None:
-    """Returns what the last collective of the graph that is being recorded returned, if there is one."""
+    """Returns the identity from the last collective of the graph being recorded, or None."""
     mode = get_proxy_mode()
     return None if mode is None else _last.get(mode.tracer)
 
@@ -32,9 +32,9 @@ def after(identity: Tensor) -> None:
 
 
 def keep(operator: Any) -> None:
-    """Makes compilers run an operator once, in forward, also where nothing uses its result.
+    """Makes compilers run an operator exactly once, in forward, even if nothing uses its result.
 
-    The interface is torch's, but not public yet.
+    torch has no public interface for this yet.
     """
     from torch._higher_order_ops import effects
 

@@ -7,7 +7,8 @@ N batch, C channels, S product of the spatial dims.
     d = (mean - running_mean) / running_std, within [-d_max, d_max]
     y = (xhat * r + d) * weight + bias = xhat * (r * weight) + (d * weight + bias)
 
-r and d are constants in backward. So it is batch normalization with another weight and bias, and every kernel does it.
+r and d are constants in backward. So this is batch normalization with another weight and bias, and needs no kernel
+of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class RenormLimits(NamedTuple):
     """
 
     r_max: float = 1.0
-    """At least 1. 1 leaves the scale of a batch alone."""
+    """At least 1. 1 does not correct the scale."""
     d_max: float = 0.0
-    """At least 0. 0 leaves the shift of a batch alone."""
+    """At least 0. 0 does not correct the shift."""
 
 
 RenormLimits.__module__ = "syncbn"
@@ -38,10 +39,10 @@ OFF = RenormLimits()
 
 
 def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> RenormLimits | None:
-    """Returns the limits, or None for none.
+    """Returns checked limits, or None if there are none.
 
     Raises:
-        ValueError: for limits out of range, or where there are no running statistics to go towards.
+        ValueError: if a limit is out of range, or the layer has no running statistics.
     """
     if limits is None:
         return None
@@ -54,7 +55,7 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
     if not track_running_stats:
         raise ValueError(
             "renorm_limits needs track_running_stats=True, since it corrects towards the running statistics; "
-            "received False. Track them, or pass renorm_limits=None."
+            "received False. Set it to True, or pass renorm_limits=None."
         )
     return RenormLimits(r_max, d_max)
 
@@ -62,12 +63,12 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
 def correction(
     wire: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, limits: RenormLimits
 ) -> tuple[Tensor, Tensor]:
-    """Returns r and d, float64 (C,), of a batch and the running statistics that earlier batches made.
+    """Returns r and d, float64 (C,), for a batch and the running statistics before it.
 
     Args:
         wire: float64 (2C + 15,), summed over the ranks.
         running_mean: (C,), before this batch moves it.
-        running_var: (C,), likewise.
+        running_var: (C,), before this batch moves it.
         eps: added to both variances.
         limits: of r and d.
     """
@@ -79,16 +80,16 @@ def correction(
 
 
 def corrected(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the weight and bias, float64 (C,), of the batch normalization that is equal. Autograd records it."""
+    """Returns the weight and bias, float64 (C,), that make batch normalization renormalize. Differentiable."""
     if weight is not None:
-        weight = weight.double()  # once: its gradient, d * sum_grad_y + r * sum_grad_y_xhat, is rounded once too
+        weight = weight.double()  # its gradient, d * sum_grad_y + r * sum_grad_y_xhat, is then rounded only once
     shift = d if weight is None else d * weight
     return r if weight is None else r * weight, shift if bias is None else shift + bias.double()
 
 
 @final
 class Renormalize:
-    """The adjustment of weight and bias that is batch renormalization.
+    """Adjusts weight and bias so that the layer does batch renormalization.
 
     Args:
         limits: of r and d.
@@ -98,7 +99,7 @@ class Renormalize:
         self.limits = limits
 
     def correction(self, wire: Tensor, running: Running | None, eps: float) -> tuple[Tensor, Tensor] | None:
-        """Returns r and d; None, which is batch normalization, where there are no running statistics."""
+        """Returns r and d, or None without running statistics, which is batch normalization."""
         return None if running is None else correction(wire, running.mean, running.var, eps, self.limits)
 
     def __call__(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who communicates: the name, the group and the agreements of a layer, and the numbers by which a message says so.
+"""What a layer keeps for its calls: its name, its group, and in which groups its settings have been compared.
 
-Every message says three integers below ``moments.LIMIT``: how many-th forward of the group it belongs to, and 36 bits
-of a hash of layer, settings and direction. Equal on all ranks means one call. See docs/decisions/0007.
+Every message carries three integers below ``moments.LIMIT``: the serial of the forward in its group, and a 36-bit hash
+of layer, settings and direction. If they are equal on all ranks, all ranks are in one call. See docs/decisions/0007.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 
 Settings = tuple[int, float, float | None, bool, "tuple[float, float] | None"]
-"""What must be equal on every rank, in the order of ``SETTINGS``; a compiled graph holds :func:`as_floats` of it."""
+"""What must be equal on every rank, in the order of ``SETTINGS``. A compiled graph holds it as :func:`as_floats`."""
 SETTINGS = ("num_features", "eps", "momentum (-1 is None)", "track_running_stats", "r_max", "d_max")
 NO_RENORM = (1.0, 0.0)
 
@@ -34,10 +34,10 @@ class Site:
     """What a layer keeps beside its parameters and buffers.
 
     Args:
-        kind: what to call a layer without a name, its class.
+        kind: the class, by which errors call a layer without a name.
         group: the ranks to synchronise over.
-        compares: whether a group compares name and settings at the first call.
-        replays: whether a forward inside backward may be one that activation checkpointing repeats.
+        compares: whether the ranks compare name and settings at the first call in a group.
+        replays: True if a forward inside backward is one that activation checkpointing repeats.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Site:
         self.name = ""
         """The qualified name in the model, see :func:`syncbn.name_layers`."""
         self.frozen = False
-        """Whether the layer stays in eval whatever ``train()`` is told, see :func:`syncbn.freeze`."""
+        """Whether the layer stays in eval after ``train()``, see :func:`syncbn.freeze`."""
         self.renorm: tuple[float, float] | None = None
         self.converted_from: type | None = None
         self._own_groups: list[GroupSpec | None] = []
@@ -55,23 +55,23 @@ class Site:
 
     def _begin(self) -> None:
         self.orders: dict[int, int] = {0: 0}
-        """Of each group that has compared the settings, by its token: the how many-th layer this was."""
+        """The order of first use in each group that has compared the settings, by the token of the group."""
         self.label = self.kind
-        """What a person calls the layer, once its settings are known."""
+        """How errors call the layer; set by :meth:`hash`."""
         self._seen: tuple[object, ...] = ()
         self._hash = (0, 0)
         number = next(_numbers)
         _sites[number] = self
         self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
-        """int64 (), unique in this process: what a compiled graph holds of a site."""
+        """int64 (), unique in this process. A compiled graph holds it in place of the site."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what describes the layer, and no agreement: no copy and no later job has it. Plain values pickle."""
+        """Returns the layer's description as plain values, for copies and pickles. These compare settings anew."""
         own = self._own_groups[0] if self._own_groups else self.group
         return {**{name: self.__dict__[name] for name in _KEPT}, "group": own}
 
     def enter(self, group: GroupSpec | None) -> None:
-        """Takes another group until :meth:`leave`; no copy takes it along."""
+        """Uses another group until :meth:`leave`. A copy keeps the layer's own group."""
         self._own_groups.append(self.group)
         self.group = group
 
@@ -81,13 +81,13 @@ class Site:
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> Site:
-        """Makes an equal site, which agrees anew with its group."""
+        """Makes an equal site, whose settings are compared again at its first use."""
         site = Site(state["kind"])
         site.__dict__.update(state)
         return site
 
     def hash(self, settings: Settings, token: int) -> tuple[int, int]:
-        """Returns 36 bits of who calls: the same on every rank that has this name, these settings and this order."""
+        """Returns a 36-bit hash of name, settings and order of first use."""
         order = self.orders.get(token, 0)
         seen = settings, order, self.name
         if seen != self._seen:
@@ -96,14 +96,14 @@ class Site:
         return self._hash
 
     def notes(self, settings: Settings, token: int) -> tuple[str, str]:
-        """Returns what tells two layers of one label apart, then the settings."""
+        """Returns two texts for errors: which layer of the group this is, and its settings."""
         order = self.orders.get(token, 0)
         values = zip(SETTINGS, as_floats(settings), strict=True)
         return f"layer {order} of the group", ", ".join(f"{name}={value:g}" for name, value in values)
 
 
 def as_floats(settings: Settings) -> tuple[float, ...]:
-    """Returns what ``SETTINGS`` names, as numbers that compare and travel."""
+    """Returns the settings as numbers, in the order of ``SETTINGS``."""
     C, eps, momentum, tracks, renorm = settings
     return float(C), float(eps), -1.0 if momentum is None else float(momentum), float(tracks), *(renorm or NO_RENORM)
 
@@ -116,11 +116,11 @@ def of_floats(values: Sequence[float]) -> Settings:
 
 
 def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> None:
-    """Compares name and settings of a layer over the ranks, at its first training step in a group.
+    """Compares name and settings of a layer over the ranks, if this is its first training step in the group.
 
     Args:
         site: the layer.
-        settings: its own.
+        settings: its settings on this rank.
         transport: the group.
 
     Communication:
@@ -147,11 +147,11 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> 
 
 
 def of_number(number: int) -> Site | None:
-    """Finds the site that a compiled graph means; None where the layer is gone."""
+    """Returns the site with this number, or None if the layer is gone."""
     return _sites.get(number)
 
 
 def next_order(transport: AbstractTransport) -> int:
-    """Counts the layers of a group, in the order of their first use."""
+    """Returns the order of first use for the next layer of a group."""
     transport.layers += 1
     return transport.layers

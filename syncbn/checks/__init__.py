@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What can be wrong with a call, and every message.
+"""The errors of a call.
 
-*The requirement. What was received, with values and rank. What to do.*
+An error names the requirement, what was received with values and rank, and what to do.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What can be wrong with a call on one rank.
 
-A check whose outcome can differ between ranks returns its error instead of raising it: the verdict travels with the
-data, see ``functional.py``.
+A check whose outcome can differ between ranks returns its error instead of raising it: a status travels with the data,
+see ``functional.py``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from syncbn.moments import DTYPES
 
 NAME = "SyncBatchNorm"
 MAX_DIMS = 32
-"""What the compiled kernels take."""
+"""The most dims that the compiled kernels take."""
 _STRIDED = torch.strided
 
 
 def input_error(x: object, num_features: int | None) -> Exception | None:
-    """Returns what is wrong with an input of a layer of ``num_features`` channels (None: of any), or None."""
+    """Returns the error of an input of a layer of ``num_features`` channels (None: any number), or None."""
     if not isinstance(x, Tensor):
         return TypeError(f"{NAME} needs a torch.Tensor; received {type(x).__name__}. Convert the input.")
     if x.dtype not in DTYPES:
@@ -54,7 +54,7 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
 
 
 def call_error(x: object, mask: object, num_features: int, eps: float) -> Exception | None:
-    """Returns what is wrong with the input, the mask or eps of a call, or None."""
+    """Returns the error of the input, the mask or eps of a call, or None."""
     if not eps > 0:
         return ValueError(
             f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {eps:g}. The "
@@ -68,7 +68,7 @@ def call_error(x: object, mask: object, num_features: int, eps: float) -> Except
 
 
 def parameter_error(parameters: Mapping[str, Tensor | None], x: object, num_features: int) -> Exception | None:
-    """Returns what is wrong with a weight, a bias or running statistics that a caller gave, or None."""
+    """Returns the error of a weight, bias or running statistic that a caller passed, or None."""
     for name, p in parameters.items():
         if p is None:
             continue
@@ -85,22 +85,22 @@ def parameter_error(parameters: Mapping[str, Tensor | None], x: object, num_feat
 
 
 def most_common_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
-    """Returns the most common C among the parameters and x; ties: the first.
+    """Returns the most common C among the parameters and x (ties: the first).
 
-    So every rank sends a wire of the same length, also one of whose tensors one has another width.
+    So every rank sends a wire of the same length, even if one of its tensors has another width.
     """
     widths = [p.numel() for p in parameters.values() if p is not None]
     if isinstance(x, Tensor) and x.dim() >= 2:
         widths.append(x.size(1))
     most = widths[0] if widths else 1
-    for width in widths:  # in the words that torch.compile knows
+    for width in widths:  # a loop, since torch.compile traces this
         if widths.count(width) > widths.count(most):
             most = width
     return most
 
 
 def mask_error(mask: object, x: Tensor) -> Exception | None:
-    """Returns what is wrong with a mask of a good input x, but for its values, or None."""
+    """Returns the error of a mask of a good input x, or None. Does not look at its values."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -125,13 +125,13 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
 
 
 def is_recorded(x: object) -> bool:
-    """Whether an input stands for others: in torch.export, torch.jit.trace, torch.fx, or on the meta device."""
+    """Whether an input stands for other values: in torch.export, torch.jit.trace, torch.fx, or on the meta device."""
     tracing = torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
     return tracing or isinstance(x, torch.fx.Proxy) or (isinstance(x, Tensor) and x.is_meta)
 
 
 def mask_values_error(mask: Tensor | None) -> Exception | None:
-    """Returns what is wrong with the values of a mask, which travel as a fault before anyone looks at them, or None."""
+    """Returns the error of the values of a mask, or None. Called only after a fault has been found."""
     if mask is None:
         return None
     values = mask.double()
@@ -145,5 +145,5 @@ def mask_values_error(mask: Tensor | None) -> Exception | None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Returns what a person calls a dtype."""
+    """Returns the name of a dtype without ``torch.``."""
     return str(dtype).removeprefix("torch.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where a call joins the others, also one whose input is refused."""
+"""On which device a rank takes part in a call, even if its input is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _CPU = torch.device("cpu")
 
 
 def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception | None]:
-    """Returns what :func:`device` and :func:`device_error` do, quickly where all is well."""
-    if isinstance(x, Tensor) and x.is_cpu:  # a device is an object to make, this is not
+    """Returns :func:`device` and :func:`device_error`, with a fast path if there is no error."""
+    if isinstance(x, Tensor) and x.is_cpu:  # faster than comparing x.device, which makes an object
         for t in tensors:
             if t is not None and not t.is_cpu:
                 return device(x, *tensors), device_error(x, *tensors)
@@ -28,21 +28,21 @@ def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception |
 
 
 def device_type(x: object, *tensors: Tensor | None) -> str:
-    """Returns where most of a layer's tensors and its input live; where they tie, not the CPU.
+    """Returns the majority device type of a layer's tensors and its input (ties: not CPU).
 
-    It decides by which way a rank joins the others: one with an input left on the CPU, or that is no tensor, still goes
-    the way of the group. What holds no values is refused later, together with the other ranks.
+    It selects the transport, so a rank whose input stayed on the CPU still joins the group and reports its error. A
+    meta tensor does not count; it is refused later, on all ranks.
     """
     types = [t.device.type for t in (*tensors, x) if isinstance(t, Tensor) and not t.is_meta]
     most = types[0] if types else "cpu"
-    for each in types:  # in the words that torch.compile knows
+    for each in types:  # a loop, since torch.compile traces this
         if types.count(each) > types.count(most) - (most == "cpu"):
             most = each
     return most
 
 
 def device(x: object, *tensors: Tensor | None) -> torch.device:
-    """Returns the device of that type on which a refused call joins the others with an empty share."""
+    """Returns the device, of :func:`device_type`, on which a refused call takes part with an empty local batch."""
     kind = device_type(x, *tensors)
     for t in (*tensors, x):
         if isinstance(t, Tensor) and t.device.type == kind:
@@ -51,7 +51,7 @@ def device(x: object, *tensors: Tensor | None) -> torch.device:
 
 
 def device_error(x: Tensor, *tensors: Tensor | None) -> Exception | None:
-    """Returns what is wrong with where a good input x is, beside a layer's tensors, or None."""
+    """Returns the error of a good input x on another device than a layer's tensors, or None."""
     for t in tensors:
         if t is not None and t.device != x.device:
             return ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the ranks find wrong together: the counters of a reduced wire, read by every rank alike.
+"""Errors that all ranks find together, in the counters of a reduced wire.
 
 C channels.
 """
@@ -29,7 +29,7 @@ def raise_problem(
     grad_enabled: bool,
     late: bool,
 ) -> None:
-    """Raises, alike on every rank, what a reduced forward wire says is wrong. Or see :func:`is_late`.
+    """Raises the error that a reduced forward wire shows, alike on every rank. For exceptions see :func:`is_late`.
 
     Args:
         counters: read from the wire.
@@ -37,12 +37,12 @@ def raise_problem(
         notes: of its layer.
         transport: the group.
         x: this rank's input.
-        error: what is wrong with it, or None.
+        error: the error of this input, or None.
         grad_enabled: whether autograd records on this rank.
-        late: whether nobody may be asked, see :func:`is_late`.
+        late: True if no other rank may be asked, see :func:`is_late`.
 
     Communication:
-        None if all is well. One all-reduce of texts if not, on every rank, since all read the same counters.
+        None if there is no error. Else one all-reduce of texts, on every rank, since all read the same counters.
 
     Raises:
         ValueError, TypeError: on every rank of the group.
@@ -52,7 +52,7 @@ def raise_problem(
         own_error = None if error is None else alone(error, transport)
         raise own_error or deferred_error(problem, counters, message, what, LATE_ELSEWHERE)
     if problem == "call":
-        transport.serial = message.serial  # no forward was agreed on: after this error the ranks are in step
+        transport.serial = message.serial  # the forward does not count, so the ranks are in step after the error
         raise calls_differ(message, notes, transport)
     if problem == "input":
         raise_gathered(error, transport)
@@ -64,21 +64,21 @@ def raise_problem(
 
 
 def is_late(x: Tensor, transport: AbstractTransport) -> bool:
-    """Whether ranks of a group may learn of a fault at different times: the host waits for no all-reduce of a GPU.
+    """Whether ranks may find an error at different times, since the host does not wait for the all-reduce of a GPU.
 
-    Some do read the counters: with a mask, in a compiled graph, without CuPy. They cannot know whether the others do.
-    So in such a group nobody asks the others about a fault, and every rank whose autograd records joins backward.
+    Some ranks do read the counters: with a mask, in a compiled graph, without CuPy. They cannot know whether the others
+    do. So in such a group no rank asks the others about an error, and every rank whose autograd records joins backward.
     """
     return x.is_cuda and transport.size > 1 and not transport.on_host
 
 
 def alone(error: Exception, transport: AbstractTransport) -> Exception:
-    """Returns an error that this rank raises without a word to the others, led by its rank."""
+    """Returns an error that this rank raises alone. It begins with the rank."""
     return type(error)(by_rank([str(error)], (transport.ranks[transport.rank],), skip_empty=True))
 
 
 def problem_error(problem: str, received: str, remark: str = "") -> Exception:
-    """Words a problem of :meth:`syncbn.moments.Counters.problem`."""
+    """Returns the error for a problem of :meth:`syncbn.moments.Counters.problem`."""
     needs, remedy, kind = _PROBLEMS[problem]
     return kind(f"{needs}; received {received}. {remedy}{remark}")
 
@@ -89,7 +89,7 @@ _PROBLEMS: dict[str, tuple[str, str, type[Exception]]] = {
         "Ranks took different branches, ran backward passes in another order, or one of them changed settings.",
         ValueError,
     ),
-    "input": (f"{NAME} needs a right input on every rank", "Those ranks say what was wrong with theirs.", ValueError),
+    "input": (f"{NAME} needs a right input on every rank", "The errors of those ranks say what was wrong.", ValueError),
     "dtype": (
         f"{NAME} needs input of one dtype on every rank",
         "Cast the input, or use the same autocast settings on every rank.",
@@ -110,14 +110,14 @@ LATE_ELSEWHERE = "Other ranks may find it later, as a GPU is not waited for. End
 
 
 def deferred_error(problem: str, counters: Counters, message: Message, what: str, remark: str) -> Exception:
-    """Words a problem for which nobody is asked any more: in numbers of ranks, with this rank's call and input.
+    """Returns the error for a deferred problem: with numbers of ranks, and this rank's call and input.
 
     Args:
-        problem: of the counters.
+        problem: the problem of the counters.
         counters: of the reduced wire.
         message: the identity of this rank's call.
-        what: its input.
-        remark: when and where else it is found.
+        what: dtype and shape of its input.
+        remark: the last sentences.
     """
     W, status = message.ranks, Status._make(counters.status)
     votes = ", ".join(f"{name_of(d)} on {n:g}" for d, n in zip(DTYPES, status[3:], strict=True) if n)
@@ -132,7 +132,7 @@ def deferred_error(problem: str, counters: Counters, message: Message, what: str
 
 
 def describe(error: Exception | None) -> str:
-    """Turns an error into a text that a compiled graph can hold; nothing into nothing."""
+    """Turns an error into a text that a compiled graph can hold: T or V, then the message. None becomes empty."""
     if error is None:
         return ""
     return ("T" if isinstance(error, TypeError) else "V") + str(error.args[0])
@@ -148,15 +148,15 @@ def raise_if_wires_disagree(
     fault: str,
     mask: Tensor | None,
 ) -> None:
-    """Does what :func:`raise_problem` does where only wires are at hand, as inside an operator.
+    """Does what :func:`raise_problem` does, from the wires alone, as inside an operator.
 
     Args:
         wire: float64 (2C + 15,), summed over the ranks.
-        own: float64 (2C + 15,), what this rank gave.
+        own: float64 (2C + 15,), the wire that this rank sent.
         message: the identity of this rank's call.
         notes: of its layer.
         transport: the group.
-        fault: :func:`describe` of what is wrong with this rank's input.
+        fault: :func:`describe` of the error of this rank's input.
         mask: this rank's mask, for the error about its values.
 
     Communication:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Arguments of the command line: what each reads, and what it refuses."""
+"""Argument types of the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from syncbn.cli.bench.report import Shape
 
 
 def shape(text: str) -> Shape:
-    """Reads N,C,H,W; two values per channel are the least that have a variance."""
+    """Reads N,C,H,W with at least two values per channel, since one has no variance."""
     try:
         N, C, H, W = (int(word) for word in text.split(","))
     except ValueError:
@@ -22,7 +22,7 @@ def shape(text: str) -> Shape:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Reads a whole number that is not smaller."""
+    """Returns a reader of whole numbers >= ``least``."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

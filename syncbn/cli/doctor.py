@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`syncbn doctor`: says what ``probe.py`` found, from rank 0, also where a step hangs."""
+"""`syncbn doctor`: prints on rank 0 what ``probe.py`` found, even if a step hangs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
 
 LEAD = 2.0
-"""Seconds by which rank 0 gives up earlier: its end makes the launcher end the others."""
+"""Seconds by which rank 0 gives up before the others: when it ends, the launcher ends them."""
 
 
 def run(*, limit: float, as_json: bool) -> int:
-    """Runs the command: examines on every rank, prints on rank 0.
+    """Runs the command: examines every rank, prints on rank 0.
 
     Args:
         limit: seconds until a process that waits for others gives up.
@@ -37,7 +37,7 @@ def run(*, limit: float, as_json: bool) -> int:
     report = Report()
     launch = probe.read_launch(report)
     with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
-        warnings.simplefilter("ignore")  # what the library warns of is a problem of the report
+        warnings.simplefilter("ignore")  # warnings of the library are problems in the report
         probe.examine(report, launch)
     _speak(report, launch, as_json=as_json)
     return int(bool(report.problems))
@@ -45,7 +45,7 @@ def run(*, limit: float, as_json: bool) -> int:
 
 @contextmanager
 def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) -> Iterator[None]:
-    """Ends this process with a report when others never come."""
+    """Ends this process with a report if other processes do not connect in time."""
 
     def give_up() -> None:
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
@@ -57,7 +57,7 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
     timer = threading.Timer(limit + late, give_up)
     timer.daemon = True
     timer.start()
-    # MPI_Init keeps every Python thread from running, so the timer sleeps with it. This one needs no Python.
+    # MPI_Init blocks all Python threads, also the timer. faulthandler needs no Python.
     faulthandler.dump_traceback_later(limit + late + LEAD, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield
@@ -67,7 +67,7 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
 
 
 def _speak(report: Report, launch: Launch, *, as_json: bool) -> None:
-    """Prints on rank 0. Where rank 0 cannot know of it, the first rank of another host names its problem."""
+    """Prints on rank 0. If the ranks are not connected, the first rank of another host prints its own problems."""
     if launch.rank == 0:
         print(to_json(report) if as_json else to_text(report), flush=True)
     elif launch.local_rank == 0 and report.problems and report.all_reduce == "not checked":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `syncbn doctor` and `syncbn bench`, alone or under any launcher. Rank 0 speaks for all."""
+"""The command line: `syncbn doctor` and `syncbn bench`, alone or under any launcher. Rank 0 prints."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from syncbn.cli.bench import cpu, report
 from syncbn.transports import launchers
 
 GRACE = 5.0
-"""Seconds that other ranks leave rank 0 to speak: a launcher ends all processes when the first one fails."""
+"""Seconds for which a failing rank waits for rank 0 to print: a launcher ends all processes when one fails."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: its words; None takes those of this process.
+        argv: the arguments; None takes those of this process.
 
     Returns:
-        The exit status: 0 if all is well, 1 if something is wrong, 2 for wrong arguments; the same on every rank.
+        The exit status: 0 for success, 1 for a problem, 2 for wrong arguments. The same on every rank.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends even a process that waits inside a collective
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C then ends even a process that waits in a collective
     args = _parser().parse_args(argv)
     if args.command == "doctor":
         status = doctor.run(limit=args.timeout, as_json=args.json)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _last(status: int) -> int:
-    """Holds back a failing rank that is not rank 0, and returns its status."""
+    """Delays a failing rank other than rank 0. Returns its status."""
     if status and _rank() > 0:
         time.sleep(GRACE)
     return status
@@ -54,13 +54,13 @@ def _last(status: int) -> int:
 def _rank() -> int:
     try:
         return launchers.detect().rank
-    except ValueError:  # the launcher's variables are no numbers; the doctor says so
+    except ValueError:  # the launcher's variables are no numbers: the doctor reports it
         return 0
 
 
 @final
 class _RankZeroParser(argparse.ArgumentParser):
-    """A parser whose messages come from rank 0 alone."""
+    """A parser that prints on rank 0 only."""
 
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
         if _rank() == 0:
@@ -74,7 +74,7 @@ class _RankZeroParser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _RankZeroParser(prog="syncbn", description="Synchronized batch norm: is it set up well, is it fast?")
+    parser = _RankZeroParser(prog="syncbn", description="Check the setup of syncbn, or measure its speed.")
     parser.add_argument("--version", action="version", version=f"syncbn {syncbn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_doctor(commands)
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_doctor(commands: Any) -> None:
-    about = "say what is installed, who is connected, what is wrong and what to do about it"
+    about = "say what is installed, which processes are connected, what is wrong and what to do about it"
     command = commands.add_parser("doctor", help=about, description=f"syncbn doctor: {about}.")
     command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     command.add_argument(
@@ -91,12 +91,12 @@ def _add_doctor(commands: Any) -> None:
         type=seconds,
         default=60.0,
         metavar="SECONDS",
-        help="give up, and say where, when the processes do not connect (default: %(default)g)",
+        help="give up if the processes do not connect in this time, and say where (default: %(default)g)",
     )
 
 
 def _add_bench(commands: Any) -> None:
-    about = "time forward + backward beside torch's BatchNorm2d and a composite over gloo"
+    about = "time forward + backward, beside torch's BatchNorm2d and the usual baseline over gloo"
     command = commands.add_parser("bench", help=about, description=f"syncbn bench: {about}.")
     defaults = report.Options()
     command.add_argument(
@@ -104,13 +104,13 @@ def _add_bench(commands: Any) -> None:
         type=shape,
         nargs="+",
         metavar="N,C,H,W",
-        help="share of one process (default: those of a ResNet-50 at 2 images a process, and 2,64,8,8)",
+        help="local batches (default: those of a ResNet-50 at 2 images a process, and 2,64,8,8)",
     )
     command.add_argument("--dtype", choices=report.DTYPES, default=defaults.dtype, help="(default: %(default)s)")
     command.add_argument("--channels-last", action="store_true", help="input in channels_last memory format")
     command.add_argument("--repeats", type=at_least(1), default=defaults.repeats, help="(default: %(default)s)")
     command.add_argument("--warmup", type=at_least(0), default=defaults.warmup, help="(default: %(default)s)")
-    command.add_argument("--no-composite", action="store_true", help="leave the composite out, and torch.distributed")
+    command.add_argument("--no-composite", action="store_true", help="no baseline, and no torch.distributed")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     form.add_argument("--csv", action="store_true", help="print comma-separated values instead of tables")

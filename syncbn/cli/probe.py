@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `syncbn doctor` finds out, step by step, into a report. Whatever is wrong becomes a problem with a remedy.
+"""Fills the report of `syncbn doctor`, step by step. Each problem comes with a remedy.
 
 C channels, W ranks.
 """
@@ -31,7 +31,7 @@ WARMUP, REPEATS = 20, 200
 SEPARATOR = "\x1f"
 INSTALL = 'pip install "syncbn[mpi]"'
 FOREIGN = (("openmpi", "MPICH"), ("mpich", "Open MPI"))
-"""Launcher and library that cannot belong together; MPI_Init would abort, or start as many jobs of one."""
+"""Launchers and libraries of different MPIs: MPI_Init would abort, or make one job of each process."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Place:
 
 @dataclass
 class Report:
-    """What was found. Complete after every step, so that it can be shown from wherever a later one hangs."""
+    """What was found. It can be printed after every step, even if the next step hangs."""
 
     versions: dict[str, str] = field(default_factory=dict)
     launcher: str = "none"
@@ -71,7 +71,7 @@ class Report:
     all_reduce: str = "not checked"
     """right, wrong or not checked."""
     latency_us: dict[str, float] = field(default_factory=dict)
-    """Of one all-reduce of the forward wire, by C: the median, on the slowest rank."""
+    """Of one all-reduce of a wire, by C: the median on the slowest rank."""
     problems: list[Problem] = field(default_factory=list)
     step: str = "start"
     """The last step begun."""
@@ -82,7 +82,7 @@ class Report:
 
 
 def read_launch(report: Report) -> Launch:
-    """Asks who started this process; unreadable variables are a problem, and then nobody did."""
+    """Reads the launcher's variables. If they cannot be read, reports a problem and returns no launcher."""
     try:
         launch = launchers.detect()
     except (ValueError, KeyError) as error:
@@ -94,10 +94,10 @@ def read_launch(report: Report) -> Launch:
 
 
 def examine(report: Report, launch: Launch) -> None:
-    """Fills the report, on every rank; never raises.
+    """Fills the report, on every rank. Never raises.
 
     Communication:
-        If the processes connect: two exchanges of short texts, one all-reduce that is checked, and those timed.
+        If the processes connect: two exchanges of short texts, one all-reduce that is checked, and the timed ones.
     """
     readable = not report.problems
     try:
@@ -143,7 +143,7 @@ def _version_of(package: str) -> str:
 
 
 def _find_mpi(report: Report, launch: Launch) -> bool:
-    """Joins the MPI job if there is one, else looks at MPI from a distance; False if a job needs MPI in vain."""
+    """Joins the MPI job if there is one, else examines MPI in another process. False if a job cannot use MPI."""
     report.step = "start MPI"
     if not launch.speaks_mpi:
         report.mpi = mpi_probe.beside() if launch.rank == 0 else MPIFacts()
@@ -170,7 +170,7 @@ def _started(launch: Launch) -> str:
 
 
 def _connect(report: Report, launch: Launch) -> AbstractTransport | None:
-    """Connects all processes; on CPU, because that cannot depend on which GPUs a rank sees."""
+    """Connects all processes, on the CPU, which does not depend on the GPUs that a rank sees."""
     report.step = "connect the processes"
     torch_distributed = True if os.environ.get(OVERRIDE) == "torch" else None
     world = syncbn.init(device="cpu", torch_distributed=torch_distributed)
@@ -189,7 +189,7 @@ def _map_ranks(report: Report, transport: AbstractTransport) -> None:
 
 
 def _try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
-    """Checks and times the transport of the GPUs if every rank has one, else that of the CPUs."""
+    """Checks and times the transport for GPUs if every rank has one, else that for CPUs."""
     report.step = "sum over the ranks"
     transport, device = everyone, torch.device("cpu")
     if all(place.device.startswith("cuda") for place in report.ranks):
@@ -231,8 +231,8 @@ def _wire_length(C: int) -> int:
 
 
 def _share_problems(report: Report, transport: AbstractTransport) -> None:
-    """Makes the first problem of any rank a problem of every rank, so that all end with the same status."""
-    report.step = "share the problems"
+    """Collects the first problem of every rank on all ranks, so that all end with the same status."""
+    report.step = "collect the problems"
     mine = SEPARATOR.join((report.problems[0].what, report.problems[0].remedy)) if report.problems else ""
     notes = dict.fromkeys(agreement.gather_notes(mine, transport))
     report.problems = [Problem(*note.split(SEPARATOR, 1)) for note in notes if note]

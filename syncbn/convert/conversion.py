@@ -25,18 +25,20 @@ _BECOMES: dict[type, type] = {cls: cls.cls_to_become for cls in _LAZY}
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, group_size: int | None = None) -> nn.Module:
-    """Makes every torch batch norm of a model a :class:`SyncBatchNorm`, in place.
+    """Converts every torch batch norm of a model to a :class:`SyncBatchNorm`, in place.
 
     Args:
         module: a model, or one layer.
         process_group: the ranks to synchronise over; None keeps the group that a torch.nn.SyncBatchNorm has.
-        group_size: instead, the number of consecutive ranks to synchronise over, which must divide all ranks.
+        group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must divide
+            the number of all ranks.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        TypeError: naming every layer that cannot be converted without loss, and why. Nothing is changed then.
+        TypeError: if a layer cannot be converted without loss. It names every such layer and the reason. Nothing is
+            changed then.
 
     Communication:
         None.
@@ -61,10 +63,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, grou
 
 
 def name_layers(model: nn.Module) -> nn.Module:
-    """Gives every SyncBatchNorm its qualified name in a model, by which errors call it and ranks tell it from others.
+    """Gives every SyncBatchNorm its qualified name in a model. Errors use it, and ranks tell layers apart by it.
 
-    ``convert_sync_batchnorm`` does it for what it converts. A layer without a name is called by its class, C and the
-    order of its first use. A copy keeps the name. Every rank must name its layers alike.
+    ``convert_sync_batchnorm`` calls this. A layer without a name is called by its class, C and the order of its first
+    use. A copy keeps the name. Every rank must name its layers alike.
 
     Args:
         model: a model, or one layer.
@@ -82,7 +84,7 @@ def name_layers(model: nn.Module) -> nn.Module:
 
 
 def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | None = None) -> nn.Module:
-    """Gives every converted layer of a model its original class back, in place.
+    """Restores the original class of every converted layer of a model, in place.
 
     Args:
         module: a model, or one layer.
@@ -92,8 +94,8 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
         ``module`` itself.
 
     Raises:
-        TypeError: naming every layer that cannot be reverted without loss, and why: for example one that was not
-            converted from a torch class, if ``otherwise`` is not given. Nothing is changed then.
+        TypeError: if a layer cannot be reverted without loss, for example one that was created as SyncBatchNorm if
+            ``otherwise`` is not given. It names every such layer and the reason. Nothing is changed then.
 
     Communication:
         None.
@@ -109,7 +111,7 @@ def revert_sync_batchnorm(module: nn.Module, *, otherwise: type[_BatchNorm] | No
         original = layer.converted_from or otherwise
         assert original is not None
         if original in _LAZY and not isinstance(layer, LazySyncBatchNorm):
-            original = _BECOMES[original]  # it has seen its first input since it was converted
+            original = _BECOMES[original]  # it is lazy no more: it has seen an input since
         spec = layer.__dict__.pop("_site").group
         layer.__class__ = original  # type: ignore[assignment]
         if original is nn.SyncBatchNorm:

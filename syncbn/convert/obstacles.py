@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a change of class would lose: the reasons why conversion, or its reverse, refuses a layer.
+"""Why conversion, or its reverse, refuses a layer: what the change of class would lose.
 
 A layer that changes class keeps the attributes of the instance and gets those of its new class. Three things can be
-lost: the class itself, if it is not one of those that convert; a patch on a class that the new class does not inherit;
+lost: the class itself, if it is not one that converts; a patch on a class that the new class does not inherit;
 and an attribute of the instance that has the name of an attribute of the new class.
 """
 
@@ -24,14 +24,14 @@ LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _OURS = (SyncBatchNorm, LazySyncBatchNorm)
 
 _CALLS_SUPER = frozenset({"train", "initialize_parameters", "__setstate__"})
-"""Our methods that call the one they override: a patch on a class that we inherit from still runs."""
+"""Our methods that call the method they override, so that a patch on a base class still runs."""
 _ABOUT_CLASSES = frozenset({"__init__", "__new__", "__init_subclass__", "convert_sync_batchnorm", "converter"})
-"""Not used by a layer that exists. Some redirect torch's convert_sync_batchnorm to ours, which is no obstacle."""
+"""An existing layer does not use these. Some users patch torch's convert_sync_batchnorm to call ours."""
 _MISSING = object()
 
 
 def to_ours(layer: nn.Module) -> str:
-    """Says what conversion to SyncBatchNorm would lose, or nothing."""
+    """Says what conversion to SyncBatchNorm would lose. Empty if nothing."""
     if isinstance(layer, torch.jit.ScriptModule):
         return "it is a compiled ScriptModule; convert before torch.jit.script"
     if isinstance(layer, SyncBatchNorm):  # its class stays
@@ -45,7 +45,7 @@ def to_ours(layer: nn.Module) -> str:
 
 
 def to_original(layer: SyncBatchNorm, original: type[_BatchNorm] | None) -> str:
-    """Says what the change from SyncBatchNorm back to ``original`` would lose, or nothing."""
+    """Says what the change from SyncBatchNorm back to ``original`` would lose. Empty if nothing."""
     if original is None:
         return "it was created as SyncBatchNorm; pass otherwise=torch.nn.BatchNorm2d, for example"
     if isinstance(layer, LazySyncBatchNorm) and not issubclass(original, LazyModuleMixin):
@@ -66,7 +66,7 @@ def to_original(layer: SyncBatchNorm, original: type[_BatchNorm] | None) -> str:
 
 
 def _class_obstacle(layer: nn.Module, convertible: Sequence[type], verb: str) -> str:
-    """Refuses a subclass, also one that torch made of the layer's class and gave to it."""
+    """Refuses a subclass, including one that torch made for this layer."""
     cls = type(layer)
     if cls in convertible:
         return ""
@@ -84,7 +84,7 @@ def _class_obstacle(layer: nn.Module, convertible: Sequence[type], verb: str) ->
 
 
 def _patch_obstacle(source: type, target: type) -> str:
-    """Refuses a class that somebody patched after import, if the patch does not act on the target."""
+    """Refuses a class that was patched after import, if the patch does not act on the target."""
     now, before, new = _attributes(source), _AT_IMPORT[source], _attributes(target)
     lost = []
     for name in sorted(now.keys() | before.keys()):
@@ -103,7 +103,7 @@ def _patch_obstacle(source: type, target: type) -> str:
 
 
 def _attribute_obstacle(layer: nn.Module, target: type) -> str:
-    """Refuses attributes of the instance that replace a method, or have a name that only the target uses."""
+    """Refuses attributes of the instance that replace a method, or whose name only the target uses."""
     old, new = _attributes(type(layer)), _attributes(target)
     own = _INSTANCE_KEYS[type(layer)]  # such as the process_group of torch.nn.SyncBatchNorm
     added = new.keys() | _INSTANCE_KEYS.get(target, frozenset())
@@ -129,7 +129,7 @@ def _names(layer: nn.Module) -> Iterator[str]:
 
 
 def _attributes(cls: type) -> dict[str, Any]:
-    """Looks up every attribute of a class as it is stored, descriptors included."""
+    """Returns every attribute of a class as it is stored, including descriptors."""
     return {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
 
 
@@ -147,7 +147,7 @@ def _unpatched(cls: type) -> dict[str, Any]:
 
 
 def _instance_keys(cls: type) -> frozenset[str]:
-    """Returns the attributes that a new instance has; on meta, since an import must not touch a GPU."""
+    """Returns the attributes of a new instance. It is made on meta, since an import must not touch a GPU."""
     lazy = issubclass(cls, LazyModuleMixin)
     return frozenset(vars(cls(device="meta") if lazy else cls(1, device="meta")))
 

@@ -6,9 +6,9 @@ N batch, C channels, S product of the spatial dims, W ranks.
     forward    x -> local_moments  -> all_reduce -> normalize      -> y
     backward   grad_y, x -> backward_sums -> all_reduce -> backward_input -> grad_x
 
-An implementation is stateless, accepts any strides and an empty local batch (N * S == 0), and is checked against
-``reference.py`` in float64 by ``tests/kernels/test_contract.py``. ``torch_ops.py`` is the readable one, the only one
-that takes a mask, is compiled by torch.compile, and is differentiated by autograd.
+An implementation is stateless and accepts any strides and an empty local batch (N * S == 0).
+``tests/kernels/test_contract.py`` checks each against ``reference.py`` in float64. ``torch_ops.py`` is the readable
+one. It is also the only one that takes a mask, that torch.compile compiles, and that autograd differentiates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROBLEM, RECORDS, NEEDED = -1, 1, 2
 
 
 class Parameters(NamedTuple):
-    """What ``normalize`` takes beside x and the wire."""
+    """The parameters of ``normalize``, beside x and the wire."""
 
     weight: Tensor | None = None
     """(C,) or None for 1; any floating dtype."""
@@ -42,7 +42,7 @@ class AbstractKernels(ABC):
 
     name: str
     deferred = False
-    """Whether the device compares calls and counters itself, and errors come later: the host waits for nothing."""
+    """True if the device compares calls and counters, so that the host need not wait and errors come later."""
 
     @abstractmethod
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
@@ -51,8 +51,8 @@ class AbstractKernels(ABC):
         Args:
             x: (N, C, *spatial), float16, bfloat16, float32 or float64; N or S may be 0.
             mask: (N, 1, *spatial), booleans or weights, or None.
-            numbers: of the call.
-            status: counters that ride in the wire's tail.
+            numbers: the numbers of the call.
+            status: the counters at the end of the wire.
 
         Returns:
             float64 (2C + 15,), laid out as in :mod:`syncbn.moments`. The sums are accumulated in float64.
@@ -60,18 +60,18 @@ class AbstractKernels(ABC):
 
     @abstractmethod
     def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
-        """Reads what an all-reduced forward wire says of the call; None where kernels are ``deferred``.
+        """Reads call and counters of an all-reduced forward wire; None if the kernels are ``deferred``.
 
         Raises:
-            ValueError, TypeError: where they are, what the device found wrong with an earlier call.
+            ValueError, TypeError: if they are, the error that the device found in an earlier call.
         """
 
     def agreement(self, wire: Tensor, message: Message) -> int | None:
-        """Says in short what :meth:`read_counters` says: most calls need no more.
+        """Returns a summary of :meth:`read_counters`, which is all that most calls need.
 
         Returns:
-            ``PROBLEM`` where the counters name one. Else ``RECORDS`` where autograd records on all ranks, plus
-            ``NEEDED`` where any rank needs a gradient. None where kernels are ``deferred``.
+            ``PROBLEM`` if the counters show one. Else ``RECORDS`` if autograd records on all ranks, plus ``NEEDED`` if
+            any rank needs a gradient. None if the kernels are ``deferred``.
         """
         counters = self.read_counters(wire, message)
         if counters is None:
@@ -108,15 +108,15 @@ class AbstractKernels(ABC):
         weight: torch.dtype | None = None,
         bias: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Sums grad_y and grad_y * xhat over N and S, xhat = (x - mean) * invstd, also where a mask is 0.
+        """Sums grad_y and grad_y * xhat over N and S, xhat = (x - mean) * invstd. Ignores masks.
 
         Args:
-            grad_y: (N, C, *spatial), in any layout, also another one than x.
+            grad_y: (N, C, *spatial), in any layout. It may differ from that of x.
             x: (N, C, *spatial).
             stats: as :meth:`normalize` returned them.
-            numbers: of the message.
-            weight: the dtype of weight, or None where it needs no gradient.
-            bias: the dtype of bias, or None where it needs no gradient.
+            numbers: the numbers of the message.
+            weight: the dtype of weight, or None if it needs no gradient.
+            bias: the dtype of bias, or None if it needs no gradient.
 
         Returns:
             The backward wire, float64 (2C + 7,), and the local gradients of weight and bias, new tensors (C,), or None.
@@ -124,7 +124,7 @@ class AbstractKernels(ABC):
 
     @abstractmethod
     def check_sums(self, wire: Tensor, message: Message) -> bool:
-        """Whether all ranks sent this backward message; True where kernels are ``deferred``.
+        """Whether all ranks sent this backward message. Always True if the kernels are ``deferred``.
 
         Raises:
             ValueError, TypeError: as :meth:`read_counters`.
@@ -148,7 +148,7 @@ class AbstractKernels(ABC):
         Args:
             grad_y: (N, C, *spatial).
             x: (N, C, *spatial).
-            mask: (N, 1, *spatial) or None for 1: what is masked out has no part in the statistics.
+            mask: (N, 1, *spatial) or None for 1.
             wire: float64 (2C + 7,), of :meth:`backward_sums` summed over the ranks.
             weight: (C,) or None for 1.
             stats: as :meth:`normalize` returned them.

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 CHOICES = ("auto", "host", "torch")
 OVERRIDE = "SYNCBN_KERNELS"
 OLDEST = (8, 0)
-"""The compute capability that the kernels' own instructions ask for, bfloat16's above all."""
+"""The lowest compute capability that has the kernels' instructions, those for bfloat16 above all."""
 PLAIN = (Tensor, Parameter)
-"""Classes whose memory is what it seems; a subclass may be a stand-in without any."""
+"""Classes whose data pointer can be used. A subclass may have no memory."""
 
 
 class Choice(NamedTuple):
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 def for_call(x: Tensor, masked: bool, transport: AbstractTransport) -> AbstractKernels:
-    """Returns the kernels for a call over a group; with a mask the readable ones, which alone take it."""
+    """Returns the kernels for a call in a group. With a mask these are the readable ones, which alone take it."""
     if masked:
         return _torch_kernels()
     return choose(x) if x.is_cpu else on_device(x, transport)
@@ -47,8 +47,8 @@ def for_call(x: Tensor, masked: bool, transport: AbstractTransport) -> AbstractK
 def choose(x: Tensor) -> AbstractKernels:
     """Returns the kernels for a CPU tensor.
 
-    It gets :class:`syncbn.kernels.host.ops.HostKernels`, where they were built, and any other
-    :class:`syncbn.kernels.torch_ops.TorchKernels`. ``SYNCBN_KERNELS`` is read once, at the first call.
+    These are :class:`syncbn.kernels.host.ops.HostKernels` if they were built. Without them, and for any other tensor,
+    they are :class:`syncbn.kernels.torch_ops.TorchKernels`. ``SYNCBN_KERNELS`` is read once, at the first call.
     """
     return _cpu_kernels() if x.is_cpu and type(x) in PLAIN and not x.is_neg() else _torch_kernels()
 
@@ -56,8 +56,8 @@ def choose(x: Tensor) -> AbstractKernels:
 def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
     """Returns the kernels for a tensor that is not on the CPU, in a group of ranks.
 
-    A CUDA tensor gets :class:`syncbn.kernels.cuda.ops.CupyKernels`, where CuPy is installed; without it the readable
-    kernels serve, and a warning says so once. They serve a plane of 2^31 values too.
+    A CUDA tensor gets :class:`syncbn.kernels.cuda.ops.CupyKernels` if CuPy is installed. Without it it gets the
+    readable kernels, and one warning says so. A plane of 2^31 values gets the readable kernels, too.
     """
     if not x.is_cuda or type(x) not in PLAIN or x.is_neg():
         return _torch_kernels()
@@ -67,13 +67,13 @@ def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
 
 
 def look(device: torch.device) -> None:
-    """Raises what the kernels of a CUDA device have left for the host, if they have. Waits for nothing."""
+    """Raises the deferred error of a CUDA device, if there is one. Does not wait for the device."""
     if explain_device().name == "cupy":
         _launcher().deferred_errors(torch.empty(0, device=device)).look()
 
 
 def check(device: torch.device) -> None:
-    """Waits for a device and raises what it has found. For the end of a step, not for its middle."""
+    """Waits for a device and raises its deferred error, if there is one. Call it at the end of a step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         look(device)
@@ -111,7 +111,7 @@ def explain() -> Choice:
 
     Raises:
         ValueError: if ``SYNCBN_KERNELS`` is not one of ``CHOICES``.
-        RuntimeError: if it demands the host kernels and they cannot be loaded.
+        RuntimeError: if it is "host" and the host kernels cannot be loaded.
     """
     wanted = os.environ.get(OVERRIDE, "auto")
     if wanted not in CHOICES:
@@ -132,7 +132,7 @@ def explain() -> Choice:
 
 
 def _host_problem() -> str:
-    """Says why the host kernels cannot be used; nothing if they can."""
+    """Says why the host kernels cannot be used. Empty if they can."""
     if importlib.util.find_spec("syncbn.kernels.host._host") is None:
         return "the compiled host kernels were not built when syncbn was installed"
     try:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The four steps in plain torch operators: right on every device, and written to be read.
+"""The four steps in plain torch operators. They run on every device and are written to be read.
 
 N batch, C channels, S product of the spatial dims.
 
-The one implementation that takes a mask, that a compiler looks into and that autograd differentiates: nothing here
-is done in place but moving the running statistics. Per-channel numbers are float64 and are rounded once, to float32
-(or float64 for float64 input), before they meet the elements. The elementwise work is single multiplications and
-additions, never a fused operator: vector and tail code then round alike, so an element's bits do not depend on
-where in the tensor it stands.
+This is the only implementation that takes a mask, that a compiler traces and that autograd differentiates. So only the
+running statistics are changed in place. Per-channel numbers are float64 and are rounded once, to float32 (float64 for
+float64 input), before they are applied to the elements. Elementwise work uses single multiplications and additions,
+never a fused operator: vector and tail code then round alike, so an element's bits do not depend on its place in the
+tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TorchKernels(AbstractKernels):
     name = "torch"
 
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
-        """See :meth:`AbstractKernels.local_moments`. Whether a mask's values are wrong travels as a fault, unread."""
+        """See :meth:`AbstractKernels.local_moments`. Wrong values in a mask travel as a fault."""
         x = x.detach()
         sum_x, sum_x2 = local_sums(x, mask).chunk(2)
         if mask is None:
@@ -101,13 +101,13 @@ class TorchKernels(AbstractKernels):
         offset = _channels(sum_grad_y / count, x)
         if mask is None:
             grad_x = through_statistics + grad_y - offset
-        else:  # what is masked out is not even read, so it may be NaN
+        else:  # torch.where, since a masked value may be NaN
             grad_x = torch.where(mask > 0, (through_statistics - offset) * mask, 0.0) + grad_y
         return _laid_out(grad_x * _channels(_scale(invstd, weight), x), x)
 
 
 def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sums x and x * x over N and S: float64 (2C,). What is masked out is not even read, so it may be NaN."""
+    """Sums x and x * x over N and S: float64 (2C,). A masked value may be NaN."""
     dims = _reduced_dims(x)
     x = x.double()
     if mask is None:
@@ -126,17 +126,17 @@ def _reduced_dims(x: Tensor) -> list[int]:
 
 
 def _centered(x: Tensor, mean: Tensor) -> Tensor:
-    """Returns x - mean in the dtype that elementwise arithmetic runs in."""
+    """Returns x - mean in the dtype of elementwise arithmetic."""
     return x - _channels(mean, x)
 
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
-    """Returns values in the dtype and layout of x. Operators may choose another layout where a dim has size 1."""
+    """Returns values in the dtype and layout of x. Operators may choose another layout if a dim has size 1."""
     if values.stride() != x.stride() and not torch.compiler.is_compiling():
         like = torch.empty_like(x)
         if values.stride() != like.stride():
             return like.copy_(values)
-    # Not `to` where it would be y again: torch 2.11 then compiles a backward that gets no gradient.
+    # No `to` that would return y itself: torch 2.11 then compiles a backward that gets no gradient.
     return values if values.dtype == x.dtype else values.to(x.dtype)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What training systems ask for, beside the layer."""
+"""Features for training: freeze, no_sync, recalibrate, join."""

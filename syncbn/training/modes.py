@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Stretches of a run in which layers do something else: frozen statistics, or statistics of the own share."""
+"""Freeze statistics, or use only the local batch's."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def layers_of(model: nn.Module) -> list[SyncBatchNorm]:
 
 
 def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
-    """Makes every SyncBatchNorm use its running statistics from now on, also after ``model.train()``.
+    """Makes every SyncBatchNorm use its running statistics from now on, even after ``model.train()``.
 
     Args:
         model: a model, or one layer.
-        affine: whether weight and bias stop learning too: ``requires_grad_(False)``. An optimizer that has them
-            then skips them, as it skips whatever has no gradient.
+        affine: whether to stop training weight and bias too, by ``requires_grad_(False)``. Their optimizer then skips
+            them, since they have no gradient.
 
     Returns:
         ``model`` itself.
 
     Communication:
-        None, and a frozen layer makes none. Every rank must freeze the same layers.
+        None. A frozen layer does not communicate, so every rank must freeze the same layers.
     """
     for layer in layers_of(model):
         layer._site.frozen = True
@@ -44,7 +44,7 @@ def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
     Args:
         model: a model, or one layer. Frozen layers take its mode; a layer alone needs ``layer.train()``.
-        affine: whether weight and bias of the frozen layers learn again: ``requires_grad_(True)``.
+        affine: whether to train weight and bias of the frozen layers again, by ``requires_grad_(True)``.
 
     Returns:
         ``model`` itself.
@@ -64,21 +64,21 @@ def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Makes every SyncBatchNorm use the statistics of this rank's share alone, for the length of a block.
+    """Makes every SyncBatchNorm use the statistics of the local batch alone, inside a ``with`` block.
 
-    A backward does what its forward did, wherever it is called: that of a forward inside the block stays local
-    after it, and that of an earlier forward communicates inside it. Running statistics move by the own share,
-    so they differ between ranks afterwards: see ``World.broadcast`` and :func:`syncbn.recalibrate`. A copy that is made
-    inside is synchronised.
+    A backward does what its forward did, wherever it is called: the backward of a forward inside the block stays
+    local after the block, and that of an earlier forward communicates inside it. Running statistics move by the local
+    batch, so they differ between ranks afterwards: see ``World.broadcast`` and :func:`syncbn.recalibrate`. A copy of a
+    layer made inside is synchronised.
 
     Args:
         model: a model, or one layer.
 
     Communication:
-        None inside. Ranks need not enter it alike, so long as each makes the same synchronised calls in between.
+        None inside. Ranks may enter it at different times, if all make the same synchronised calls in between.
 
     Raises:
-        ValueError: inside, on this rank alone, for a share of one value per channel: nobody waits for it there.
+        ValueError: inside, on this rank alone, if the local batch has one value per channel.
     """
     sites = [layer._site for layer in layers_of(model)]
     for site in sites:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""recalibrate(): running statistics made anew, from given data, exactly.
+"""recalibrate(): compute the running statistics anew from given data, exactly.
 
-C channels, W ranks. Each rank keeps the moments of its own shares, see ``recorder.py``; they are merged over the
-batches as these come, and over the ranks once at the end.
+C channels, W ranks. Each rank keeps the moments of its local batches, see ``recorder.py``. It merges them batch by
+batch; the ranks merge theirs once at the end.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ NAME = "syncbn.recalibrate"
 def recalibrate(
     model: nn.Module, batches: Iterable[Any], num_batches: int | None = None, progress: bool = False
 ) -> None:
-    """Makes the running statistics of every SyncBatchNorm those of its inputs over all the given data.
+    """Computes the running statistics of every SyncBatchNorm anew, from its inputs over all the given data.
 
-    Layers normalise by the statistics of each global batch, as in training, so that later layers see what they
-    see there. running_mean becomes the mean and running_var the unbiased variance over every sample of every
+    Layers normalise by the statistics of each global batch, as in training, so that later layers get the inputs that
+    they get there. running_mean becomes the mean and running_var the unbiased variance over every sample of every
     batch and rank, num_batches_tracked the number of calls. Nothing changes before all data has been seen: after
     an exception or Ctrl-C the model is as before. Parameters and the mode of every module stay as they are; call
-    ``model.eval()`` first for dropout to be off. Frozen layers and those without running statistics are left
-    alone, as is a layer that no batch reaches.
+    ``model.eval()`` first to turn dropout off. Frozen layers, layers without running statistics and layers that no
+    batch reaches are left alone.
 
     Args:
-        model: the model, with or without DistributedDataParallel around it; equal layers on every rank.
+        model: the model, with or without DistributedDataParallel around it. Its layers are equal on every rank.
         batches: this rank's batches. Each is a tensor, a tuple or list whose first element is the input, or a
             dict of keyword arguments. Ranks may have different numbers of them, but at least one each.
-        num_batches: the most batches to take on this rank; None takes all.
+        num_batches: the maximum number of batches on this rank; None takes all.
         progress: whether rank 0 shows a progress bar.
 
     Communication:
         By every rank: one comparison of the layers, one all-reduce of 9 values before each batch, which says who
         has one, one of 2C + 15 for each layer and batch, and at the end one of C + 1 and one of C values a layer.
-        A rank that has no batch left runs its last one again, counted as nothing, until none has any.
+        A rank that has no batch left repeats its last one with weight zero, until no rank has a batch left.
 
     Raises:
         ValueError, TypeError, RuntimeError: on every rank alike, if the model has no such layer, the layers
@@ -64,7 +64,7 @@ def recalibrate(
     layers = [layer for layer in layers_of(model) if layer.track_running_stats and not layer._site.frozen]
     means = (layer.running_mean for layer in layers)
     somewhere = next((t for t in (*means, *model.parameters(), *model.buffers()) if t is not None), None)
-    device = torch.device("cpu") if somewhere is None else somewhere.device  # a rank without layers joins the others
+    device = torch.device("cpu") if somewhere is None else somewhere.device  # even without a layer
     world = transports.choose(None, device.type)
     _require_layers(layers, world)
     bar = _bar(batches, num_batches, progress and world.rank == 0)
@@ -84,7 +84,7 @@ class _Input(NamedTuple):
 
 
 def _inputs(batches: Iterable[Any], num_batches: int | None) -> Iterator[_Input]:
-    """Yields what the model is called with."""
+    """Yields the arguments of the model."""
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"{NAME} needs num_batches >= 1; received {num_batches}. None takes every batch.")
     for batch in islice(batches, num_batches):
@@ -102,7 +102,7 @@ def _inputs(batches: Iterable[Any], num_batches: int | None) -> Iterator[_Input]
 
 
 def _rounds(inputs: Iterator[_Input], world: AbstractTransport, device: torch.device) -> Iterator[tuple[_Input, bool]]:
-    """Yields inputs, and whether they count, until no rank has one left."""
+    """Yields inputs, and whether they count, until no rank has an input left."""
     last: _Input | None = None
     while True:
         mine, error = _next(inputs)
@@ -124,15 +124,15 @@ def _rounds(inputs: Iterator[_Input], world: AbstractTransport, device: torch.de
 
 
 def _next(inputs: Iterator[_Input]) -> tuple[_Input | None, Exception | None]:
-    """Takes one input, or the error of whoever makes them."""
+    """Returns the next input, or the error of the loader."""
     try:
         return next(inputs, None), None
-    except Exception as error:  # anything: the other ranks wait to hear of it
+    except Exception as error:  # any error: the other ranks must hear of it
         return None, error
 
 
 def _commit(layers: list[SyncBatchNorm], recorders: list[Recorder]) -> None:
-    """Writes the new statistics, of all layers or of none."""
+    """Writes the new statistics of all layers, or of none if one fails."""
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
     try:
         for layer, recorder in zip(layers, recorders, strict=True):
@@ -145,7 +145,7 @@ def _commit(layers: list[SyncBatchNorm], recorders: list[Recorder]) -> None:
 
 
 def _write(layer: SyncBatchNorm, recorder: Recorder) -> None:
-    if recorder.count <= 1:  # no batch came by; with masks it is a sum of weights
+    if recorder.count <= 1:  # no batch reached the layer; with masks the count is a sum of weights
         return
     assert layer.running_mean is not None
     assert layer.running_var is not None
@@ -156,7 +156,7 @@ def _write(layer: SyncBatchNorm, recorder: Recorder) -> None:
 
 
 def _require_layers(layers: list[SyncBatchNorm], world: AbstractTransport) -> None:
-    """Raises on every rank unless all have the same layers, one at least, and none is lazy."""
+    """Raises on every rank unless all have the same layers, at least one, and none is lazy."""
     lazy = sum(layer.running_mean is not None and is_lazy(layer.running_mean) for layer in layers)
     counts = {
         "number of layers": len(layers),
@@ -173,7 +173,7 @@ def _require_layers(layers: list[SyncBatchNorm], world: AbstractTransport) -> No
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Keeps torch.compile from running code that was made for other modes of the layers."""
+    """Turns torch.compile off: its code was compiled for other modes of the layers."""
     compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Transports that look at what layers send: the moments of every input, merged without cancellation.
+"""A transport that records the moments of every input of a layer, merged without cancellation.
 
 C channels, W ranks.
 """
@@ -23,16 +23,16 @@ from syncbn.transports.groups import GroupSpec
 
 @final
 class Recorder(AbstractTransport):
-    """A layer's transport that keeps the moments of what its rank sends.
+    """Wraps a layer's transport and keeps the moments of what its rank sends.
 
     count = count_a + count_b;  delta = mean_b - mean_a
     mean = mean_a + delta * count_b / count;  m2 = m2_a + m2_b + delta^2 * count_a * count_b / count
 
     Args:
         inner: the layer's transport.
-        C: its channels.
+        C: the number of channels of the layer.
         label: a name that no other recorder has.
-        device: where its wires live.
+        device: the device of the wires.
 
     Source:
         Chan, Golub and LeVeque 1979, Updating formulae and a pairwise algorithm for computing sample variances
@@ -46,14 +46,14 @@ class Recorder(AbstractTransport):
         self.rank, self.size, self.ranks, self.token = inner.rank, inner.size, inner.ranks, inner.token
         self.spec, self.on_host = GroupSpec(self.name, inner.ranks, label), inner.on_host
         self.counts = True
-        """Whether this rank's share is part of the data; if not, it joins without samples."""
+        """Whether the local batch is part of the data. If not, the rank joins without samples."""
         self.calls = 0
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(C, dtype=torch.float64, device=device)
         self.m2 = torch.zeros(C, dtype=torch.float64, device=device)
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """Merges a forward wire, then passes it on."""
+        """Merges a forward wire into the moments, then sums it over the ranks."""
         if wire.numel() == moments.wire_length(self.C):
             if not self.counts:
                 moments.count(wire).zero_()
@@ -90,7 +90,7 @@ class Recorder(AbstractTransport):
 
 @contextmanager
 def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
-    """Lets layers normalise as in training and keep the moments of their inputs, and nothing else."""
+    """Makes layers normalise as in training and record the moments of their inputs, without moving statistics."""
     recorders: list[Recorder] = []
     before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
     entered: list[Site] = []
@@ -103,7 +103,7 @@ def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
             recorders.append(Recorder(transport, layer.num_features, str(i), device))
             layer._site.enter(transports.adopt(recorders[-1], device.type))
             entered.append(layer._site)
-            layer.training, layer.track_running_stats = True, False  # without them it does not renormalise either
+            layer.training, layer.track_running_stats = True, False  # this turns renormalization off, too
         yield recorders
     finally:
         for recorder in recorders:
@@ -116,7 +116,7 @@ def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
 
 
 def merge_ranks(recorders: list[Recorder], world: AbstractTransport, device: torch.device) -> None:
-    """Makes the moments of every recorder those of all ranks.
+    """Merges the moments of every recorder over the ranks.
 
     mean = sum_W(count * mean) / sum_W(count);  m2 = sum_W(m2 + count * (mean_of_the_rank - mean)^2)
 

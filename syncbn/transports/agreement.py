@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Verdicts that every rank of a group shares: nobody raises alone, so nobody is left waiting.
+"""Errors that every rank of a group raises alike: nobody raises alone, so nobody is left waiting.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 """
@@ -18,16 +18,16 @@ from syncbn.transports.base import AbstractTransport, MismatchError
 
 NOTE_BYTES = 1000
 _OTHER = -1
-"""The direction of a message that is of no layer's forward or backward."""
+"""The direction of a message that is no layer's."""
 
 
 def exchange(values: Tensor, transport: AbstractTransport, what: str) -> Tensor:
-    """Sums numbers over the ranks, in a message that says what they are.
+    """Sums numbers over the ranks, in a message that carries the identity of the call.
 
     Args:
-        values: float64 (K,), K the same on every rank that makes this call.
+        values: float64 (K,). K is the same on every rank that makes this call.
         transport: the group.
-        what: the call, for example "World.average_gradients".
+        what: the name of the call, for example "World.average_gradients".
 
     Returns:
         float64 (K,).
@@ -48,16 +48,16 @@ def exchange(values: Tensor, transport: AbstractTransport, what: str) -> Tensor:
 
 
 Notes = Callable[[], tuple[str, str]]
-"""What tells layers of one label apart, and the settings, see ``Site.notes``; asked for where something is wrong."""
+"""Returns two texts for errors, see ``Site.notes``. Called only after an error has been found."""
 
 
 def no_notes() -> tuple[str, str]:
-    """Stands for the notes of a message that is not of a layer."""
+    """Returns empty notes, for a message that is not a layer's."""
     return "", ""
 
 
 def all_reduce(wire: Tensor, transport: AbstractTransport, message: Message, notes: Notes = no_notes) -> Tensor:
-    """Sums a wire over the ranks; where the library below cannot, raises what is known of the call."""
+    """Sums a wire over the ranks. If the library refuses the message, raises an error that names the calls."""
     try:
         return transport.all_reduce(wire)
     except MismatchError as error:
@@ -65,15 +65,15 @@ def all_reduce(wire: Tensor, transport: AbstractTransport, message: Message, not
 
 
 def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, said: str = "") -> ValueError:
-    """Returns the error for ranks that are in different calls. Called wherever a rank has noticed.
+    """Returns the error for ranks in different calls. Every rank that finds a disagreement calls this.
 
     Args:
         message: of this rank.
         notes: of its layer.
         transport: the group.
-        said: what the library below said, if it refused the message.
+        said: the error of the library, if it refused the message.
     """
-    if said:  # at once: the launcher may end this process while it waits for the others, some of which may have ended
+    if said:  # write it now: the launcher may end this process while it waits for ranks that have ended
         sys.stderr.write(f"syncbn: rank {transport.ranks[transport.rank]} was in {message}; {said}\n")
         sys.stderr.flush()
     rows = transport.exchange_notes("\n".join((str(message), *notes())))
@@ -94,8 +94,8 @@ def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, s
         )
     if len(set(settings)) == 1:
         return ValueError(
-            f"All ranks must get the sums of what they send; received other ones in {by_rank(calls, transport.ranks)}. "
-            "What sums them must keep every bit of float64: look for a wrapper that rounds or compresses."
+            f"All ranks must get exact sums; received others in {by_rank(calls, transport.ranks)}. "
+            "The transport must keep every bit of float64: look for a wrapper that rounds or compresses."
         )
     return ValueError(
         f"All ranks must use the same settings of {message.label}; received {by_rank(settings, transport.ranks)}. "
@@ -107,7 +107,7 @@ def gather(row: Tensor, transport: AbstractTransport, what: str = "a comparison"
     """Collects one row of numbers from every rank.
 
     Args:
-        row: float64 (K,), K the same on every rank.
+        row: float64 (K,). K is the same on every rank.
         transport: the group.
         what: the call, see :func:`exchange`.
 
@@ -123,10 +123,10 @@ def gather(row: Tensor, transport: AbstractTransport, what: str = "a comparison"
 
 
 def gather_notes(note: str, transport: AbstractTransport) -> list[str]:
-    """Collects a short text from every rank, as bytes; a longer one is cut at ``NOTE_BYTES``.
+    """Collects a short text from every rank. A text is cut at ``NOTE_BYTES`` bytes.
 
     Communication:
-        One all-reduce of W * ``NOTE_BYTES`` float64 values: for reports and failures, not for steps.
+        One all-reduce of W * ``NOTE_BYTES`` float64 values. Use it for reports and errors, not in every step.
     """
     row = torch.zeros(NOTE_BYTES, dtype=torch.float64, device="cpu")
     encoded = note.encode()[:NOTE_BYTES]
@@ -141,11 +141,11 @@ def require_equal(
     """Raises on every rank unless the named numbers are the same on all.
 
     Args:
-        values: the numbers; the names and their order are the same on every rank.
+        values: the numbers. Names and order are the same on every rank.
         transport: the group.
         what: the subject of the message.
         remedy: its last sentence.
-        errors: one error of this rank or None, which rides along and comes first; or nothing, on every rank alike.
+        errors: nothing, or one error of this rank or None, which is raised first. The same choice on every rank.
 
     Communication:
         One all-reduce of W * (len(values) + len(errors)) + 7 float64 values, by every rank of the group.
@@ -172,12 +172,12 @@ def raise_unless_equal(
 
 
 def raise_together(error: Exception | None, transport: AbstractTransport, what: str = "World.raise_together") -> None:
-    """Raises on every rank if any rank brings an error; the text names the ranks.
+    """Raises on every rank if any rank passes an error. The text names the ranks.
 
     Args:
         error: this rank's error, or None.
         transport: the group.
-        what: the call, see :func:`exchange`.
+        what: the name of the call, see :func:`exchange`.
 
     Communication:
         One all-reduce of 8 values by every rank; one more of texts if there is an error.
@@ -191,7 +191,7 @@ def raise_together(error: Exception | None, transport: AbstractTransport, what: 
 
 
 def raise_gathered(error: Exception | None, transport: AbstractTransport) -> None:
-    """Raises the errors of all ranks on all ranks. Called only where every rank knows that there is one."""
+    """Raises the errors of all ranks on all ranks. Called only if every rank knows that there is one."""
     kinds: dict[str, type[Exception]] = {"V": ValueError, "T": TypeError, "R": RuntimeError}
     kind = next((k for k, cls in kinds.items() if isinstance(error, cls)), "R")
     notes = gather_notes("" if error is None else f"{kind}{error}", transport)
@@ -200,7 +200,7 @@ def raise_gathered(error: Exception | None, transport: AbstractTransport) -> Non
 
 
 def by_rank(notes: list[str], ranks: tuple[int, ...], *, skip_empty: bool = False, joint: str = " and ") -> str:
-    """Groups equal notes: ``64 on ranks 0, 2 and 32 on rank 1``; for errors, the text leads with its ranks."""
+    """Groups equal notes: ``64 on ranks 0, 2 and 32 on rank 1``. ``skip_empty`` puts the ranks first."""
     holders: dict[str, list[int]] = {}
     for rank, note in zip(ranks, notes, strict=True):
         if note or not skip_empty:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `join` sends: before a collective, every rank says which one it comes to, so that a finished one can follow.
+"""What `join` sends: before a collective, every rank announces which one it is, so that finished ranks can follow.
 
-W ranks. A finished rank only listens: it says "finished" and does what the others do.
+W ranks. A finished rank announces "finished" and takes part in what the others announce.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _N = len(OPERATIONS)
 
 
 class Said(NamedTuple):
-    """What one rank says."""
+    """The announcement of one rank."""
 
     operation: str | None
     """One of ``OPERATIONS``, or None from a finished rank."""
     forward: int = 0
     """The number of this forward, or of the one whose backward this is."""
     flags: int = 0
-    """Bits that must be equal on all ranks that still train, at most 25."""
+    """At most 25 bits that must be equal on all ranks that still train."""
     fresh: bool = False
     """Whether every gradient is None or zero."""
     needs_example: bool = False
     error: Exception | None = None
-    """Why this rank leaves the loop or cannot go on; all ranks raise it."""
+    """Why this rank leaves the loop or cannot go on. All ranks raise it."""
 
 
 class Heard(NamedTuple):
-    """What all ranks that still train say in common."""
+    """The outcome: what all ranks that still train have announced."""
 
     operation: str | None
-    """None where every rank is finished."""
+    """None if every rank is finished."""
     forward: int
     flags: int
     fresh: bool
@@ -52,13 +52,13 @@ class Heard(NamedTuple):
 
 
 def announce(said: Said, transport: AbstractTransport) -> Heard:
-    """Tells the others what this rank comes to, and hears what they come to.
+    """Announces the next operation of this rank to the others, and returns the common outcome.
 
     Communication:
         One all-reduce of 13 float64 values; one more of texts if there is an error.
 
     Raises:
-        RuntimeError, ValueError, TypeError: on every rank, if any rank brings an error or ranks come to
+        RuntimeError, ValueError, TypeError: on every rank, if any rank announces an error or ranks announce
             different operations.
     """
     own = [float(said.operation == name) for name in OPERATIONS]
@@ -69,7 +69,7 @@ def announce(said: Said, transport: AbstractTransport) -> Heard:
     votes, (count, forward, forward2, flags, flags2, fresh, needs, errors) = wire[:_N], wire[_N:]
     if errors:
         agreement.raise_gathered(said.error, transport)
-    # Equal numbers are those whose mean of squares is the square of their mean.
+    # All ranks sent one value iff n * sum(v^2) = (sum v)^2.
     if max(votes) < count or forward**2 != forward2 * count or flags**2 != flags2 * count:
         _raise_mismatch(said, transport)
     if count == 0:
@@ -91,23 +91,23 @@ def _raise_mismatch(said: Said, transport: AbstractTransport) -> None:
 
 @final
 class Hook:
-    """A hook of an open `join` on its model. A copy of the model, or a saved one, is not in the join."""
+    """A hook of an open `join` on its model. In a copy of the model or a saved one it does nothing."""
 
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self._method = method
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it communicates, where model is compiled and join is given model
     def __call__(self, *args: Any) -> Any:
-        """Calls the method; a copy does nothing."""
+        """Calls the method. A copy has none and does nothing."""
         return None if self._method is None else self._method(*args)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        """Leaves the join behind: it holds live communicators."""
+        """Pickles without the join, which holds live communicators."""
         return Hook, ()
 
 
 class Connected(Protocol):
-    """A World."""
+    """A World, as this module uses it."""
 
     @property
     def transport(self) -> AbstractTransport:
@@ -115,36 +115,36 @@ class Connected(Protocol):
 
 
 class Announces(Protocol):
-    """What hears of a collective that is about to begin: an open `join`."""
+    """An open `join`, as this module uses it."""
 
     def enter(self, operation: str, transport: AbstractTransport) -> bool:
-        """Announces, unless this happens within another operation; says whether it did."""
+        """Announces an operation, unless another one is under way. Returns whether it did."""
 
     def leave(self, *, well: bool) -> None:
         """Notes that the operation has ended, well or with an exception."""
 
 
 _open: list[Announces] = []
-"""The open `join` of this process, or nothing."""
+"""The open `join` of this process, if there is one."""
 
 
 def is_open(joined: Announces | None = None) -> bool:
-    """Whether this process is within a `join`, or within this one."""
+    """Whether a `join` is open in this process; with an argument, whether it is that one."""
     return bool(_open) and joined in (None, _open[0])
 
 
 def open_for(joined: Announces) -> None:
-    """Makes a `join` hear of the collectives of every World."""
+    """Makes every World announce its collectives to a `join`."""
     _open.append(joined)
 
 
 def close() -> None:
-    """Ends what ``open_for`` began."""
+    """Undoes ``open_for``."""
     _open.clear()
 
 
 def announced(method: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
-    """Makes a collective method of World tell an open `join` before it begins."""
+    """Makes a collective method of World announce itself to an open `join`."""
 
     @functools.wraps(method)
     def call(self: T, /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -15,15 +15,15 @@ from syncbn.moments import Message
 from syncbn.transports.groups import GroupSpec
 
 PATIENCE = 10.0
-"""Seconds that a rank waits for the notes of the others, once it knows that something is wrong."""
+"""Seconds that a rank waits for the notes of the others, after it has found an error."""
 
 
 class MismatchError(RuntimeError):
-    """The library below refused a message, most likely since ranks sent some of different length."""
+    """The library refused a message, most likely since ranks sent messages of different length."""
 
 
 class AbstractTransport(ABC):
-    """A group of ranks that can sum a tensor. Every method but the attributes is collective over the group."""
+    """A group of ranks that can sum a tensor. Every method is collective over the group."""
 
     name: str
     """The kind: one of ``syncbn.transports.CHOICES``."""
@@ -34,21 +34,21 @@ class AbstractTransport(ABC):
     ranks: tuple[int, ...]
     """The members, by their rank in the whole job, in group order."""
     token: int
-    """A number that this group has and no other of this or any other job; equal on all members."""
+    """A random number that identifies the group, in this and any other job. Equal on all members."""
     spec: GroupSpec | None
-    """What a module stores of this group. None for a process alone."""
+    """What a module stores of this group. None for a single process."""
     serial = 0
     """How many forwards this group has agreed on: a part of the identity of every message."""
     layers = 0
-    """How many layers this group has compared the settings of."""
+    """How many layers have compared their settings in this group."""
     repeated: Message | None = None
-    """The forward whose sums a wrapper has returned again instead of sending. None where the last sums were sent."""
+    """The forward whose sums a wrapper returned again, without communication. None if the last wire was sent."""
     on_host = False
     """Whether all_reduce waits on the host for the sum of a GPU tensor, so that reading it costs no further wait."""
 
     @property
     def sender(self) -> AbstractTransport:
-        """What sends for this transport: itself, but where a wrapper may return sums again."""
+        """The transport that sends: this one, unless it is a wrapper that may return earlier sums."""
         return self
 
     @abstractmethod
@@ -65,18 +65,18 @@ class AbstractTransport(ABC):
             One SUM all-reduce of ``wire``. On a GPU it is ordered on the caller's current stream.
 
         Raises:
-            MismatchError: on some ranks, where ranks sent wires of different length and the library notices.
+            MismatchError: on some ranks, if ranks sent wires of different length and the library notices.
         """
 
     @abstractmethod
     def exchange_notes(self, note: str) -> list[str | None]:
-        """Collects a text from every rank that calls this, where all_reduce can no longer be relied on.
+        """Collects a text from every rank that calls this, after an error that makes all_reduce unreliable.
 
         Returns:
-            The notes in the order of the ranks; None of a rank that is silent for ``PATIENCE`` seconds.
+            The notes in the order of the ranks; None for a rank that is silent for ``PATIENCE`` seconds.
 
         Communication:
-            Not a collective: messages of their own, beside those of all_reduce.
+            Not a collective: its messages are separate from those of all_reduce.
         """
 
     @abstractmethod
@@ -85,8 +85,8 @@ class AbstractTransport(ABC):
 
     @abstractmethod
     def split(self, color: int) -> AbstractTransport:
-        """Makes one group of each color, in the order of the ranks, and returns this process's."""
+        """Makes one group for each color, in the order of the ranks. Returns the group of this process."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Waits, without keeping a core busy, until every rank has come."""
+        """Waits until every rank has called this, without keeping a core busy."""

@@ -31,7 +31,7 @@ _HAS_DISTRIBUTED = dist.is_available()
 
 
 class Choice(NamedTuple):
-    """Which transport, and why; ``unsynchronized`` says what is wrong where a job has no group."""
+    """Which transport, and why. ``unsynchronized`` is a warning if no group connects the processes of the job."""
 
     name: str
     reason: str
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 
 class _Live(NamedTuple):
-    """A transport, and the torch world in whose time it was chosen: None for none, the string for any."""
+    """A transport, and the torch world at the time of the choice: None for no world, a string for any."""
 
     torch_world: weakref.ref[Any] | str | None
     transport: AbstractTransport
@@ -55,13 +55,13 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
 
     Args:
         spec: the group, or None for every rank of the job.
-        device_type: where the tensors to be reduced live.
+        device_type: the device type of the tensors to be reduced.
 
     Communication:
         At the first use of a group, on every member: the communicator is duplicated and a number is
         broadcast. Later calls are a dictionary look-up, until torch.distributed's world changes.
-        Threads may use their groups for the first time in any order, with one exception: where torch makes groups
-        from ranks, because this process has no handle, the order must be the same on every rank.
+        Threads may use their groups for the first time in any order, with one exception: if this process has no handle,
+        torch makes the group from ranks, and the order must be the same on every rank.
 
     Raises:
         ValueError: if ``SYNCBN_TRANSPORT`` is not one of ``CHOICES``, or the group's ranks are not in this job; on
@@ -81,10 +81,10 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
 
 
 def over_mpi(device_type: str = "cpu") -> AbstractTransport:
-    """Resolves every rank of the MPI job, whatever the choice for training is. Collective at its first call.
+    """Returns the transport of all ranks of the MPI job, even if training uses another. Collective at its first call.
 
     Raises:
-        RuntimeError: where MPI joined another number of processes than the launcher started.
+        RuntimeError: if MPI joined another number of processes than the launcher started.
     """
     from syncbn.transports import mpi
 
@@ -99,7 +99,7 @@ def over_mpi(device_type: str = "cpu") -> AbstractTransport:
 
 
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
-    """Keeps a transport that ``split`` made, and returns the specification by which ``choose`` finds it."""
+    """Keeps a transport that ``split`` made. Returns the specification by which ``choose`` finds it."""
     _live[transport.spec, device_type] = _Live(_epoch(transport.spec), transport)
     return transport.spec
 
@@ -129,7 +129,7 @@ def explain(device_type: str = "cpu") -> Choice:
 
 
 def _lock_of(spec: GroupSpec | None, device_type: str) -> threading.Lock:
-    """One lock for each group: with one for all, threads whose order differs between ranks would wait for ever."""
+    """Returns the lock of a group. With a single lock, threads in another order on another rank would deadlock."""
     with _locking:
         return _locks.setdefault((spec, device_type), threading.Lock())
 
@@ -146,12 +146,12 @@ def _everyone(device_type: str) -> AbstractTransport:
 
 
 def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
-    """Finds the handle of a specification, or makes an equal group; outside any job a process is its own group."""
+    """Finds the handle of a specification, or makes an equal group. Outside any job a process is its own group."""
     if spec.kind == "alone":
         return SingleTransport(launchers.detect().rank)
     if spec.kind == "blocks":
         return _block(spec.size, device_type)
-    handle = groups.handle(spec) or None  # a communicator that its owner has freed is false
+    handle = groups.handle(spec) or None  # a freed communicator is false
     if spec.kind == "mpi":
         launch = launchers.detect()
         if handle is None and not launch.speaks_mpi:
@@ -162,7 +162,7 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
         return SingleTransport()
     if handle is None or not _torch_knows(handle):
         if _torch_world() is None:
-            _torch(None, device_type)  # says what to do
+            _torch(None, device_type)  # raises
         _check_ranks(spec, dist.get_rank(), dist.get_world_size())
         from syncbn.transports.torch_dist import group_of
 
@@ -213,15 +213,15 @@ def _torch(group: Any, device_type: str) -> AbstractTransport:
         )
     from syncbn.transports.torch_dist import TorchTransport
 
-    if group is None:  # gloo matches messages by their order: DDP's buckets would meet ours in a group in common
+    if group is None:  # gloo matches messages by order: in one group, DDP's buckets would meet ours
         group = dist.new_group() if device_type == "cpu" or _goes_over_gloo(device_type) else dist.group.WORLD
     return TorchTransport(group, device_type)
 
 
 def _require_same_label(spec: GroupSpec, transport: AbstractTransport) -> None:
-    """Raises on every member if a group made from ranks joins models of different groups.
+    """Raises on every member if a group made from ranks connects layers of different groups.
 
-    torch names such a group by a count: ranks that make their groups in another order meet in the wrong one.
+    torch names such a group by a count, so ranks that make their groups in another order would join the wrong one.
     """
     from syncbn.transports import agreement
 
@@ -231,21 +231,21 @@ def _require_same_label(spec: GroupSpec, transport: AbstractTransport) -> None:
 
 
 def _goes_over_gloo(device_type: str) -> bool:
-    """Whether tensors of a type of device go over gloo: CUDA tensors too, where ranks share a GPU."""
+    """Whether gloo reduces tensors of this device type. It reduces CUDA tensors if ranks share a GPU."""
     return f"{device_type}:gloo" in str(dist.get_backend_config()).split(",")
 
 
 def _torch_world() -> Any | None:
-    """Returns torch's default process group, or None. Its identity changes when it is made anew."""
+    """Returns torch's default process group, or None. A new one has another identity."""
     return dist.group.WORLD if _HAS_DISTRIBUTED and dist.is_initialized() else None
 
 
 def _epoch(spec: GroupSpec | None) -> weakref.ref[Any] | str | None:
-    """Tells how long a choice holds.
+    """Returns the torch world for which a choice holds.
 
-    A transport over MPI lives as long as the process. What torch.distributed decided is decided again when its world
-    changes, for example after destroy_process_group(). The reference is weak: a gloo group that we kept alive would
-    meet the end of the interpreter and abort a process that did all its work.
+    A transport over MPI lives as long as the process. Any other choice is made again when the world of
+    torch.distributed changes, for example after destroy_process_group(). The reference is weak, since a gloo group that
+    is alive at the end of the interpreter can abort the process.
     """
     if spec is not None and spec.kind == "mpi":
         return "any"
@@ -261,7 +261,7 @@ def _holds(live: _Live) -> bool:
 
 
 def _torch_knows(group: Any) -> bool:
-    """Whether torch.distributed still knows a group; after destroy_process_group it does not."""
+    """Whether torch.distributed still knows a group. After destroy_process_group it does not."""
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):
@@ -270,7 +270,7 @@ def _torch_knows(group: Any) -> bool:
 
 
 def _mpi_agrees(size: int, torch_world: Any | None, device_type: str) -> bool:
-    """Whether everyone means the MPI job: a torch world of another size is the more explicit statement."""
+    """Whether ``None`` means the MPI job. A torch world of another size is more explicit and wins."""
     if torch_world is not None and (torch_world.size() != size or device_type != "cpu"):
         return False
     return importlib.util.find_spec("mpi4py") is not None
@@ -304,6 +304,6 @@ def _unconnected(launch: launchers.Launch) -> str:
     )
     return (
         f"SyncBatchNorm is NOT synchronised: {launch.name} started {launch.size} processes ({launch.evidence}), "
-        f"but no group connects them, so each uses the statistics of its own share. {remedy}, or silence this "
+        f"but no group connects them, so each uses the statistics of its local batch. {remedy}, or silence this "
         f"with {OVERRIDE}=single."
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who started this process, read from the environment alone. Nothing is imported, nothing is contacted."""
+"""Finds out from the environment which launcher started this process. Imports and contacts nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """What a launcher says about this process."""
+    """What the launcher's variables say about this process."""
 
     name: str
     """One of torchrun, openmpi, mpich, slurm, env, none."""
@@ -17,18 +17,18 @@ class Launch(NamedTuple):
     size: int
     local_rank: int
     speaks_mpi: bool
-    """Whether importing MPI joins this job: a plain ``srun`` may start processes that MPI_Init cannot wire up."""
+    """Whether MPI_Init joins this job. A plain ``srun`` may start processes that it cannot connect."""
     evidence: str
-    """The variable that gave it away."""
+    """The variable that identified the launcher."""
     local_size: int = 1
-    """Processes on this host; as far as this one knows, which is at least itself and those before it."""
+    """Processes on this host. If the launcher does not say, the number known: local rank + 1."""
 
 
 MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Recognises torchrun, mpirun of Open MPI and of MPICH and its kin, srun, a hand-made RANK/WORLD_SIZE, or none.
+    """Recognises torchrun, mpirun (Open MPI, MPICH and MPIs derived from it), srun, RANK/WORLD_SIZE, or no launcher.
 
     The innermost launcher wins: torchrun inside srun is torchrun, and mpirun that starts its daemons
     through srun is mpirun.

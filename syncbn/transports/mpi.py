@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MPI through mpi4py, on host buffers. Importing this module runs MPI_Init: it is imported where MPI is chosen."""
+"""MPI through mpi4py, on host buffers. Importing this module runs MPI_Init: import it only when MPI is chosen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
 from syncbn.transports.groups import GroupSpec
 
 LEAST_TAG_UB = 32767
-"""Every MPI takes tags up to this one."""
+"""Every MPI supports tags up to this one."""
 INSTALL = 'pip install "syncbn[mpi]"'
 
 try:
@@ -35,8 +35,8 @@ except RuntimeError as error:  # mpi4py is there, libmpi is not
 
 _unsent: list[tuple[Any, bytes]] = []
 _MPI_TYPES = {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}
-# A communicator carries its specification as an attribute: every wrapper of the handle finds it, a duplicate does not
-# inherit it, and it goes when the communicator is freed, before MPI gives the handle to another one.
+# A communicator holds its specification as an attribute. Every wrapper of the handle finds it, and a duplicate does not
+# inherit it. It is deleted when the communicator is freed, before MPI reuses the handle.
 _SPEC = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, spec: groups.forget_handle(spec))
 _given: Counter[tuple[int, ...]] = Counter()
 _giving = threading.Lock()
@@ -44,11 +44,11 @@ _giving = threading.Lock()
 
 @final
 class MPITransport(AbstractTransport):
-    """A duplicate of an mpi4py intracommunicator, so that no message of the user's ever matches one of ours.
+    """A duplicate of an mpi4py intracommunicator, so that a user's message never matches one of ours.
 
     Args:
         comm: the communicator. Duplicating it is collective over its members.
-        spec: by which specification it was found; None makes one that no other group has.
+        spec: its specification; None makes a unique one.
     """
 
     name = "mpi"
@@ -56,7 +56,7 @@ class MPITransport(AbstractTransport):
     def __init__(self, comm: Any, spec: GroupSpec | None = None) -> None:
         self.comm = comm.Dup()
         self._exchanges = 0
-        self._aside = comm.Dup()  # for notes: what goes wrong on comm may leave messages there
+        self._aside = comm.Dup()  # for notes: after an error, messages may be left in comm
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.ranks = world_ranks(comm)
@@ -77,15 +77,13 @@ class MPITransport(AbstractTransport):
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`. Point to point, so that a silent rank holds nobody up."""
+        """See :meth:`AbstractTransport.exchange_notes`. Point to point, so that a silent rank blocks nobody."""
         notes: list[str | None] = [None] * self.size
         notes[self.rank] = note
         message = note.encode()
         others = [rank for rank in range(self.size) if rank != self.rank]
         self._exchanges += 1
-        tag = (
-            self._exchanges % 32768
-        )  # the least upper bound of tags: a note that comes too late is not of the next one
+        tag = self._exchanges % (LEAST_TAG_UB + 1)  # of its own, so that a late note is not taken for one of the next
         sent = [self._aside.Isend([message, MPI.BYTE], rank, tag) for rank in others]
         end = time.monotonic() + PATIENCE
         while None in notes and time.monotonic() < end:
@@ -97,19 +95,19 @@ class MPITransport(AbstractTransport):
             self._aside.Recv([received, MPI.BYTE], status.Get_source(), tag)
             notes[status.Get_source()] = received.decode(errors="replace")
         for request in sent:
-            if not request.Test():  # of a silent rank: left to MPI, with the memory that it reads
+            if not request.Test():  # the rank is silent; keep the memory that MPI still reads
                 _unsent.append((request, message))
         return notes
 
     def all_reduce_pointer(self, wire: Tensor) -> Tensor:
-        """Sums in place what a float64 or float32 tensor points to: memory that this MPI is known to reach."""
+        """Sums a float64 or float32 tensor in place. Its memory must be accessible to this MPI."""
         kind = {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}[wire.dtype]
         memory = MPI.buffer.fromaddress(wire.data_ptr(), wire.numel() * wire.element_size())
         self.comm.Allreduce(MPI.IN_PLACE, [memory, kind])
         return wire
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that MPI need not know the dtype."""
+        """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that MPI need not know the dtype."""
         if tensor.device.type != "cpu":
             return tensor.copy_(self.broadcast(tensor.cpu(), root))
         self.comm.Bcast([tensor.view(-1).view(torch.uint8).numpy(), MPI.BYTE], root)
@@ -124,7 +122,7 @@ class MPITransport(AbstractTransport):
             comm.Free()
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`. Sleeps between looks: a plain MPI_Barrier spins."""
+        """See :meth:`AbstractTransport.barrier`. Sleeps between tests, as MPI_Barrier would spin."""
         request = self.comm.Ibarrier()
         pause = 1e-5
         while not request.Test():
@@ -144,9 +142,9 @@ def world() -> Any:
 
 
 def spec_of(comm: Any) -> GroupSpec:
-    """Returns the specification of a communicator that a user made: the same one until it is freed.
+    """Returns the specification of a user's communicator. It stays the same until the communicator is freed.
 
-    The label counts the communicators of the same ranks. It sends nothing, so a layer can be built on any rank alone.
+    The label counts the communicators of the same ranks. That needs no message, so one rank alone can build a layer.
     """
     with _giving:
         spec: GroupSpec | None = comm.Get_attr(_SPEC)
@@ -161,14 +159,14 @@ def spec_of(comm: Any) -> GroupSpec:
 def comm_of(spec: GroupSpec) -> Any:
     """Makes the communicator of a specification. Collective over its ranks alone.
 
-    The tag is made of the label, so threads that make groups of the same ranks at one time do not meet.
+    The tag is made from the label, so that threads can make groups of the same ranks at the same time.
     """
     group = MPI.COMM_WORLD.Get_group().Incl(list(spec.ranks))
     return MPI.COMM_WORLD.Create_group(group, zlib.crc32(spec.label.encode()) % LEAST_TAG_UB)
 
 
 def _fresh_generator() -> torch.Generator:
-    """Seeds from the operating system, so that a user's manual_seed is neither used nor moved."""
+    """Returns a generator seeded by the operating system. The user's manual_seed is neither used nor changed."""
     generator = torch.Generator("cpu")
     generator.seed()
     return generator
@@ -183,7 +181,7 @@ def ranks_on_this_host() -> int:
 
 
 def host_of_rank_zero() -> str:
-    """Returns the name by which MPI knows the host of rank 0. Collective over COMM_WORLD."""
+    """Returns MPI's name for the host of rank 0. Collective over COMM_WORLD."""
     name = MPI.Get_processor_name().encode()[:256].ljust(256, b"\0")
     buffer = torch.tensor(list(name), dtype=torch.uint8, device="cpu")
     MPI.COMM_WORLD.Bcast([buffer.numpy(), MPI.BYTE], 0)

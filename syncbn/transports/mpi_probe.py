@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What MPI is there: its name, whether it starts, whether it takes GPU pointers. For diagnosis, so nothing raises.
+"""Finds out about the MPI library: its name, whether it starts, whether it takes GPU pointers. Never raises.
 
 Only the standard library at the top: ``beside`` runs this file as a script.
 """
@@ -31,12 +31,12 @@ class MPIFacts:
     size: int = 0
     """Processes that it joined; 0 before MPI_Init."""
     gpu_pointers: bool = False
-    """Positively found. Before MPI_Init, False."""
+    """True only if the library says so. Before MPI_Init, False."""
     error: str = ""
 
 
 def identify() -> MPIFacts:
-    """Loads the library into this process without MPI_Init, which a foreign launcher may answer by an abort."""
+    """Loads the library without MPI_Init, which may abort under the launcher of another MPI."""
     try:
         MPI = _load()
     except Exception as error:
@@ -46,7 +46,7 @@ def identify() -> MPIFacts:
 
 
 def join() -> MPIFacts:
-    """Joins the MPI job: MPI_Init, with all threads allowed.
+    """Joins the MPI job by MPI_Init with MPI_THREAD_MULTIPLE.
 
     Communication:
         Collective over the processes of the job.
@@ -66,7 +66,7 @@ def join() -> MPIFacts:
 
 
 def beside(limit: float = 30.0) -> MPIFacts:
-    """Looks in a process of its own, so that an MPI that aborts or hangs outside its launcher does no harm here.
+    """Does the same in another process, so that an MPI that aborts or hangs does no harm in this one.
 
     Args:
         limit: seconds until the process is ended.
@@ -86,7 +86,7 @@ def beside(limit: float = 30.0) -> MPIFacts:
 
 
 def loaded_libraries() -> list[str]:
-    """Returns the files of the MPI libraries in this process, from its memory map; none where there is no /proc."""
+    """Returns the files of the MPI libraries in this process, from its memory map. Empty without /proc."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             return list(dict.fromkeys(_LIBRARY.findall(maps.read())))
@@ -95,7 +95,7 @@ def loaded_libraries() -> list[str]:
 
 
 def takes_gpu_pointers(library: str) -> bool:
-    """Asks a loaded library whether it takes CUDA pointers; whatever is not a clear yes is a no.
+    """Asks a loaded library whether it takes CUDA pointers. Any other answer than yes is False.
 
     Args:
         library: its file. Open MPI answers through MPIX_Query_cuda_support, MPICH through MPIX_GPU_query_support.
@@ -113,14 +113,14 @@ def takes_gpu_pointers(library: str) -> bool:
 
 
 def _load() -> Any:
-    """Imports mpi4py.MPI, which then is initialised by ``join`` and finalised at exit as usual."""
+    """Imports mpi4py.MPI without MPI_Init. ``join`` initialises it, and it is finalised at exit."""
     if "mpi4py.MPI" not in sys.modules:
         import mpi4py
 
         mpi4py.rc.initialize = False
         mpi4py.rc.finalize = True
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mpi4py suspects a foreign launcher: the caller compares, and says so
+        warnings.simplefilter("ignore")  # mpi4py warns of another MPI's launcher; the caller reports that
         from mpi4py import MPI
     return MPI
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MPI for GPU tensors: through pinned host memory, or by device pointer where MPI says that it takes one.
+"""MPI for GPU tensors: through pinned host memory, or by device pointer if MPI says that it takes one.
 
-Only the stream that made the tensor is waited for, by an event. The host waits for the sum in any case: it is MPI that
-sums. So a CUDA graph cannot hold it.
+The host waits, by an event, for the stream that made the tensor, and then for MPI's sum. So a CUDA graph cannot hold
+this all-reduce.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class AbstractStage(ABC):
-    """The way of a tensor to memory that MPI can read, and back."""
+    """Copies a tensor to memory that MPI can read, and back."""
 
     @abstractmethod
     def to_host(self, tensor: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class AbstractStage(ABC):
 
 @final
 class PinnedStage(AbstractStage):
-    """Pinned memory, kept for each length, dtype and device, and an event."""
+    """Stages through pinned memory. Keeps a buffer and an event for each length, dtype and device."""
 
     def __init__(self) -> None:
         self._pinned: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, torch.cuda.Event]] = {}
@@ -46,7 +46,7 @@ class PinnedStage(AbstractStage):
             memory = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._pinned[key] = memory, torch.cuda.Event()  # type: ignore[no-untyped-call]
         host, event = self._pinned[key]
-        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]  # an event takes the current device
+        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]  # an event belongs to the current device
             event.wait()  # another stream may still be reading the last sum
             host.copy_(tensor.view(-1), non_blocking=True)
             event.record()
@@ -62,12 +62,12 @@ class PinnedStage(AbstractStage):
 
 @final
 class StagedTransport(AbstractTransport):
-    """MPI for tensors of one kind of device; CPU tensors go through it too, without a stage.
+    """MPI for tensors of one device type. CPU tensors are sent without a stage.
 
     Args:
         host: MPI for CPU tensors, over the same ranks.
-        stage: how a tensor comes to the host.
-        device_type: where the staged tensors live.
+        stage: copies a tensor to the host and back.
+        device_type: the device type of the staged tensors.
     """
 
     name = "mpi"
@@ -118,7 +118,7 @@ class StagedTransport(AbstractTransport):
 
 
 def takes_device_pointers() -> bool:
-    """Whether this MPI says of itself that it reads GPU memory: to one that does not, such a pointer is a segfault."""
+    """Whether this MPI says that it reads GPU memory. A GPU pointer crashes any other MPI."""
     return any(mpi_probe.takes_gpu_pointers(library) for library in mpi_probe.loaded_libraries())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""NCCL through CuPy, for GPU tensors under mpirun where torch.distributed is not in use. MPI carries its id."""
+"""NCCL through CuPy, for GPU tensors under mpirun without torch.distributed. MPI broadcasts its id."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 ID_BYTES = 128
 PIECE = 2**40
-"""A GPU's identity travels as float64 numbers, which are exact below 2^53."""
+"""A GPU's identity is sent in pieces below this: float64 is exact below 2^53."""
 
 
 @final
 class NcclTransport(AbstractTransport):
-    """An NCCL communicator of its own, on torch's current stream; CPU tensors go through MPI.
+    """An NCCL communicator, used on torch's current stream. CPU tensors go through MPI.
 
     Args:
         host: MPI over the same ranks. Each must have a GPU of its own, and it must be the current device.
 
     Communication:
-        At creation one broadcast of 128 numbers over MPI, and NCCL's own.
+        At creation, one broadcast of 128 numbers over MPI, and the messages of NCCL.
     """
 
     name = "nccl"
@@ -48,7 +48,7 @@ class NcclTransport(AbstractTransport):
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. The host waits for nothing; a CUDA graph can hold it."""
+        """See :meth:`AbstractTransport.all_reduce`. The host does not wait, and a CUDA graph can hold it."""
         if wire.is_cpu:
             return self.host.all_reduce(wire)
         pointer, kind = wire.data_ptr(), self._dtypes[wire.dtype]
@@ -61,7 +61,7 @@ class NcclTransport(AbstractTransport):
         return self.host.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that NCCL need not know the dtype."""
+        """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that NCCL need not know the dtype."""
         if tensor.is_cpu:
             return self.host.broadcast(tensor, root)
         size = tensor.numel() * tensor.element_size()
@@ -79,17 +79,17 @@ class NcclTransport(AbstractTransport):
 
 
 def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
-    """Chooses for GPU tensors of an MPI group: NCCL where every rank can and has a GPU of its own, else host memory.
+    """Chooses for GPU tensors of an MPI group: NCCL if every rank can load it and has its own GPU, else host memory.
 
     Args:
         host: MPI over the ranks.
-        override: "nccl" or "mpi" demands one of them.
+        override: "nccl" or "mpi" selects one of them.
 
     Communication:
         One all-reduce of 5 W + 6 float64 values, so that all ranks choose alike.
 
     Raises:
-        RuntimeError: on every rank, if NCCL is demanded and cannot be.
+        RuntimeError: on every rank, if NCCL is selected but cannot be used.
     """
     reason = problem()
     row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64, device="cpu")
@@ -107,17 +107,17 @@ def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
 
 
 def problem() -> str:
-    """Says why CuPy's NCCL cannot be used; nothing if it can."""
+    """Says why CuPy's NCCL cannot be used. Empty if it can."""
     if importlib.util.find_spec("cupy") is None:
         return 'CuPy is not installed (pip install "syncbn[cuda13]", or [cuda12])'
     try:
         return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
-    except (ImportError, OSError) as error:  # the latter where CuPy may not make the folder of its cache
+    except (ImportError, OSError) as error:  # OSError: CuPy cannot make its cache folder
         return f"CuPy does not load: {error}"
 
 
 def _communicator(nccl: Any, size: int, number: list[int], rank: int) -> Any:
-    """Hands NCCL's id over as bytes, as CuPy 14 has it, or as the tuple of numbers of CuPy 13."""
+    """Makes the communicator. CuPy 14 takes NCCL's id as bytes, CuPy 13 as a tuple of numbers."""
     try:
         return nccl.NcclCommunicator(size, bytes(value % 256 for value in number), rank)
     except TypeError:
@@ -125,7 +125,7 @@ def _communicator(nccl: Any, size: int, number: list[int], rank: int) -> Any:
 
 
 def _nccl() -> Any:
-    """CuPy's NCCL, without its warning: ``problem`` says what is missing."""
+    """Returns CuPy's NCCL, without its warning: ``problem`` says what is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cupy.cuda import nccl
@@ -134,6 +134,6 @@ def _nccl() -> Any:
 
 
 def _identity() -> list[float]:
-    """The current GPU among all GPUs of all hosts, as four exact numbers."""
+    """Returns the unique id of the current GPU, as four exact numbers."""
     number = int(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).replace("-", ""), 16)
     return [float(number // PIECE**power % PIECE) for power in range(4)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a user calls a process group, turned into the specification that a module stores."""
+"""Turns what a user passes as a process group into the specification that a module stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from syncbn.transports.groups import GroupSpec
 
 
 def specify(group: Any) -> GroupSpec | None:
-    """Turns what a user calls a process group into a specification.
+    """Turns what a user passes as a process group into a specification.
 
     Args:
         group: None for everyone, a torch ProcessGroup, an mpi4py intracommunicator, or a GroupSpec, which
@@ -19,7 +19,7 @@ def specify(group: Any) -> GroupSpec | None:
 
     Raises:
         TypeError: for anything else.
-        ValueError: where this process is not a member; on such processes alone, since they take no part.
+        ValueError: if this process is not a member; on such processes alone, since they take no part.
     """
     if group is None or isinstance(group, GroupSpec):
         return group
@@ -36,7 +36,7 @@ def specify(group: Any) -> GroupSpec | None:
 
 
 def specify_blocks(group: Any, size: int | None) -> GroupSpec | None:
-    """Turns ``process_group`` or ``group_size``, of which one at most is given, into a specification.
+    """Turns ``process_group`` or ``group_size`` into a specification. At most one of them is given.
 
     Raises:
         ValueError: if both are given, or ``size`` is not a number of ranks.
@@ -68,7 +68,7 @@ def _specify_torch(group: Any) -> GroupSpec | None:
 
 
 def _specify_mpi(group: Any) -> GroupSpec | None:
-    MPI = sys.modules.get("mpi4py.MPI")  # whoever holds a communicator has imported it
+    MPI = sys.modules.get("mpi4py.MPI")  # imported, if the user holds a communicator
     if MPI is None or not isinstance(group, MPI.Comm):
         return None
     if group == MPI.COMM_NULL:
@@ -81,7 +81,7 @@ def _specify_mpi(group: Any) -> GroupSpec | None:
 
 
 def _describe(group: Any) -> str:
-    """Names the type, and the value of a plain one; the address of an object would differ between ranks."""
+    """Names the type, and the value if it is plain: the address of an object would differ between ranks."""
     plain = isinstance(group, str | int | float | list | tuple)
     return f"{type(group).__name__}: {group!r}" if plain else type(group).__name__
 

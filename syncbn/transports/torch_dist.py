@@ -21,18 +21,19 @@ from syncbn.transports.groups import GroupSpec
 class TorchTransport(AbstractTransport):
     """A torch.distributed process group, used as it is.
 
-    For everyone over gloo ``choose`` hands over a group of our own, so that no bucket of DDP, which gloo matches by
-    order alone, meets a wire of ours. NCCL shares DDP's: there two communicators would be the hazard.
+    For all ranks over gloo, ``choose`` passes a group of our own. gloo matches messages by order alone, so in DDP's
+    group our wires would be mixed with its buckets. Over NCCL it passes DDP's group, since two communicators on one GPU
+    may deadlock.
 
     Args:
         group: a ProcessGroup that this process is part of.
-        device_type: where the tensors to be reduced live.
+        device_type: the device type of the tensors to be reduced.
     """
 
     name = "torch"
 
     def __init__(self, group: Any, device_type: str = "cpu") -> None:
-        self._group = weakref.ref(group)  # held here, it would outlive destroy_process_group()
+        self._group = weakref.ref(group)  # a strong one would outlive destroy_process_group()
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.ranks = tuple(dist.get_process_group_ranks(group))
@@ -41,10 +42,10 @@ class TorchTransport(AbstractTransport):
         self._exchanges = 0
         _check_backend(group, device_type)
         generator = torch.Generator("cpu")
-        generator.seed()  # from the operating system: a user's manual_seed is neither used nor moved
+        generator.seed()  # by the operating system: the user's manual_seed is neither used nor changed
         token = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
         self.token = int(self.broadcast(token))
-        groups.agree_on_label(self.spec, self.token)  # group_name is a count, which another job has too
+        groups.agree_on_label(self.spec, self.token)  # group_name is a count, and other jobs have the same one
 
     @property
     def group(self) -> Any:
@@ -58,18 +59,18 @@ class TorchTransport(AbstractTransport):
         return group
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. NCCL takes the few CPU tensors of reports by way of the GPU."""
+        """See :meth:`AbstractTransport.all_reduce`. Over NCCL, the few CPU tensors of reports are copied to the GPU."""
         if wire.is_cpu and self.device_type != "cpu":
             return wire.copy_(self.all_reduce(wire.to(self.device_type)))
         group = self.group
         try:
             dist.all_reduce(wire, group=group)
-        except RuntimeError as error:  # of gloo, also where another rank has closed the connection for that reason
+        except RuntimeError as error:  # gloo, also if another rank has closed the connection after its error
             raise MismatchError(f"torch.distributed.all_reduce of {wire.numel()} values failed: {error}") from error
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`. By the group's store: gloo's connections may be closed."""
+        """See :meth:`AbstractTransport.exchange_notes`. Uses the group's store: gloo's connections may be closed."""
         store, notes = self.group.get_group_store(), list[str | None]()
         self._exchanges += 1
         prefix = f"syncbn/notes/{self.token}/{self._exchanges}"
@@ -80,12 +81,12 @@ class TorchTransport(AbstractTransport):
             try:
                 store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
                 notes.append(store.get(key).decode())
-            except RuntimeError:  # of a rank that is silent
+            except RuntimeError:  # the rank is silent
                 notes.append(None)
         return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`. Bytes travel, so that the backend need not know the dtype."""
+        """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that the backend need not know the dtype."""
         if tensor.is_cpu and self.device_type != "cpu":
             return tensor.copy_(self.broadcast(tensor.to(self.device_type), root))
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=self.ranks[root], group=self.group)
@@ -110,8 +111,8 @@ class TorchTransport(AbstractTransport):
 def group_of(ranks: tuple[int, ...]) -> Any:
     """Makes the process group of some ranks of the job. Collective over those ranks alone.
 
-    torch names such a group by how many groups a process has: members that have made different numbers of
-    groups before would wait for each other. Where all ranks take part, ``split`` does without.
+    torch names such a group by the number of groups that a process has made. Members with different numbers would wait
+    for each other. ``split`` avoids this if all ranks take part.
     """
     return dist.new_group(list(ranks), use_local_synchronization=True)
 

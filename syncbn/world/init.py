@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""init() -> World: who am I, which device, which transport; what MPI training needs when there is no DDP."""
+"""init() returns the World: rank, device and transport of this process, and what training needs without DDP."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class World:
     launcher: str
     """torchrun, openmpi, mpich, slurm, env or none."""
     transport: AbstractTransport
-    """What connects everyone; ``transport.name`` is single, mpi, nccl or torch."""
+    """Connects all ranks. ``transport.name`` is single, mpi, nccl or torch."""
 
     def broadcast(self, module: nn.Module, root: int = 0) -> None:
         """Copies parameters and buffers of ``module`` from rank ``root`` to every rank.
@@ -60,12 +60,12 @@ class World:
     def average_gradients(self, module: nn.Module) -> None:
         """Replaces every gradient of ``module`` by its mean over the ranks, as DistributedDataParallel does.
 
-        A parameter without a gradient on this rank counts as zero; one without a gradient on any rank stays
-        without, and a frozen one is left alone. With shares of different sizes scale the loss first, see
+        A parameter without a gradient on this rank counts as zero. One that has a gradient on no rank gets none. A
+        frozen one is left alone. With local batches of different sizes, scale the loss first, see
         :meth:`loss_scale`.
 
         Args:
-            module: the model; equal names, shapes and dtypes on every rank.
+            module: the model. Names, shapes and dtypes are equal on every rank.
 
         Communication:
             One comparison of the layout, then one all-reduce per dtype of gradient: float64 for float64,
@@ -81,15 +81,15 @@ class World:
 
     @announced
     def loss_scale(self, count: int) -> float:
-        """Returns what to multiply a mean loss by, before backward, where shares have different sizes.
+        """Returns the factor for a mean loss, before backward, if local batches differ in size.
 
         scale = count * size / sum(count over the ranks)
 
-        Then the gradient that is averaged over ranks is that of the mean loss of the global batch. It must be the
-        loss: the layers exchange gradients inside backward, so weighting them afterwards comes too late.
+        The gradient that is averaged over the ranks is then that of the mean loss of the global batch. Scale the loss,
+        not the gradients: the layers exchange gradients inside backward, so scaling afterwards is too late.
 
         Args:
-            count: the number of samples that this rank's mean loss is over; 0 for an empty share.
+            count: the number of samples that this rank's mean loss is over; 0 for an empty local batch.
 
         Communication:
             One all-reduce of one value, by every rank.
@@ -111,7 +111,7 @@ class World:
     def subgroup(self, size: int) -> GroupSpec | None:
         """Divides the ranks into consecutive groups of ``size`` and returns this process's, for ``process_group``.
 
-        Each call makes new groups, so two threads that train at one time can have one each.
+        Each call makes new groups, so that two threads which train at the same time can have one each.
 
         Communication:
             Collective over all ranks: one communicator is made for each group. Call it on one thread.
@@ -123,14 +123,14 @@ class World:
         return transports.adopt(self.transport.split(self.rank // size), self.device.type)
 
     def barrier(self) -> None:
-        """Waits until every rank has come, without keeping a core busy."""
+        """Waits until every rank has called this, without keeping a core busy."""
         self.transport.barrier()
 
     def check(self) -> None:
-        """Waits for this process's GPU and raises what its layers have found wrong with their input.
+        """Waits for this process's GPU and raises the deferred error of its layers, if there is one.
 
-        A GPU is not waited for in a step, so its layers tell of bad input one call late, or more. After this call
-        nothing is outstanding. On a CPU there never is.
+        A step does not wait for the GPU, so its layers raise errors at least one call late. After this call no error is
+        outstanding. On a CPU errors are never deferred.
 
         Raises:
             ValueError, TypeError: as the layer's forward does on a CPU. On every rank that shares the layer's group.
@@ -139,7 +139,7 @@ class World:
 
     @announced
     def raise_together(self, error: Exception | None) -> None:
-        """Raises on every rank if any rank brings an error, so that nobody waits for a rank that has given up.
+        """Raises on every rank if any rank passes an error, so that no rank waits for one that has stopped.
 
         Args:
             error: this rank's ValueError, TypeError or other exception, or None.
@@ -148,12 +148,12 @@ class World:
             One all-reduce of one value; one more of texts if there is an error.
 
         Raises:
-            ValueError, TypeError or RuntimeError: on every rank, naming the ranks that brought it.
+            ValueError, TypeError or RuntimeError: on every rank, naming the ranks that passed it.
         """
         agreement.raise_together(error, self.transport, "World.raise_together")
 
     def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
-        # torch.compile puts _orig_mod into the names; a compiled model is the same model.
+        # torch.compile adds _orig_mod to the names; a compiled model is the same model.
         text = repr([(name.replace("_orig_mod.", ""), tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
         layout = {
             "number of tensors": len(tensors),
@@ -163,7 +163,7 @@ class World:
         agreement.require_equal(layout, self.transport, what, "Build the same model on every rank.", *errors)
 
     def _average(self, pack: list[nn.Parameter]) -> None:
-        """All-reduces one pack: the gradients, and for each parameter whether it has one."""
+        """All-reduces one pack: the gradients, and for each parameter a flag for whether it has one."""
         dtype = _wire_dtype(pack[0])
         flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
         parts = [_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in pack]
@@ -180,13 +180,13 @@ class World:
 def init(*, torch_distributed: bool | None = None, device: torch.device | str | None = None) -> World:
     """Finds this process's place in the job and connects it to the others.
 
-    Works under mpirun (Open MPI, MPICH and its kin), srun, torchrun, and with no launcher at all. May be called
-    again: what is already connected stays.
+    Works under mpirun (Open MPI, MPICH and MPIs derived from it), srun, torchrun, and without a launcher. It may be
+    called again, and then keeps the existing connections.
 
     Args:
         torch_distributed: True sets up torch.distributed too, so that DDP works under mpirun. None sets it up
-            where nothing else connects the processes: under torchrun, and under srun without MPI.
-        device: where this process computes. None takes the GPU of the local rank, else the CPU.
+            if nothing else connects the processes: under torchrun, and under srun without MPI.
+        device: the device of this process. None takes the GPU of the local rank, else the CPU.
 
     Communication:
         Collective over all processes of the job.
@@ -213,7 +213,7 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
 def _device(launch: launchers.Launch) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if rendezvous.shares_gpus(launch):  # on every rank of the host alike
+    if rendezvous.shares_gpus(launch):  # the same on every rank of the host
         raise RuntimeError(
             f"syncbn.init() needs a GPU for each process of a host; received {launch.local_size} processes and "
             f"{torch.cuda.device_count()} GPUs on the host of rank {launch.rank}. Start fewer processes, call "
@@ -225,7 +225,7 @@ def _device(launch: launchers.Launch) -> torch.device:
 
 
 def _sparse_error(parameters: Mapping[str, nn.Parameter]) -> Exception | None:
-    """Returns what is wrong with gradients of this rank that are not dense, as nn.Embedding(sparse=True) makes them."""
+    """Returns the error for gradients that are not dense, as nn.Embedding(sparse=True) makes them, or None."""
     found = [name for name, p in parameters.items() if p.grad is not None and p.grad.layout is not torch.strided]
     if not found:
         return None

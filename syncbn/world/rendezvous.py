@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How torch.distributed finds its peers. On one host, what this module opens listens on loopback alone."""
+"""How torch.distributed finds its peers. On one host, this module listens on loopback only."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from syncbn.transports.launchers import Launch
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)
-# The agent's store outlives a process group, and would give a second one the addresses of the first.
+# The agent's store outlives a process group: a second group needs a new prefix, or it gets the first one's addresses.
 _connections = itertools.count()
 
 
 def connect_torch(launch: Launch) -> None:
-    """Initialises torch.distributed once, with NCCL where each process has a GPU; and ends it when Python exits."""
+    """Initialises torch.distributed once, with NCCL if each process has a GPU. Ends it when Python exits."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
-    atexit.register(_disconnect_torch)  # a gloo thread alive at exit can abort a process that did all its work
+    atexit.register(_disconnect_torch)  # a gloo thread that is alive at exit can abort the process
     own = torch.cuda.is_available() and not shares_gpus(launch)  # NCCL refuses two ranks on one GPU
     backend = "cpu:gloo,cuda:nccl" if own else "gloo"
     if launch.name in ("torchrun", "env"):
@@ -43,7 +43,7 @@ def connect_torch(launch: Launch) -> None:
 
 
 def shares_gpus(launch: Launch) -> bool:
-    """Whether a host has more processes than GPUs. One visible GPU each is what a launcher hands out."""
+    """Whether a host has more processes than GPUs. A launcher may assign one visible GPU to each process."""
     handed_out = torch.cuda.device_count() == 1 and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
     return launch.local_size > torch.cuda.device_count() and not handed_out
 
@@ -81,7 +81,7 @@ def _store(launch: Launch) -> tuple[str, Any]:
 
 
 def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
-    """Rank 0 listens on a free port, of loopback if all ranks share its host, and MPI tells the others."""
+    """Rank 0 listens on a free port, on loopback if all ranks are on its host. MPI broadcasts the port."""
     from syncbn.transports import mpi, over_mpi
 
     transport = over_mpi()

@@ -90,7 +90,7 @@ def test_eval_makes_no_collective(ranks, counting, tracked):
 
 
 def test_a_rank_without_requires_grad_joins_backward(ranks, counting):
-    """An empty share, say, is often made on the spot and requires no gradient."""
+    """An empty local batch, say, is often made on the spot and requires no gradient."""
     layer = settled(counting, affine=False)
     x = torch.randn(3, C, requires_grad=ranks.rank == ranks.size - 1)
     y = layer(x)

@@ -304,7 +304,7 @@ def test_a_model_that_fails_on_an_empty_share_is_refused_at_the_first_forward(ra
             for _ in range(ranks.rank):
                 model(torch.randn(2, 2, 3, 3))
 
-    ranks.raises(ValueError, loop, "a model that takes an empty share", "x.flatten(1)", "cannot reshape")
+    ranks.raises(ValueError, loop, "a model that takes an empty local batch", "x.flatten(1)", "cannot reshape")
     ranks.check(model.norm.training)
 
 

@@ -176,12 +176,12 @@ def test_equal_shares_of_different_batches_are_refused(ranks, reentrant):
             sum(outs).backward()
         except RuntimeError as error:
             message = str(error)
-    ranks.check(ranks.rank == 0 or "needs to tell the forwards apart" in message, message)
+    ranks.check(ranks.rank == 0 or "needs to know which forward activation checkpointing repeats" in message, message)
 
 
 @pytest.mark.ranks(2)
 def test_empty_shares_of_different_batches_are_right(ranks, rng):
-    """An empty share cannot tell them apart either, and need not."""
+    """An empty local batch cannot tell them apart either, and need not."""
     sizes = [0] + [3] * (ranks.size - 1)
     for reentrant in (True, False):
         layer = syncbn.SyncBatchNorm(C).double()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A gradient penalty over ranks is that of one process: every parameter, any shares, and every rank joins."""
+"""A gradient penalty over ranks is that of one process: every parameter, any split, and every rank joins."""
 
 import pytest
 import torch

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``syncbn bench``: the layer beside torch's, and beside what people use instead."""
+"""``syncbn bench``: times the layer beside torch's, and beside the usual baseline over gloo."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What people use on CPU instead of this package, for `syncbn bench` to stand beside.
+"""The baseline of `syncbn bench`: what people use on CPU without this package.
 
 N batch, C channels, W ranks.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 @final
 class CompositeBatchNorm(nn.BatchNorm2d):
-    """Synchronised batch norm out of torch operators: the means of x and x * x, averaged over the ranks by gloo.
+    """Synchronised batch norm from torch operators: the means of x and x * x, averaged over the ranks by gloo.
 
     mean = sum_W(mean(x)) / W;  var = sum_W(mean(x * x)) / W - mean^2;  y = x * scale + shift
 
-    Equal shares only, and in the dtype of the input, as it is commonly done.
+    Local batches must be equal. It computes in the dtype of the input, as is common.
 
     Communication:
         One all-reduce of 2C values in forward and one in backward.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`syncbn bench`: forward + backward of the layer, beside torch's and beside what people use on CPU instead.
+"""`syncbn bench`: times forward + backward of the layer, of torch's layer and of the usual baseline on CPU.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-The contenders take turns, A B C A B C, each turn started together, so that a slow moment of the machine meets
-all of them. A turn lasts as long as on its slowest rank.
+The layers take turns, A B C A B C, so that a slow moment of the machine affects all of them. All ranks start each turn
+together. The time of a turn is that of its slowest rank.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def measure(shape: Shape, options: Options, world: World, tick: Callable[[], obj
     """Times one shape.
 
     Args:
-        shape: (N, C, H, W) of each rank's share.
+        shape: (N, C, H, W) of each local batch.
         options: how to measure; ``shapes`` is not read.
         world: the processes.
         tick: called after every round, for a progress bar.
 
     Communication:
-        That of the layers, one all-reduce of one value before every turn, one of all the times at the end.
+        That of the layers, one all-reduce of one value before every turn, and one of all times at the end.
 
     Raises:
-        RuntimeError: on every rank, if a share does not fit into memory on any.
+        RuntimeError: on every rank, if a local batch does not fit into memory on any rank.
     """
     error: Exception | None = None
     try:
@@ -65,7 +65,7 @@ def measure(shape: Shape, options: Options, world: World, tick: Callable[[], obj
 
 
 def _prepare(shape: Shape, options: Options, world: World) -> tuple[list[nn.Module], Tensor, Tensor]:
-    """Makes the contenders in the order of the columns, an input and a gradient."""
+    """Makes the layers in the order of the columns, an input and a gradient."""
     C = shape[1]
     dtype: torch.dtype = getattr(torch, options.dtype)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -85,10 +85,10 @@ def _has_composite(options: Options, processes: int) -> bool:
 
 
 def _turn(layer: nn.Module, x: Tensor, grad_y: Tensor, world: World) -> float:
-    """Returns the microseconds of one forward and backward, begun on all ranks at once."""
+    """Returns the microseconds of one forward and backward, started on all ranks together."""
     for leaf in (x, *layer.parameters()):
         leaf.grad = None
-    world.transport.all_reduce(torch.zeros(1, dtype=torch.float64))  # wakes all within a microsecond; barrier() naps
+    world.transport.all_reduce(torch.zeros(1, dtype=torch.float64))  # starts all ranks within 1 us; barrier() sleeps
     start = time.perf_counter_ns()
     layer(x).backward(grad_y)
     return (time.perf_counter_ns() - start) / 1e3
@@ -112,10 +112,10 @@ def describe_machine(world: World) -> Machine:
 
 
 def _keep_freed_memory() -> bool:
-    """Tells glibc to keep what is freed, as a long training run does anyway, and returns whether it heard.
+    """Tells glibc to keep freed memory, as it does anyway in a long training run. Returns whether it worked.
 
-    By default it hands the results of a step back to the system and faults them in again, a page at a time, or it
-    does not, depending on what was allocated before: for either contender up to twice the time, by chance.
+    By default, depending on earlier allocations, glibc may return the results of a step to the system and fault them in
+    again, a page at a time. That can double the time of any of the layers, by chance.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -167,7 +167,7 @@ def run(options: Options, *, form: str) -> int:
 
 
 def _connect(options: Options, launch: launchers.Launch) -> World:
-    """Connects everyone, and gloo too where the composite needs it."""
+    """Connects all ranks, and sets up gloo if the baseline needs it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # an unconnected job is an error here, below
         world = syncbn.init(torch_distributed=True if _has_composite(options, launch.size) else None, device="cpu")
@@ -187,7 +187,7 @@ def _measure_all(options: Options, world: World) -> list[Row]:
 
 
 def fail(error: Exception, rank: int, status: int) -> int:
-    """Says on rank 0 what is wrong, and returns the exit status."""
+    """Prints the error on rank 0. Returns the exit status."""
     if rank == 0:
         print(f"syncbn bench: {error}", file=sys.stderr, flush=True)
     return status

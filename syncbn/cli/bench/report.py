@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `syncbn bench` measures and says: shapes, options, rows, and their three renderings.
+"""Shapes, options and rows of `syncbn bench`, and their output as table, CSV or JSON.
 
 N batch, C channels.
 """
@@ -40,7 +40,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; ``shapes`` are the share of one process."""
+    """What to measure. ``shapes`` are those of local batches."""
 
     shapes: tuple[Shape, ...] = SHAPES
     dtype: str = "float32"
@@ -52,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured."""
+    """The machine and the versions."""
 
     cpu: str
     cores: int
@@ -67,7 +67,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of one shape in microseconds: torch's layer, ours, the composite."""
+    """Medians of one shape in microseconds: torch's layer, ours, the baseline."""
 
     shape: Shape
     torch_us: float
@@ -76,12 +76,12 @@ class Row:
 
     @property
     def composite_ratio(self) -> float | None:
-        """How many times as long the composite takes as ours."""
+        """The time of the baseline over ours."""
         return None if self.composite_us is None else self.composite_us / self.syncbn_us
 
     @property
     def torch_ratio(self) -> float:
-        """How many times as long ours takes as torch's unsynchronised layer."""
+        """Our time over that of torch's unsynchronised layer."""
         return self.syncbn_us / self.torch_us
 
 
@@ -117,7 +117,7 @@ def as_table(rows: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Renders the rows as comma-separated values; an empty field where there is no composite."""
+    """Renders the rows as comma-separated values; the field is empty without the baseline."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["N", "C", "H", "W", "torch_us", "syncbn_us", "composite_us"])
@@ -126,7 +126,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], options: Options, machine: Machine) -> str:
-    """Renders everything as one document."""
+    """Renders everything as one JSON document."""
     described = [asdict(r) | {"composite_ratio": r.composite_ratio, "torch_ratio": r.torch_ratio} for r in rows]
     document = {"machine": asdict(machine), "options": asdict(options), "rows": described}
     return json.dumps(document | {"geometric_mean": _means(rows)}, indent=2)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Deferred errors: what a GPU finds wrong with a call reaches the host without a wait.
+"""Deferred errors: how an error that a GPU finds reaches the host, without a wait.
 
-``cuda/normalize.cu`` and ``cuda/backward_input.cu`` compare the call in a reduced wire with this rank's, and the first
-reads the counters too. Where they forbid the call, y or grad_x is NaN, the running statistics stay, and the kernel
-writes a few numbers to host memory. The next call of any layer looks there, and raises.
+``cuda/normalize.cu`` and ``cuda/backward_input.cu`` compare the call in a reduced wire with this rank's call, and
+``normalize.cu`` also reads the counters. If they show an error, y or grad_x is NaN, the running statistics stay, and
+the kernel writes a few numbers to host memory. The next call of any layer reads that memory, and raises.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from syncbn.checks import verdicts
 from syncbn.moments import STATUS_SLOTS, Counters, Message, Status
 
 REMEMBERED = 512
-"""Launches of which the call and the input are still known when the error comes."""
+"""How many launches are remembered, so that an error can name call and input."""
 FORGOTTEN = "something else in a call too long ago to be named, as in the replay of a CUDA graph"
 REMARK = (
     "Found at a later call, as a GPU is not waited for: what that call returned was NaN, and its running statistics "
-    "were left alone. End all processes; World.check() after a step finds it there."
+    "were left alone. End all processes. World.check() at the end of a step finds such an error there."
 )
 
 
 @final
 class DeferredErrors:
-    """Host memory that the device writes to: ``[number, ranks, same_call, count, status (7)]``, 0 while it is empty.
+    """Host memory that the device writes to: ``[number, ranks, same_call, count, status (7)]``; number 0 means empty.
 
     Args:
         memory: float64 (SIZE,), zeros, pinned.
@@ -41,17 +41,17 @@ class DeferredErrors:
         self.memory = memory
         self.address = memory.data_ptr()
         self._slots = (ctypes.c_double * self.SIZE).from_address(self.address)
-        self._numbers = itertools.count(1)  # forward and backward come from threads of their own
+        self._numbers = itertools.count(1)  # thread-safe: forward and backward run in different threads
         self._calls: list[tuple[int, Message, torch.dtype, torch.Size] | None] = [None] * REMEMBERED
 
     def number(self, message: Message, x: Tensor) -> float:
-        """Numbers a launch and remembers what it was about."""
+        """Numbers a launch and remembers its call and input."""
         number = next(self._numbers)
         self._calls[number % REMEMBERED] = number, message, x.dtype, x.shape
         return float(number)
 
     def look(self) -> None:
-        """Raises what the device has found, once. Waits for nothing: what is not there yet is found later.
+        """Raises the error that the device has found, once. Does not wait: an error not written yet is raised later.
 
         Raises:
             ValueError, TypeError: on every rank of the group, but not at the same call on all.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How a tensor is shared out to the blocks and threads of a GPU: launch geometry, and nothing that computes.
+"""Launch geometry: how a tensor is divided among the blocks and threads of a GPU. Computes no values.
 
-N batch, C channels, S product of the spatial dims, V elements in 16 bytes. ``cuda/walk.cuh`` says what a block and a
-thread then own. The geometry is a function of shape, strides and dtype alone, not of the GPU: so is the order of the
-sums, and with it every bit of the result.
+N batch, C channels, S product of the spatial dims, V elements in 16 bytes. ``walk.cuh`` says what a block and a
+thread then own. The geometry depends on shape, strides and dtype alone, not on the GPU. So does the order of the sums,
+and with it every bit of the result.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from math import prod
 from typing import NamedTuple
 
 THREADS = 256
-"""In a block, at most; MAX_THREADS in cuda/storage.cuh."""
+"""The most threads in a block; MAX_THREADS in storage.cuh."""
 STEPS = 4
-"""Packs that a thread should have before the work of a channel is shared out to one more block."""
+"""How many packs a thread should have before a channel gets one more block."""
 MOST = 2**31 - 16
-"""Values in a plane, at most: a thread counts within it in 32 bits, up to the end of its last pack."""
-# For 132 multiprocessors with 4 resident blocks of planes, or 3 of rows (walk.cuh): two rounds of blocks, and one. More
-# would spend more time on starts and ends of blocks. Not tuned on a GPU yet.
+"""The most values in a plane: a thread counts in 32 bits, up to the end of its last pack."""
+# 132 multiprocessors hold 4 blocks of planes each, or 3 of rows (walk.cuh). Planes get two rounds of blocks, rows one:
+# more blocks would spend more time on their starts and ends. Not tuned on a GPU yet.
 BLOCKS_OF_PLANES = 1056
 BLOCKS_OF_ROWS = 396
 FILLED = 264
 ROUNDS = 3
-"""In which the last block of a group of rows reads what the others left it; nothing else runs then."""
+"""The most rounds in which the last block of a group of rows reads the partial sums; nothing else runs then."""
 
 
 class Geometry(NamedTuple):
@@ -41,7 +41,7 @@ class Geometry(NamedTuple):
     per_block: int
     """Pieces a block."""
     unit: int
-    """Bytes from one place where packs begin anew to the next: what alignment needs of a shape."""
+    """Bytes between two places where packs begin anew; their alignment depends on it."""
     block: tuple[int, int]
     """Threads (x, y)."""
 
@@ -62,10 +62,10 @@ def plan(
         strides: in elements.
         itemsize: bytes an element.
         threads: the largest block, a power of two.
-        sums: whether the blocks of a group have sums to share. Without, blocks of rows may be wide.
+        sums: whether the blocks of a group add up sums. If not, blocks of rows may be wide.
 
     Returns:
-        The geometry; None where the tensor is neither contiguous nor channels_last and wants a copy.
+        The geometry; None if the tensor is neither contiguous nor channels_last and needs a copy.
     """
     N, C, S = shape[0], shape[1], prod(shape[2:])
     if N * C * S == 0:
@@ -118,7 +118,7 @@ def _rows(N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
 
 
 def _share(pieces: int, lanes: int, groups: int, most: int) -> tuple[int, int]:
-    """Returns blocks a group and pieces a block: whole rounds of the lanes, at least STEPS of them if it can be."""
+    """Returns blocks per group and pieces per block: whole rounds of the lanes, at least STEPS of them if possible."""
     wanted = max(1, min(most // groups, _ceil(pieces, lanes * STEPS)))
     per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
     return _ceil(pieces, per_block), per_block
@@ -129,5 +129,5 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """Returns the smallest power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What runs a kernel: CuPy compiles ``cuda/*.cu`` at first use and launches on torch's current stream.
+"""Compiles and launches kernels: CuPy compiles ``cuda/*.cu`` at first use and launches on torch's current stream.
 
-Tests put another launcher here: one that runs the same source on a CPU, and one that records.
+Tests use other launchers: one runs the same source on a CPU, one records.
 """
 
 from __future__ import annotations
@@ -19,65 +19,66 @@ from torch import Tensor
 
 from syncbn.kernels.cuda.errors import DeferredErrors
 
-OPTIONS = ("--std=c++17", "--fmad=false")  # fused by the compiler, an element's bits would depend on its place
+OPTIONS = ("--std=c++17", "--fmad=false")  # with fused operations an element's bits would depend on its place
 FLOAT32_TO_FLOAT64 = 87
-"""cudaDevAttrSingleToDoublePrecisionPerfRatio: float32 operations in the time of a float64 one."""
+"""cudaDevAttrSingleToDoublePrecisionPerfRatio: how many float32 operations take as long as one in float64."""
 EXPANSION_PAYS = 8
-"""It is 2 on A100, H100 and B200, 32 or 64 on GeForce, A10, L4 and L40; an expansion is 13 to 22 float32 operations."""
+"""The ratio from which float32 expansions (13 to 22 operations) are used. It is 2 on A100, H100 and B200, 32 or 64 on
+GeForce, A10, L4 and L40."""
 REMEDY = "SYNCBN_KERNELS=torch runs torch's own operators instead."
 
 
 class AbstractLauncher(ABC):
-    """Launches kernels, and keeps what outlives a launch."""
+    """Launches kernels, and holds the memory that outlives a launch."""
 
     @abstractmethod
     def launch(
         self, kernel: str, grid: int, block: tuple[int, int], layout: struct.Struct, values: tuple[Any, ...], x: Tensor
     ) -> None:
-        """Launches on the current stream of a device, and waits for nothing.
+        """Launches on the current stream of a device, without waiting.
 
         Args:
             kernel: step and template arguments, as in ``local_moments<float, Planes>``.
-            grid: blocks.
+            grid: number of blocks.
             block: threads (x, y).
-            layout: of the kernel's one argument, a struct.
-            values: its fields.
+            layout: the layout of the struct that is the kernel's only argument.
+            values: the fields of the struct.
             x: a tensor on the device.
         """
 
     @abstractmethod
     def slow_float64(self, x: Tensor) -> bool:
-        """Whether the device of x adds in float64 so slowly that float32 expansions are faster (``cuda/sum.cuh``)."""
+        """Whether float64 additions are so slow on the device of x that float32 expansions are faster (``sum.cuh``)."""
 
     @abstractmethod
     def tickets(self, x: Tensor, groups: int) -> Tensor:
-        """Returns uint32 (>= groups,), 0 between launches, which no other stream and no other graph uses."""
+        """Returns uint32 (>= groups,), zeros between launches. No other stream and no other graph uses it."""
 
     @abstractmethod
     def deferred_errors(self, x: Tensor) -> DeferredErrors:
-        """Returns where the device of x leaves an error for the host."""
+        """Returns the memory in which the device of x leaves an error for the host."""
 
 
 @final
 class CupyLauncher(AbstractLauncher):
-    """CuPy's compiler and launch, torch's memory and stream."""
+    """Compiles and launches with CuPy, with memory and streams of torch."""
 
     def __init__(self) -> None:
         try:
             import cupy
             from cupy_backends.cuda.api import driver
-        except (ImportError, OSError) as error:  # CuPy makes the folder of its cache when it is imported
+        except (ImportError, OSError) as error:  # OSError: CuPy makes its cache folder when it is imported
             raise RuntimeError(
-                f"The GPU kernels need a CuPy that loads; received {type(error).__name__}: {error}. Name a folder that "
-                f"can be written in CUPY_CACHE_DIR if it was refused one, or install CuPy anew; {REMEDY}"
+                f"The GPU kernels need a CuPy that loads; received {type(error).__name__}: {error}. Set CUPY_CACHE_DIR "
+                f"to a folder that can be written, if that was the reason, or install CuPy again. {REMEDY}"
             ) from error
         self._cupy, self._driver = cupy, driver
         self._slow: dict[int, bool] = {}
         self._functions: dict[tuple[str, int], int] = {}
-        self._loaded: list[Any] = []  # what the pointers in _functions lead into, also after cupy.clear_memo()
+        self._loaded: list[Any] = []  # keeps the functions of _functions loaded, even after cupy.clear_memo()
         self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
         self._deferred_errors: dict[int, DeferredErrors] = {}
-        self._local = threading.local()  # forward and backward launch from threads of their own
+        self._local = threading.local()  # forward and backward launch from different threads
 
     def launch(
         self, kernel: str, grid: int, block: tuple[int, int], layout: struct.Struct, values: tuple[Any, ...], x: Tensor
@@ -94,7 +95,7 @@ class CupyLauncher(AbstractLauncher):
         self._driver.launchKernel(function, grid, 1, 1, *block, 1, 0, stream, pointers, 0)
 
     def slow_float64(self, x: Tensor) -> bool:
-        """See :meth:`AbstractLauncher.slow_float64`. The driver knows how many units of each kind there are."""
+        """See :meth:`AbstractLauncher.slow_float64`. Asks the driver."""
         device = x.get_device()
         if device not in self._slow:
             ratio = self._cupy.cuda.runtime.deviceGetAttribute(FLOAT32_TO_FLOAT64, device)
@@ -104,7 +105,7 @@ class CupyLauncher(AbstractLauncher):
     def tickets(self, x: Tensor, groups: int) -> Tensor:
         """See :meth:`AbstractLauncher.tickets`.
 
-        A capture gets its own, for each of its streams: a graph may run beside the stream, and its branches at once.
+        A capture gets its own for each of its streams: a graph may run beside the stream, its branches in parallel.
         """
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         capture = capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
@@ -133,14 +134,14 @@ class CupyLauncher(AbstractLauncher):
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
             self._local.keep = pointers
             self._local.argument = buffer, ctypes.addressof(pointers)
-            self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver wants a context in this thread
+            self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver needs a context in this thread
             return self._local.argument  # type: ignore[no-any-return]
 
     def _compile(self, kernel: str, device: int) -> int:
         """Compiles one instance of a template, or takes it from CuPy's cache on disk."""
         self._refuse_capture(f"the first use of {kernel}")
         try:
-            self._cupy.cuda.runtime.setDevice(device)  # CuPy compiles for the GPU that it takes for the current one
+            self._cupy.cuda.runtime.setDevice(device)  # CuPy compiles for its own current GPU
             module = self._cupy.RawModule(
                 code=source(kernel.partition("<")[0]), options=OPTIONS, name_expressions=(kernel,)
             )
@@ -155,13 +156,13 @@ class CupyLauncher(AbstractLauncher):
     def _refuse_capture(self, what: str) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"A CUDA graph can only hold what has run before; received a capture that contains {what}. "
+                f"A CUDA graph can hold only what has run before; received a capture that contains {what}. "
                 "Run one training step, forward and backward, before the capture."
             )
 
 
 def source(step: str) -> str:
-    """Returns a step's source with its headers in place: CuPy's cache then knows when one of them changes."""
+    """Returns a step's source with its headers inlined, so that CuPy's cache notices a change in a header."""
     return _with_headers(f"{step}.cu", set())
 
 
@@ -179,12 +180,12 @@ def _with_headers(name: str, seen: set[str]) -> str:
 
 
 def explain_failure(kernel: str, error: Exception, cupy: Any) -> str:
-    """Says what to install where a kernel does not compile, and what the compiler said."""
+    """Words the error for a kernel that does not compile: what to install, and what the compiler said."""
     major = (torch.version.cuda or "13").split(".")[0]
     try:
         version = cupy.cuda.runtime.runtimeGetVersion()
         theirs = f"CuPy {cupy.__version__} for CUDA {version // 1000}.{version % 1000 // 10}"
-    except Exception as unknown:  # the very libraries that are missing
+    except Exception as unknown:  # CuPy may miss the library that it asks
         theirs = f"CuPy {cupy.__version__}, whose CUDA does not load: {unknown}"
     return (
         f"The GPU kernels need a CuPy that compiles for this GPU; received a failure at {kernel}, with {theirs} beside "
@@ -196,7 +197,7 @@ def explain_failure(kernel: str, error: Exception, cupy: Any) -> str:
 
 @cache
 def _capture_info() -> Any:
-    """The driver's question for the number of a capture, in its first and simplest form."""
+    """Returns the driver's function for the number of a capture, in its first version."""
     ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo
     ask.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint64))
     return ask

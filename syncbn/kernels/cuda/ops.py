@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The four steps on an NVIDIA GPU: ``cuda/*.cu``, one kernel and one launch a step.
 
-Nothing is computed here and nothing is waited for: outputs are allocated, by torch, and arguments are packed in the
-order of the structs in the ``.cu`` files. Contiguous and channels_last tensors are read where they are; others are
-copied, once a step. They take no mask.
+This module allocates outputs with torch and packs arguments in the order of the structs in the ``.cu`` files. It
+computes nothing and waits for nothing. Contiguous and channels_last tensors are read without a copy; others are copied,
+once a step. These kernels take no mask.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class CupyKernels(AbstractKernels):
 
     Args:
         launcher: what runs them.
-        on_host: whether the host has waited for the all-reduce anyway, and so compares calls and counters at once.
-            Otherwise the device does, and what it finds is a deferred error.
+        on_host: whether the host waits for the all-reduce anyway. It then compares calls and counters at once.
+            Otherwise the device compares them, and errors are deferred.
         threads: the largest block.
     """
 
@@ -65,14 +65,14 @@ class CupyKernels(AbstractKernels):
             LOCAL_MOMENTS,
             (*_shape(plan, pointer), pointer, wire.data_ptr(), *numbers, float(plan.N * plan.S), *status, *scratch),
         )
-        del keep  # torch hands it to nobody else before this stream is done with it
+        del keep  # torch reuses its memory only after this stream is done with it
         return wire
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
-        """See :meth:`AbstractKernels.read_counters`. Where that would be a wait, normalize reads them on the device.
+        """See :meth:`AbstractKernels.read_counters`. If the host would have to wait, normalize reads them instead.
 
-        What the device has found in earlier calls is raised here, and in check_sums: after the all-reduce, in which
-        the other ranks would wait for this one.
+        Errors that the device found in earlier calls are raised here and in check_sums. That is after the all-reduce,
+        so that the other ranks do not wait for this one.
         """
         if not self.deferred:
             return moments.read_counters(wire, message.numbers)
@@ -99,7 +99,7 @@ class CupyKernels(AbstractKernels):
                     "Move the layer with layer.to(x.device)."
                 )
             counter = 0 if tracked is None else tracked.data_ptr()
-            stats_blocks = 1 if running.momentum is None else stats_blocks  # one counts the batches, and no race for it
+            stats_blocks = 1 if running.momentum is None else stats_blocks  # a single block counts the batches: no race
             moves = (*_values(running.mean, x), *_values(running.var, x), counter, stats_blocks, momentum)
         self._run(
             "normalize",
@@ -175,7 +175,7 @@ class CupyKernels(AbstractKernels):
         stats: Tensor,
         message: Message,
     ) -> Tensor:
-        """See :meth:`AbstractKernels.backward_input`. Without elements one block compares the calls."""
+        """See :meth:`AbstractKernels.backward_input`. If x is empty, one block still compares the calls."""
         assert mask is None
         dense, plan = self._laid_out(x, sums=False)
         grad_x = torch.empty_like(dense)
@@ -203,14 +203,14 @@ class CupyKernels(AbstractKernels):
         return self._laid_out(x.contiguous(), sums=sums) if plan is None else (x, plan)
 
     def _scratch(self, x: Tensor, plan: Geometry) -> tuple[Tensor | None, tuple[int, int]]:
-        """Returns what a reduction over several blocks needs: memory for partial sums, and tickets."""
+        """Returns memory for partial sums and tickets, which a reduction over several blocks needs."""
         if plan.blocks == 1:
             return None, (0, 0)
         partials = x.new_empty(2 * plan.blocks * plan.C, dtype=torch.float64)
         return partials, (partials.data_ptr(), self._launcher.tickets(x, plan.groups).data_ptr())
 
     def _comparison(self, message: Message, x: Tensor) -> tuple[int | float, ...]:
-        """The fields by which a kernel compares the call of a wire with this one, and where it leaves an error."""
+        """Returns the fields for comparing the calls, and the address for a deferred error."""
         numbers, ranks, *_ = message
         if not self.deferred:
             return *numbers, ranks, 0, 0.0
@@ -222,14 +222,14 @@ class CupyKernels(AbstractKernels):
     ) -> None:
         kernel = kernel_name(step, x.dtype, plan.layout, self._launcher.slow_float64(x))
         grid = more + plan.grid
-        if not x.numel() and step not in REDUCTIONS:  # nothing to write but numbers per channel
+        if not x.numel() and step not in REDUCTIONS:  # only numbers per channel are written
             grid = more or 1
         self._launcher.launch(kernel, grid, plan.block, layout, values, x)
 
 
 @cache
 def kernel_name(step: str, dtype: torch.dtype, layout: str, slow_float64: bool) -> str:
-    """Returns the instance of a template by the name that the launcher compiles it under."""
+    """Returns the name of a template instance, as the launcher compiles it."""
     if step not in REDUCTIONS:
         return f"{step}<{NAMES[dtype]}, {layout}>"
     arithmetic = "Expansion" if slow_float64 and dtype != torch.float64 else "Float64"
@@ -237,14 +237,14 @@ def kernel_name(step: str, dtype: torch.dtype, layout: str, slow_float64: bool) 
 
 
 def _shape(plan: Geometry, pointers: int) -> tuple[int, ...]:
-    """The fields of Shape; accesses are as wide as all the addresses of packs are divisible."""
+    """Returns the fields of Shape. The access width is the largest that divides all addresses of packs."""
     together = pointers | plan.unit
     width = 16 if together % 16 == 0 else 8 if together % 8 == 0 else 0
     return plan.N, plan.C, plan.S, plan.groups, plan.blocks, plan.per_block, width
 
 
 def _values(values: Tensor | None, x: Tensor) -> tuple[int, int, int]:
-    """The fields of Values, for a vector that the kernel can reach."""
+    """Returns the fields of Values for a vector on the device."""
     if values is None:
         return _ABSENT
     if values.device != x.device or values.shape != x.shape[1:2] or values.dtype not in CODES:
@@ -256,7 +256,7 @@ def _values(values: Tensor | None, x: Tensor) -> tuple[int, int, int]:
 
 
 def _like(grad_y: Tensor, x: Tensor) -> Tensor:
-    """Returns grad_y in the dtype and layout of x: itself, if it is so."""
+    """Returns grad_y in the dtype and layout of x; grad_y itself if it has them."""
     if grad_y.dtype == x.dtype and not grad_y.is_neg() and (grad_y.stride() == x.stride() or not x.numel()):
         return grad_y
     return torch.empty_like(x).copy_(grad_y)

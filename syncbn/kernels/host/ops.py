@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The four steps in compiled C++, for CPU tensors: ``host/*.cpp``, one file a step.
 
-Nothing is computed here: outputs are allocated, and ``_host`` checks every tensor before it uses a pointer. It reads
-contiguous and channels_last inputs, and slices and transpositions of them, where they are. It answers False, having
-done nothing, where the tensors of a step have no layout in common; then they are copied, once a step.
+This module only allocates outputs. ``_host`` checks every tensor before it uses a pointer. It reads contiguous and
+channels_last inputs, and slices and transpositions of them, without a copy. If the tensors of a step have no layout in
+common, it does nothing and returns False. Then they are copied, once a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from syncbn.moments import Counters, Message, Numbers, Running, Status
 
 _host.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
-# torch.empty would follow torch.set_default_device; new_empty of this follows nothing but this.
+# torch.empty would obey torch.set_default_device; new_empty of this tensor does not.
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")
 _FORWARD = moments.wire_length(0)
 _ABSENT = Running(None, None, None, None)  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ _ABSENT = Running(None, None, None, None)  # type: ignore[arg-type]
 
 @final
 class HostKernels(AbstractKernels):
-    """The compiled kernels. The same bits with every instruction set and number of threads. They take no mask."""
+    """The compiled kernels. Every instruction set and number of threads gives the same bits. They take no mask."""
 
     name = "host"
 
@@ -111,6 +111,6 @@ class HostKernels(AbstractKernels):
 
 
 def _copies(x: Tensor, grad_y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the pair with ever more of it copied; the last one always has a layout in common."""
+    """Yields the pair with one tensor copied, then with both. The last pair always has a layout in common."""
     yield x, torch.empty_like(x).copy_(grad_y)
     yield x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_y)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``syncbn.join``: ranks with fewer steps than others. ``joining.py`` is the place to begin."""
+"""``syncbn.join``: ranks with fewer steps than others. Begin with ``joining.py``."""

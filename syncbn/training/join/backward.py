@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The outputs of a forward within `join`: they tell when its backward begins, and through which of them it comes."""
+"""Tracks the outputs of a forward in `join`, to announce its backward and the outputs that it uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_OUTPUTS = 24
 
 
 class Trains(Protocol):
-    """A `join`, as its outputs see it."""
+    """The part of a `join` that its outputs use."""
 
     def trains(self) -> bool:
         """Whether this rank is still in the loop."""
@@ -40,14 +40,14 @@ def differentiable(output: Any) -> list[Tensor]:
 
 
 def noted(output: Any, joined: Trains, number: int) -> Any:
-    """Returns the output of forward ``number`` with copies of its tensors that tell ``joined`` of their backward."""
+    """Returns the output of forward ``number`` with tensors that announce their backward to ``joined``."""
     forward = Forward(joined, number)
     copies = {id(t): forward.note(t) for t in differentiable(output)}
     return tree_map(lambda t: copies.get(id(t), t), output) if copies else output
 
 
 class Forward:
-    """The outputs of one forward, by weak references to their nodes: a graph must not hold itself."""
+    """The outputs of one forward, by weak references to their nodes: strong ones would be a reference cycle."""
 
     def __init__(self, joined: Trains, number: int) -> None:
         self.joined, self.number = weakref.ref(joined), number
@@ -55,21 +55,21 @@ class Forward:
         self.task = -1
 
     def note(self, output: Tensor) -> Tensor:
-        """Returns a copy of an output whose backward comes before that of the model."""
+        """Returns a copy of an output. Its backward runs before that of the model."""
         noted: Tensor = _Output.apply(self, output)  # type: ignore[no-untyped-call]
         self.nodes.append(weakref.ref(noted.grad_fn))
         return noted
 
     def before_backward(self) -> None:
-        """Announces a backward pass once, with the outputs that it comes through."""
+        """Announces a backward pass once, with the outputs that it uses."""
         joined, task = self.joined(), torch._C._current_graph_task_id()
         if joined is None or not joined.trains() or task == self.task:
             return
         self.task = task
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "syncbn.join needs a backward that ranks which have finished can follow; received create_graph=True, "
-                "and they cannot know what second derivative comes of it. Take second derivatives outside the join."
+                "syncbn.join needs a backward that finished ranks can follow; received create_graph=True, and they "
+                "cannot know which second derivative follows. Take second derivatives outside the join."
             )
         nodes = [node() for node in self.nodes]
         joined.before_backward(
@@ -81,7 +81,7 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Forward, output: Tensor) -> Tensor:
         ctx.noted = forward
-        return output.clone()  # a view could not be changed in place
+        return output.clone()  # autograd refuses to change a view in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:

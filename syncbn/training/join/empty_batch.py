@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A forward on no samples, for the ranks of a `join` that have finished.
+"""The forward on an empty local batch that finished ranks of a `join` run.
 
 N batch.
 """
@@ -23,7 +23,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Makes the arguments of an empty share: every tensor with dims loses its entries, everything else stays."""
+    """Returns arguments with an empty local batch: every tensor with dims gets N = 0, everything else stays."""
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.dim():
@@ -36,12 +36,12 @@ def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 
 def refusal(model: nn.Module, call: Call, hush: Callable[[], AbstractContextManager[None]]) -> Exception | None:
-    """Runs the model on an empty share without communication, and returns what is wrong with that, or None.
+    """Runs the model on an empty local batch, without communication. Returns its error, or None.
 
     Args:
-        model: the model, not wrapped. Its synchronised layers are put in eval for the moment.
-        call: arguments of an empty share.
-        hush: keeps the hooks of join silent.
+        model: the model, not wrapped. Its synchronised layers are in eval meanwhile.
+        call: arguments of an empty local batch.
+        hush: a context in which the hooks of join do nothing.
     """
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and m.training]
     args, kwargs = call
@@ -52,8 +52,8 @@ def refusal(model: nn.Module, call: Call, hush: Callable[[], AbstractContextMana
             model(*args, **kwargs)
     except Exception as error:  # whatever a model raises
         return ValueError(
-            "syncbn.join needs a model that takes an empty share, N = 0, for the ranks that finish first; received "
-            f"{error!r}. Write x.flatten(1), not x.view(x.size(0), -1), or pass empty=."
+            "syncbn.join needs a model that takes an empty local batch (N = 0), since finished ranks run it on one; "
+            f"received {error!r}. Write x.flatten(1), not x.view(x.size(0), -1), or pass empty=."
         )
     finally:
         for layer in layers:
@@ -62,7 +62,7 @@ def refusal(model: nn.Module, call: Call, hush: Callable[[], AbstractContextMana
 
 
 def send(call: Call | None, device: torch.device, transport: AbstractTransport) -> Call:
-    """Copies the arguments of an empty share to the ranks that have none.
+    """Copies the arguments of an empty local batch to the ranks that have not made them.
 
     Communication:
         One all-reduce of W values and two broadcasts, by every rank; the arguments travel pickled.

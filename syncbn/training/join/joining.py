@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""join(): a training loop that ends earlier on some ranks. Those that have finished follow with empty shares.
+"""join(): training loops of different length. Ranks that have finished follow the others with empty local batches.
 
 N batch, W ranks.
 """
@@ -31,14 +31,14 @@ from syncbn.transports.base import AbstractTransport
 from syncbn.world.init import World
 
 KEPT = 64
-"""Forwards of a finished rank that wait for their backward."""
+"""How many forwards of a finished rank are kept for their backward."""
 
 
 @final
 class join:  # noqa: N801 - used as a statement, like contextlib.suppress
     """Lets ranks make different numbers of training steps; those that have finished take part with weight zero.
 
-    Put it around the loop. A rank that leaves the loop runs the model on an empty share (N = 0) for every forward
+    Put it around the loop. A rank that leaves the loop runs the model on an empty local batch (N = 0) for every forward
     that others still make, its backward with zero gradients, and its part of ``World.average_gradients``,
     ``World.loss_scale`` and ``World.raise_together``, until all have left. Then parameters, buffers and the state of
     the optimizer are copied from a rank that made the most forwards.
@@ -47,10 +47,10 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         model: the model whose forward is called in the loop, plain or in DistributedDataParallel.
         optimizer: the optimizer that steps in the loop, or a list of optimizers and of LR schedulers and GradScalers
             that do. All of their ``state_dict()`` is copied. If numbers of steps differed, the next ``step()`` of an
-            optimizer that was not passed and has state is an error on every rank. Plain SGD has none.
+            optimizer with state that was not passed is an error on every rank. Plain SGD has no state.
         throw_on_early_termination: raise on every rank as soon as one has finished while others go on.
-        empty: makes ``(args, kwargs)`` of an empty share from those of a forward. By default every tensor with
-            dims loses its first one's entries, and everything else stays.
+        empty: turns ``(args, kwargs)`` of a forward into those of an empty local batch. By default the first dim of
+            every tensor becomes 0, and everything else stays.
 
     Communication:
         Entering: two comparisons, of 4 and of 2 values a rank; at a process's first, one group of everyone is made.
@@ -61,10 +61,11 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     Raises:
         RuntimeError: on every rank, if ranks that train make different calls, if one leaves by an exception
-            between two calls, or as ``throw_on_early_termination`` says.
-        ValueError: on every rank, at the first forward, if the model fails on an empty share; at entering, if ranks
-            pass different optimizers.
-        TypeError: on every rank, if ``optimizer`` is something else, or its state more than tensors, numbers and text.
+            between two calls, or if one finishes early and ``throw_on_early_termination`` is set.
+        ValueError: on every rank, at the first forward, if the model fails on an empty local batch; at entering, if
+            ranks pass different optimizers.
+        TypeError: on every rank, if ``optimizer`` is something else, or its state holds more than tensors, numbers and
+            text.
     """
 
     def __init__(
@@ -85,10 +86,10 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         self._example: Call | None = None
         self._forwards = 0
         self._waiting: dict[int, list[Tensor]] = {}
-        self._quiet = False  # following others, or trying the model
-        self._within = False  # a call of World, which may make others
-        self._inside = False  # between an announcement and the good end of what it announced
-        self._over = False  # all ranks know that it went wrong
+        self._quiet = False  # while it follows others, or tries the model on an empty batch
+        self._within = False  # in a call of World, which may call others
+        self._inside = False  # between an announcement and the end of the announced operation
+        self._over = False  # all ranks know of the error
 
     def __enter__(self) -> Self:
         if announcing.is_open():
@@ -120,7 +121,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             if error is None:
                 self._follow()
             elif isinstance(error, Exception) and not self._inside and not self._over:
-                # The others are on their way to their next announcement. This rank raises its own error.
+                # The others wait in their next announcement, and hear of the error there. This rank raises its own.
                 with contextlib.suppress(RuntimeError, ValueError, TypeError):
                     self._say(Said(None, error=RuntimeError(f"left syncbn.join with {error!r}")))
         finally:
@@ -129,7 +130,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
                 hook.remove()
             self._waiting.clear()
 
-    # On ranks that train.
+    # Ranks that train.
 
     def enter(self, operation: str, transport: AbstractTransport) -> bool:
         """Announces a collective of World."""
@@ -142,7 +143,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         return True
 
     def leave(self, *, well: bool = True) -> None:
-        """Notes that what was announced has ended; if well, an exception after it finds the others on their way."""
+        """Notes that the announced operation has ended, well or with an exception."""
         self._within, self._inside = False, not well
 
     def _say(self, said: Said) -> Heard:
@@ -220,10 +221,10 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         if heard.needs_example:
             self._example = empty_batch.send(self._example, self._device, self._transport)
 
-    # On ranks that have finished.
+    # Ranks that have finished.
 
     def _follow(self) -> None:
-        """Does what the others do, with an empty share, until all have finished."""
+        """Takes part in what the others do, with an empty local batch, until all have finished."""
         follow = {"forward": self._follow_forward, "backward": self._follow_backward}
         own, world = self._forwards, self._world
         while (heard := self._say(Said(None, needs_example=self._example is None))).operation is not None:
@@ -243,7 +244,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             self._inner.zero_grad()
 
     def _hand_over(self, made: list[int], root: int) -> None:
-        """Copies model and optimizers from ``root``; of optimizers that it cannot copy the next step is refused."""
+        """Copies model and optimizers from ``root``. The next step of an optimizer that cannot be copied is refused."""
         self._world.broadcast(self._inner, root)
         error: Exception | None = None
         try:
@@ -277,7 +278,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
     def _follow_backward(self, heard: Heard) -> None:
         if heard.forward not in self._waiting:
             raise errors.unfinished(heard.forward)
-        if heard.fresh:  # else a sum over several backwards is under way, of which this rank's part counts
+        if heard.fresh:  # else gradients of several backwards are being summed, and this rank's are a part of them
             self._inner.zero_grad()
         used = [y for i, y in enumerate(self._waiting[heard.forward]) if heard.flags & 2**i]
         torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
@@ -287,7 +288,7 @@ _groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakr
 
 
 def _own_group(everyone: AbstractTransport) -> AbstractTransport:
-    """Makes, once, a group for announcements: none must meet a wire of a layer."""
+    """Makes a group for announcements, once: they must not be mixed with the wires of layers."""
     if everyone not in _groups:
         _groups[everyone] = everyone.split(0)
     return _groups[everyone]

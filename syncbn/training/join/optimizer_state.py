@@ -23,7 +23,7 @@ from syncbn.transports import agreement
 from syncbn.transports.base import AbstractTransport
 
 Source = Optimizer | LRScheduler | GradScaler
-"""What has state that moves with each training step."""
+"""What has state that changes with each training step."""
 
 
 def as_tuple(optimizer: Any) -> tuple[Any, ...]:
@@ -52,7 +52,7 @@ def require_same(
         sources: what was passed to `join`.
         model: where the names of the parameters come from.
         transport: the group.
-        error: one of this rank, which all raise.
+        error: an error of this rank that all ranks raise, or None.
 
     Communication:
         One all-reduce of 2 W float64 values; one more of texts if there is an error.
@@ -84,16 +84,16 @@ def require_same(
 def broadcast(sources: Sequence[Source], model: nn.Module, root: int, group: Group) -> None:
     """Copies state and settings from rank ``root`` to every rank. Entries that ``root`` lacks are removed.
 
-    Of an optimizer ``state`` and ``param_groups`` without the parameters, so that a rank that made no step gets all
-    of it; of a scheduler and a scaler the ``state_dict()``. A rank whose settings, such as ``lr``, were others warns
-    if no scheduler was passed.
+    For an optimizer this is ``state`` and ``param_groups`` without the parameters, so that a rank that made no step
+    gets all of it. For a scheduler and a scaler it is the ``state_dict()``. If no scheduler was passed, a rank whose
+    settings, such as ``lr``, were different warns.
 
     Communication:
         One comparison, two broadcasts of text, then one for every 64 MB of one dtype. By every rank.
 
     Raises:
         TypeError: on every rank, if the state holds anything but tensors, numbers, text and containers of these.
-        ValueError: on every rank, if optimizers differ.
+        ValueError: on every rank, if the optimizers differ.
     """
     if not sources:  # on no rank
         return
@@ -145,8 +145,8 @@ def _warn_of_settings(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]])
         if moved := [key for key, value in new.items() if repr(own.get(key)) != repr(value)]:
             changes = ", ".join(f"{key} {own.get(key)} where the rank that went on has {new[key]}" for key in moved)
             warnings.warn(
-                "syncbn.join needs what changes an optimizer's settings in the loop, or it falls behind on ranks that "
-                f"ended early; received {changes}. The settings were copied. Pass the scheduler too: "
+                "syncbn.join needs the scheduler that changes an optimizer's settings, or it falls behind on ranks "
+                f"that ended early; received {changes}. The settings were copied. Pass the scheduler too: "
                 "syncbn.join(model, [optimizer, scheduler]).",
                 RuntimeWarning,
                 stacklevel=2,

@@ -31,13 +31,13 @@ def refuse(
 ) -> None:
     """Makes the next ``step()`` of every stale optimizer an error, on every rank.
 
-    Stale is an optimizer that made a step on ``root`` in the join, has state for a parameter of the model there, and
-    was not handed over. Its twin on another rank is found by its class and the names of its parameters, since it may
-    have made no step there. An optimizer that is made later, or gets a state by ``load_state_dict``, is let through.
+    An optimizer is stale if it made a step on ``root`` in the join, has state for a parameter of the model there, and
+    was not copied. Its counterpart on another rank may have made no step there, so it is found by its class and the
+    names of its parameters. An optimizer that is made later, or loads a state by ``load_state_dict``, is not refused.
 
     Args:
         stepped: the optimizers that have made a step in the join on this rank.
-        handed_over: those whose state has been copied, see ``optimizer_state.broadcast``.
+        handed_over: the optimizers whose state has been copied, see ``optimizer_state.broadcast``.
         model: the model, not wrapped.
         root: the rank that the parameters came from.
         received: the numbers of forwards by rank, for the message.
@@ -47,14 +47,14 @@ def refuse(
         Two broadcasts: the length of a text, and that text. By every rank.
     """
     names = names_of(model)
-    handed = {id(each.state) for each in handed_over if isinstance(each, Optimizer)}  # a wrapper has another's state
+    handed = {id(each.state) for each in handed_over if isinstance(each, Optimizer)}  # a wrapper shares it
     for optimizer in list(_refused):
         if id(optimizer.state) in handed:
             _let_through(optimizer)
     seen = [each for each in stepped if id(each.state) not in handed]
     text = json.dumps(sorted({_key(each, names) for each in seen if _has_state(each, names)}))
     stale = set(json.loads(nested_values.broadcast_text(text, root, host)))
-    if stale:  # only now: a search of all objects takes 0.1 s
+    if stale:  # the search of all objects takes 0.1 s
         for optimizer in {*seen, *_existing()}:
             if id(optimizer.state) not in handed and _key(optimizer, names) in stale:
                 _refuse(optimizer, received)
@@ -77,13 +77,13 @@ def _refuse(optimizer: Optimizer, received: str) -> None:
         )
 
     step = optimizer.register_step_pre_hook(fail)
-    # It only ends the other hook: torch goes through the hooks of this kind while it calls this one.
+    # It removes only the other hook: torch iterates over the hooks of this kind while it calls this one.
     load = optimizer.register_load_state_dict_post_hook(lambda _: step.remove())
     _refused[optimizer] = [step, load]
 
 
 def _has_state(optimizer: Optimizer, names: dict[int, str]) -> bool:
-    """Whether it keeps anything for a parameter of the model; a plain SGD does not."""
+    """Whether it keeps state for a parameter of the model. A plain SGD does not."""
     held = (value for key, value in optimizer.state.items() if id(key) in names)
     return any(item is not None for values in held for item in dict(values).values())
 
@@ -94,8 +94,8 @@ def _key(optimizer: Optimizer, names: dict[int, str]) -> str:
 
 
 def _existing() -> Iterator[Optimizer]:
-    """Yields every optimizer of this process, but for those that ``gc.freeze`` has hidden."""
+    """Yields every optimizer of this process, except those that ``gc.freeze`` hides."""
     for each in gc.get_objects():
-        # By type(): a proxy may answer isinstance() by running code. A wrapper without __init__ has no hooks.
+        # type() and not isinstance(), which may run code of a proxy. A wrapper without __init__ has no hooks.
         if issubclass(type(each), Optimizer) and {"param_groups", "_optimizer_step_pre_hooks"} <= vars(each).keys():
             yield each
