@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Convert a model that is not simple, train it, save it, load it, and turn it back: nothing is lost on the way.
+"""Convert a model, train it, save it, load it, and revert it: nothing is lost.
 
 The model has a forward hook, one batch norm used in two places, and a frozen one.
 

@@ -47,14 +47,14 @@ def main():
     torch.set_num_threads(1)
     start = build()
     whole = torch.randn(10, 4 * world.size, 3, 8, 8, dtype=torch.float64)  # the same on every rank: build() seeds
-    mine = whole.chunk(world.size, dim=1)[world.rank]  # equal shares, as DDP wants: it averages without weights
+    mine = whole.chunk(world.size, dim=1)[world.rank]  # equal local batches: DDP averages without weights
 
     expected = train(copy.deepcopy(start), whole)
     plain = train(DistributedDataParallel(copy.deepcopy(start)), mine)
     synchronised = train(DistributedDataParallel(syncbn.convert_sync_batchnorm(start)), mine)  # the one change
 
     difference = torch.stack([(synchronised - expected).abs().max(), -(plain - expected).abs().max()])
-    torch.distributed.all_reduce(difference, torch.distributed.ReduceOp.MAX)  # the worst rank speaks
+    torch.distributed.all_reduce(difference, torch.distributed.ReduceOp.MAX)  # of all ranks, the largest
     if world.rank == 0:
         print(f"{world.size} processes, statistics over {world.transport.name}, gradients over DDP")
         print(f"10 steps, as in one process with the whole batch: {difference[0].item() < ROUNDING}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Train a residual network on real images, the batch of 8 shared out in three ways.
+"""Train a residual network on real images, the batch of 8 processed in three ways.
 
 The same weights, images, order and SGD each time:
 
@@ -46,20 +46,20 @@ def shuffled(count, batch_size, seed):
 
 
 def train(world, arm, model, data, args, reference, *, alone=False):
-    """Trains one arm: one step of SGD a batch, of which this rank computes its local batch, or alone all of it."""
+    """Trains one arm: one step of SGD per batch, on this rank's local batch or, if ``alone``, on the whole batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     batches = itertools.islice(shuffled(len(data.x), args.batch, args.seed), args.steps)
     progress = tqdm(batches, arm.name, args.steps, ncols=79, disable=world.rank > 0)
     for step, batch in enumerate(progress, 1):
         began = time.perf_counter()
-        share = batch if alone else batch.tensor_split(world.size)[world.rank]
+        mine = batch if alone else batch.tensor_split(world.size)[world.rank]
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(data.x[share]), data.y[share], reduction="sum")
+        loss = F.cross_entropy(model(data.x[mine]), data.y[mine], reduction="sum")
         if alone:
             (loss / len(batch)).backward()
         else:
-            # Every sample counts alike before backward, which meets the other ranks in SyncBatchNorm: a mean over
-            # each share would not do where shares differ, as 3, 3 and 2 on three processes.
+            # Every sample must have the same weight before backward, which communicates in SyncBatchNorm. A mean over
+            # each local batch would be wrong for local batches of 3, 3 and 2.
             (loss * world.size / len(batch)).backward()
             world.average_gradients(model)
         optimizer.step()
@@ -71,7 +71,7 @@ def train(world, arm, model, data, args, reference, *, alone=False):
 def main():
     world = syncbn.init(device="cpu")
     args, data = digits_options.read(world)
-    torch.set_num_threads(1)  # as many processes as cores, or more, each with one thread
+    torch.set_num_threads(1)  # there is at least one process per core
     model = digits_model.build(data.x.size(1), data.classes, seed=args.seed, dtype=data.x.dtype)
     world.broadcast(model)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line of digits.py, and what only a look at the files can tell."""
+"""The command line of digits.py, and the checks of its files."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ def read(world: syncbn.World) -> tuple[argparse.Namespace, digits_data.Data]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Three ways to share out a batch, compared on real images.")
+    parser = argparse.ArgumentParser(description="Three ways to train on a batch, compared on real images.")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=at_least(1), default=300, help="steps of each run (default 300)")
     length.add_argument("--epochs", type=at_least(1), help="passes over the images, instead of --steps")
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_folder(figure: Path) -> None:
-    """Finds out before the training, not after it, whether the figure can be written."""
+    """Checks before the training whether the figure can be written."""
     problem = "" if figure.suffix in FIGURES else f"the ending is not one of {', '.join(FIGURES)}"
     try:
         figure.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What digits.py measures on rank 0 and shows at the end: the table or JSON, the figure, the verdict."""
+"""What digits.py measures on rank 0 and shows at the end: the table or JSON, the figure, the result."""
 
 import dataclasses
 import json
@@ -26,18 +26,18 @@ class Arm:
 
     name: str
     accuracy: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Share of the test images recognised, by step."""
+    """Test accuracy, by step."""
     difference: dict[int, float] = dataclasses.field(default_factory=dict)
     """Largest difference of a parameter to the one-process run, by step."""
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def observe(self, step: int, steps: int, model: nn.Module, data: Data, reference: dict[int, Tensor]) -> None:
-        """Notes where the model stands; the first arm fills ``reference``, the others are compared with it."""
+        """Records accuracy and difference. The first arm fills ``reference``; the others are compared with it."""
         if step <= COMPARE_AT or step == steps or step % max(steps // POINTS, 1) == 0:
             parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
             self.difference[step] = (parameters - reference.setdefault(step, parameters)).abs().max().item()
         if step == steps or step % max(steps // EVALUATIONS, 1) == 0:
-            model.eval()  # SyncBatchNorm does not communicate in eval, so rank 0 may go alone
+            model.eval()  # SyncBatchNorm does not communicate in eval, so rank 0 may call it alone
             with torch.no_grad():
                 predicted = torch.cat([model(part).argmax(1) for part in data.test_x.split(100)])
             self.accuracy[step] = (predicted == data.test_y).double().mean().item()

@@ -46,7 +46,7 @@ def load(world, args):
 
 
 def train_step(world, model, optimizer, x, y):
-    """One step on the whole batch x, y, of which this rank computes its local batch; returns the loss of the batch."""
+    """One step on the whole batch x, y, of which this rank computes a part; returns the loss of the batch."""
     mine = slice(*(len(x) * rank // world.size for rank in (world.rank, world.rank + 1)))
     optimizer.zero_grad()
     total = F.cross_entropy(model(x[mine]), y[mine], reduction="sum")  # an empty local batch gives 0
@@ -69,7 +69,7 @@ def main():
 
     torch.manual_seed(args.seed)
     model = build(data.classes)
-    world.broadcast(model)  # a habit worth having: equal weights then need no equal seeds
+    world.broadcast(model)  # equal weights, even without equal seeds
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(1, args.steps + 1):
         batch = torch.randint(len(data.x), (args.batch,))  # the same on every rank: they share the seed
@@ -77,7 +77,7 @@ def main():
         if world.rank == 0 and step % max(args.steps // 5, 1) == 0:
             print(f"step {step:3}: loss {loss:.4f}")
 
-    model.eval()  # no communication from here on, so rank 0 may go alone
+    model.eval()  # no communication in eval, so rank 0 may run it alone
     if world.rank == 0:
         accuracy = (model(data.test_x).argmax(1) == data.test_y).double().mean()
         where = f"{world.size} process{'es' if world.size > 1 else ''} over {world.transport.name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The promise in a few lines: however five samples are spread over the processes, they are one batch.
+"""The guarantee in a few lines: five samples are one batch, for any split of them over the processes.
 
 Their mean is 3 and their variance 2, so 1 becomes (1 - 3) / sqrt(2) = -1.414. A torch.nn.BatchNorm1d on each
 process would give other values, and raise an error where a process has a single sample.

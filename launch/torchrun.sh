@@ -18,7 +18,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
 # All processes are on this host: gloo stays on loopback. torchrun's own store listens on every interface.
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 
-# A process that waits inside gloo does not see Ctrl-C. torchrun kills it after this many seconds, 30 if not told.
+# A process that waits inside gloo ignores Ctrl-C. torchrun kills it after this many seconds (its default is 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-5}
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"

@@ -228,9 +228,9 @@ def not_an_archive(path):
 
 
 BAD_FILES = {
-    "none at all": (lambda path: None, "--data needs a file to read; received .*: No such file"),
-    "text": (not_an_archive, "--data needs an .npz file; received .*, which is none"),
-    "keys": (without_array, "--data needs arrays named x and y; received images, y in"),
+    "none at all": (lambda path: None, "--data needs an .npz file .* No such file"),
+    "text": (not_an_archive, "--data needs an .npz file with arrays of numbers x and y; received "),
+    "keys": (without_array, "--data needs an .npz file .*x is not a file in the archive"),
     "shapes": (lambda p: np.savez(p, x=images(), y=labels(39)), r"--data needs x of shape .* received x \(40, 8, 8\)"),
     "infinite": (lambda p: np.savez(p, x=images() / (images() > 0.1), y=labels()), "--data needs finite .x. < 1e.18"),
 }
@@ -256,7 +256,7 @@ def test_a_file_missing_on_one_rank_ends_all_ranks(tmp_path):
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
     done = mpirun(3, "-c", program, "examples/mlp.py", "--batch", 8, "--data", tmp_path / "mine.npz", limit=60)
     assert done.returncode == 2
-    assert done.stderr.count("mlp.py: error: On rank 2: --data needs a file to read; received ") == 1
+    assert done.stderr.count("mlp.py: error: On rank 2: --data needs an .npz file with ") == 1
     assert "Traceback" not in done.stderr
 
 
@@ -301,8 +301,8 @@ def digits_data(monkeypatch):
         ({"x": images() * np.nan, "y": labels()}, "finite .* 40 of 40 images .* first at index 0"),
         ({"x": images() * 1e30, "y": labels()}, "finite"),
         ({"x": images(), "y": labels() * 0}, r"at least two classes in y; received only \[0\]"),
-        ({"x": np.array([None] * 40), "y": labels()}, "plain numbers in x; .* allow_pickle=False"),
-        ({}, "arrays named x and y; received none"),
+        ({"x": np.array([None] * 40), "y": labels()}, "arrays of numbers x and y; .* allow_pickle=False"),
+        ({}, "x is not a file in the archive"),
     ],
 )
 def test_data_that_cannot_train_is_refused_with_its_reason(digits_data, arrays, message, tmp_path):
@@ -314,10 +314,10 @@ def test_a_damaged_or_foreign_file_is_refused(digits_data, tmp_path):
     path = npz(tmp_path, x=images(), y=labels())
     whole = path.read_bytes()
     path.write_bytes(whole[:2000] + b"damage" + whole[2006:])
-    with pytest.raises(ValueError, match=r"--data needs a whole \.npz file; received .*Bad CRC-32"):
+    with pytest.raises(ValueError, match=r"--data needs an \.npz file .*Bad CRC-32"):
         digits_data.load(path, smallest_batch=10, seed=0)
     path.write_bytes(whole[:2000])
-    with pytest.raises(ValueError, match="which is none"):
+    with pytest.raises(ValueError, match="not a zip file"):
         digits_data.load(path, smallest_batch=10, seed=0)
     with pytest.raises(ValueError, match="Is a directory"):
         digits_data.load(tmp_path, smallest_batch=10, seed=0)

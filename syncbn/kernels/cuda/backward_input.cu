@@ -4,10 +4,10 @@
 //
 // In: grad_y and x, both planes or both rows, of one dtype; wire, the backward wire of wire.cuh, float64 (2C + 7,), summed
 // over the ranks; mean, invstd, float64 (C,); count, float64 (1,); weight of any floating dtype. Out: grad_x, of x's dtype.
-// Where ranks sent sums of another call (wire.cuh), grad_x is NaN and block 0 leaves a deferred error for the host. Without
-// elements one block is launched, for that comparison.
+// If ranks sent sums of another call (wire.cuh), grad_x is NaN and block 0 writes a deferred error for the host. If x is
+// empty, one block is still launched, for that comparison.
 // A block owns a group of channels and some of its pieces, and forms the coefficients of its channels in float64,
-// rounded once to the type of elementwise arithmetic. It goes backwards, as normalize.cu does, and for the same reason.
+// rounded once to the type of elementwise arithmetic. It reads x from the end, as normalize.cu does, for the same reason.
 // No reduction. Reads two elements and writes one: 6, 12 or 24 bytes per element. Limits: none.
 #include "walk.cuh"
 #include "wire.cuh"

@@ -3,7 +3,7 @@
 //     xhat = (x - mean) * invstd; and, of this rank alone, grad_bias = sum_grad_y, grad_weight = sum_grad_y_xhat.
 //
 // float64 x: grad_y * (x - mean) is summed. Other x: grad_y * x, an exact product in float64, and mean * sum_grad_y is
-// taken off at the end, which loses mean / std * 1e-16, less than the variance did.
+// subtracted at the end, which loses mean / std * 1e-16, less than the variance lost.
 // In: grad_y and x, both planes or both rows, of one dtype; mean, invstd, float64 (C,); the numbers of the call. Out:
 // wire, float64 (2C + 7,); grad_weight and grad_bias of any floating dtype, or null.
 // Ownership and order: as in local_moments.cu. Deterministic. Reads each element of both once: 4, 8 or 16 bytes per
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) ba
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
-            for (int i = 0; i < Walk::V; ++i) {  // behind the end grad_y is 0
+            for (int i = 0; i < Walk::V; ++i) {  // past the end grad_y is 0
                 const Number g = Sum<T>::number(gs[u].at[i]), v = Sum<T>::number(xs[u].at[i]);
                 const int j = i % Walk::CHANNELS;
                 sums[0][j].add(g);

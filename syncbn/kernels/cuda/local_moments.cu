@@ -4,7 +4,7 @@
 // In: x, planes or rows (walk.cuh), float16, bfloat16, float32 or float64; N and C may be 0; the numbers of the call and
 // the status of this rank. Out: wire, float64 (2C + 15,).
 // A block owns a group of channels and some of its pieces; a thread every lanes-th piece, one pack at a time.
-// Accumulated in float64, where a square of a float32 is exact, or in what loses no more (sum.cuh).
+// Accumulated in float64, where the square of a float32 is exact, or in an arithmetic that loses no more (sum.cuh).
 // Order: a thread's pieces in order, then reduce.cuh. Deterministic. Reads each element once: 2, 4 or 8 bytes per
 // element. Limits: none.
 #include "reduce.cuh"

@@ -3,17 +3,17 @@
 //
 // mean = sum_x / count;  var = sum_x2 / count - mean * mean, not below 0;  invstd = 1 / sqrt(var + eps).
 // running = (1 - momentum) * running + momentum * batch, with the unbiased variance var * count / (count - 1).
-// A global batch without samples is counted in num_batches_tracked, as torch does, and moves nothing else.
+// A global batch without samples is counted in num_batches_tracked, as in torch, and moves no statistic.
 // In: x, planes or rows; wire, the forward wire of wire.cuh, float64 (2C + 15,), summed over the ranks; weight, bias,
 // running mean and var of any floating dtype and stride. Out: y, of x's dtype; mean, invstd, float64 (C,);
 // count, float64 (1,); and the running statistics, in place.
-// The first `stats_blocks` blocks own the numbers per channel and alone write them; block 0 owns num_batches_tracked, and is
-// the only one of them where momentum depends on it. Every other block owns a group of channels and some of its pieces, and
-// forms the coefficients of its channels for itself, in float64, rounded once.
-// The blocks go backwards through x, whose end local_moments has left in the second-level cache.
-// Where ranks sent another call (wire.cuh), or the counters of the wire forbid this one (Counters.problem in moments.py),
-// y, mean and invstd are NaN, no running statistic moves, nothing is counted, and block 0 leaves a deferred error for the
-// host, which the next call of any layer raises.
+// The first `stats_blocks` blocks, the stats blocks, own the numbers per channel and write them. Block 0 owns
+// num_batches_tracked; if momentum depends on it, block 0 is the only stats block. Every other block owns a group of channels
+// and some of its pieces. It computes the coefficients of its channels itself, in float64, rounded once.
+// The blocks read x from the end, which local_moments has left in the second-level cache.
+// If ranks sent another call (wire.cuh), or the counters of the wire show an error (Counters.problem in moments.py), y, mean
+// and invstd are NaN, no running statistic moves, no batch is counted, and block 0 writes a deferred error for the host. The
+// next call of any layer raises it.
 // No reduction. Reads and writes each element once: 4, 8 or 16 bytes per element. Limits: none.
 #include "walk.cuh"
 #include "wire.cuh"
@@ -35,7 +35,7 @@ struct Normalize {
     DeferredError error;
 };
 
-// What the wire says of the call; the same for every block.
+// The call and counters of the wire; the same for every block.
 struct Counters {
     double count;
     const double* status;
@@ -45,11 +45,11 @@ struct Counters {
         const int dtypes = (status[3] > 0) + (status[4] > 0) + (status[5] > 0) + (status[6] > 0);
         // No ||: all counters are read at once.
         refused = !same | (status[0] > 0) | (dtypes > 1) | ((status[1] > 0) & (status[1] < a.ranks)) |
-                  ((count > 0) & (count <= 1));  // with a mask on another rank, a sum of weights
+                  ((count > 0) & (count <= 1));  // a sum of weights, if another rank has a mask
     }
 };
 
-// The sums of a channel, read before anything is computed from them.
+// The sums of a channel. Both are read before anything is computed.
 struct Sums {
     double x, x2;
     __device__ Sums(const Normalize& a, Int c) : x(a.wire[SUMS + c]), x2(a.wire[SUMS + a.shape.C + c]) {}
@@ -67,7 +67,7 @@ struct Finalized {
     }
 };
 
-// What the stats blocks do.
+// The work of the stats blocks.
 __device__ inline void finalize(const Normalize& a, const Counters& counters) {
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
     const bool moves = a.running_mean.data != nullptr && counters.count > 0 && !counters.refused;

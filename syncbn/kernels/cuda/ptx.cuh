@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The few operations that plain C++ has no word for. The only file of this folder that the tests replace when they
-// run the kernels on a CPU (tests/cuda_on_cpu/cuda.hpp): keep arithmetic and indices out of it.
+// The few operations that plain C++ cannot express. To run the kernels on a CPU, the tests replace only this file
+// (tests/cuda_on_cpu/cuda.hpp), so keep arithmetic and indices out of it.
 //
-// Among them float32 arithmetic that no option of a compiler changes: CuPy compiles with -ftz=true, which takes denormal
-// numbers for 0. Written in PTX instead of cuda_fp16.h: NVRTC needs no headers of the CUDA toolkit then. Limits: compute capability
+// Float32 arithmetic is here so that no compiler option changes it: CuPy compiles with -ftz=true, which treats denormal
+// numbers as 0. PTX instead of cuda_fp16.h, so that NVRTC needs no headers of the CUDA toolkit. Limits: compute capability
 // 8.0, the first that rounds to bfloat16 in hardware.
-#ifndef SYNCBN_PTX // a guard with a name: whoever defines it brings these functions along
+#ifndef SYNCBN_PTX // a file that defines this guard provides the functions itself
 #define SYNCBN_PTX
 
 __device__ inline float half_to_float(unsigned short bits) {
@@ -46,7 +46,7 @@ __device__ inline float times(float a, float b) {
     return result;
 }
 
-// What the rounding of a * b lost.
+// The rounding error of a * b.
 __device__ inline float lost_in_product(float a, float b, float product) {
     float result;
     asm("{.reg .f32 n; neg.f32 n, %3; fma.rn.f32 %0, %1, %2, n;}" : "=f"(result) : "f"(a), "f"(b), "f"(product));
@@ -67,7 +67,7 @@ __device__ inline float to_float(double value) {
     return result;
 }
 
-// An aligned store of 16 or 8 bytes that stays one store: of a struct's, the compiler makes several now and then.
+// An aligned store of 16 or 8 bytes. The compiler sometimes splits the store of a struct into several.
 __device__ inline void store_words(void* p, unsigned a, unsigned b, unsigned c, unsigned d) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c),
                  "r"(d)

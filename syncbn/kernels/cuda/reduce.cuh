@@ -3,14 +3,14 @@
 //
 // Over lanes: a binary tree in shared memory. Over blocks: each writes its sums to `partials`, float64
 // [blocks, 2, C], and takes a ticket; the block with the last ticket adds them up, lane l those of blocks l, l + lanes,
-// ..., and then the lanes as before. Which block is last changes nothing. It sets the ticket back to 0 for the next
-// launch on the stream, also of a graph's replay. No atomic touches a sum: deterministic.
+// ..., and then the lanes as before. The result does not depend on which block is last. That block sets the ticket back to 0
+// for the next launch on the stream, or the next replay of a graph. No sum is atomic: deterministic.
 #pragma once
 #include "sum.cuh"
 #include "wire.cuh"
 
 struct Reduction {
-    double* partials;   // [blocks, 2, C], unused where a group has one block
+    double* partials;   // [blocks, 2, C], unused if a group has one block
     unsigned* tickets;  // [groups], 0 before and after every launch
 };
 
@@ -51,19 +51,19 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
             for (int i = 0; i < Walk::CHANNELS; ++i)
                 if (i < walk.used()) mine[i] = sums[0][i], mine[k.C + i] = sums[1][i];
         __syncthreads();
-        if (threadIdx.x == 0 && threadIdx.y == 0) {  // its fences count for what the barriers order, the whole block's
-            __threadfence();  // the sums are in memory before the ticket says so
+        if (threadIdx.x == 0 && threadIdx.y == 0) {  // with the barriers, its fences hold for the whole block
+            __threadfence();  // the sums are in memory before the ticket
             const unsigned ticket = atomicAdd(r.tickets + place.group, 1u);
             last = ticket == unsigned(k.blocks - 1);
             if (last) r.tickets[place.group] = 0;
-            if (last) __threadfence();  // no load behind the next barrier reads what was there before the ticket
+            if (last) __threadfence();  // no load after the next barrier is older than the ticket
         }
         __syncthreads();
         if (!last) return;
 #pragma unroll
         for (int i = 0; i < Walk::CHANNELS; ++i) sums[0][i] = sums[1][i] = 0;
 #pragma unroll(Walk::CHANNELS > 1 ? 1 : 4)
-        for (Int b = walk.lane; b < k.blocks; b += walk.lanes) {  // the loads of all channels are in flight at once
+        for (Int b = walk.lane; b < k.blocks; b += walk.lanes) {  // the loads of all channels are issued together
             const double* theirs = r.partials + b * 2 * k.C + walk.c;
 #pragma unroll
             for (int i = 0; i < Walk::CHANNELS; ++i)

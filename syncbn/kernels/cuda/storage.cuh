@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Storage types, the type they are computed in, packs of 16 bytes, and vectors of C values of any dtype.
+// Storage types, their types of computation, packs of 16 bytes, and vectors of C values of any dtype.
 //
 // Bits of a result never depend on the width of an access: a pack is the same V elements, in the same order, whether
 // it comes by one load of 16 bytes, two of 8, or V of one element where the memory is not aligned.
@@ -8,7 +8,7 @@
 
 typedef long long Int;  // 64 bits on every compiler
 
-constexpr int MAX_THREADS = 256;  // in a block; the launcher keeps to it
+constexpr int MAX_THREADS = 256;  // in a block, see geometry.py
 
 struct Float16 {
     unsigned short bits;
@@ -42,7 +42,7 @@ __device__ inline void narrow(float x, BFloat16* to) { to->bits = float_to_bfloa
 __device__ inline void narrow(float x, float* to) { *to = x; }
 __device__ inline void narrow(double x, double* to) { *to = x; }
 
-// Words, not elements, are what a load fills: an element is taken out where it is used, and no load waits for another.
+// A load fills words. An element is extracted where it is used, so no load waits for another.
 template <int N> struct alignas(4 * N) Words {
     unsigned at[N];
 };
@@ -53,7 +53,7 @@ template <class T> union Pack {
     T at[V];
 };
 
-// How memory is read: COUNT elements an access, PACKS packs before the first of them is used.
+// How memory is read: COUNT elements per access, PACKS packs before the first one is used.
 template <int N, int M> struct Access {
     static constexpr int COUNT = N, PACKS = M;
 };
@@ -62,15 +62,15 @@ template <class A, class Body> __device__ inline void each_batch(int steps, cons
     for (int step = 0; step < steps; step += A::PACKS) body(A{}, step);
 }
 
-// Calls body(Access, step) for every batch of packs. The width of accesses is that of a whole launch, so that the loop
-// has no branch. Single elements take a register each: half as many packs.
+// Calls body(Access, step) for every batch of packs. The access width is the same for the whole launch, so that the loop
+// has no branch. With single elements, which take a register each, a batch has half as many packs.
 template <class T, int PACKS, class Body> __device__ inline void in_batches(int steps, Int width, const Body& body) {
     if (width == 16) return each_batch<Access<Pack<T>::V, PACKS>>(steps, body);
     if (width == 8) return each_batch<Access<8 / sizeof(T), PACKS>>(steps, body);
     each_batch<Access<1, PACKS / 2>>(steps, body);
 }
 
-// Reads `length` elements, a multiple of what an access has, zeros behind them.
+// Reads `length` elements, a multiple of the access width, and fills the rest with zeros.
 template <class A, class T> __device__ inline Pack<T> load(const T* p, int length) {
     constexpr int V = Pack<T>::V, E = A::COUNT;
     Pack<T> pack;
@@ -104,14 +104,14 @@ template <class A, class T> __device__ inline void store(T* p, const Pack<T>& pa
     }
 }
 
-// C values of any dtype and stride: weight, bias, running statistics, their gradients. data is null where there are none.
+// C values of any dtype and stride: weight, bias, running statistics or gradients. data is null if there are none.
 struct Values {
     void* data;
     Int stride;  // elements
     Int dtype;   // the order of moments.DTYPES: float16, bfloat16, float32, float64
 };
 
-// The bits of one of them. Apart from read(), so that several are on their way before one is waited for.
+// The bits of one value. Separate from read(), so that several loads are issued before the first is used.
 union Value {
     double wide;
     float single;

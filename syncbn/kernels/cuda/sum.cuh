@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A running sum that loses no more than float64 does, in two arithmetics; launch.py says which one a GPU gets.
+// A running sum that loses no more than float64 does, in two arithmetics. launch.py chooses by the GPU.
 //
 // Float64: one addition, or one fma, a number. For GPUs with half as many float64 units as float32 units.
-// Expansion: three float32, each the rounding errors of the one before, some 70 bits together; 13 to 22 float32 operations
-// a number. For GPUs with a 32nd or a 64th of the float64 units, where one float64 operation costs as much as those.
-//     two_sum: Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. The sum and what it lost are exact.
-//     A product of two half-precision numbers is exact in float32; of two float32 fma(x, y, -product) is lost.
-//     Numbers beyond 2^90 (infinities and NaN too) and products below 2^-90, of which a part could be lost, go to float64.
+// Expansion: three float32, each the rounding errors of the one before, together some 70 bits; 13 to 22 float32 operations
+// per number. For GPUs with 1/32 or 1/64 as many float64 units, where one float64 operation costs as much as these.
+//     two_sum: Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. The sum and its rounding error are exact.
+//     A product of two half-precision numbers is exact in float32; that of two float32 has the error fma(x, y, -product).
+//     Numbers beyond 2^90 (also infinities and NaN) and products below 2^-90 could lose a part; they are added in float64.
 #pragma once
 #include "walk.cuh"
 
@@ -45,7 +45,7 @@ template <class T> struct Expansion {
 private:
     static constexpr float LARGE = 1.2379400392853803e27f, SMALL = 8.077935669463161e-28f;  // 2^90, 2^-90
     __device__ void expand(float x) { low = plus(low, two_sum(middle, two_sum(high, x))); }
-    // Adds x to `to` and returns what the rounding of that sum lost.
+    // Adds x to `to` and returns the rounding error.
     __device__ static float two_sum(float& to, float x) {
         const float sum = plus(to, x), of_x = minus(sum, to);
         const float lost = plus(minus(to, minus(sum, of_x)), minus(x, of_x));
@@ -54,6 +54,6 @@ private:
     }
 };
 
-// Blocks that a multiprocessor shall hold: an expansion needs more registers, and eight of them a block of their own.
+// How many blocks a multiprocessor should hold: an expansion needs more registers, and eight of them only one block.
 template <class Walk, class Sum>
 constexpr int RESIDENT = sizeof(Sum) == sizeof(double) ? Walk::RESIDENT : Walk::CHANNELS < 8 ? 2 : 1;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Who works on which elements. N batch, C channels, S product of the spatial dims, V elements in a pack of 16 bytes.
+// Which thread works on which elements. N batch, C channels, S product of the spatial dims, V elements in a pack of 16 bytes.
 //
 // Planes: x is (N, C, S), contiguous. A pack lies in one channel. A channel has N * ceil(S / V) pieces; its lanes are
 // the threads of one row of the block (x), and a block has one channel for each of its rows (y).
 // Rows: x is (N, C), contiguous (channels_last: N stands for N * S, and S is 1). A pack holds V channels. A piece is a
 // row; the lanes of a pack are the threads of one column of the block (y), and a block has V channels for each column.
 //
-// A group of channels is shared out to `blocks` blocks, `per_block` pieces each, in order. Lane l of a block takes
-// its pieces l, l + lanes, ...: which elements meet in which order depends on shape and dtype alone.
+// A group of channels is divided among `blocks` blocks, `per_block` pieces each, in order. Lane l of a block takes its
+// pieces l, l + lanes, .... So the order of all sums depends on shape and dtype alone.
 #pragma once
 #include "storage.cuh"
 
@@ -25,17 +25,17 @@ struct Place {
     __device__ Place(const Shape& k, unsigned id) : group(id % unsigned(k.groups)), block(id / unsigned(k.groups)) {}
 };
 
-// From which end a thread goes through its pieces.
+// From which end a thread walks through its pieces.
 enum class From { START, END };
 
-// How many of `pieces` from `first` on are a lane's, `lanes`, a power of two, apart.
+// How many of `pieces` a lane has: from `first` on, every `lanes`-th. `lanes` is a power of two.
 __device__ inline int count_steps(Int first, Int end, int lanes) {
     return first < end ? int((end - first + lanes - 1) >> (31 - __clz(lanes))) : 0;
 }
 
 template <class T> struct Planes {
     static constexpr int V = Pack<T>::V, CHANNELS = 1;  // of a pack
-    static constexpr int RESIDENT = 4;                  // blocks that a multiprocessor shall hold
+    static constexpr int RESIDENT = 4;                  // blocks that a multiprocessor should hold
     Int offset = 0;                                     // of this thread's pack, in elements
     int c;                                              // its first channel
     int lane, lanes, apart;                             // apart: from one lane to the next, in threads of the block
@@ -55,7 +55,7 @@ template <class T> struct Planes {
     __device__ static int channels() { return blockDim.y; }  // of a block
     __device__ static int slot() { return threadIdx.y; }     // this thread's first among them
     __device__ int used() const { return there; }            // how many of the pack's channels there are
-    // Elements of the pack. All, where whole packs can be accessed: S is then a multiple of V.
+    // Elements of the pack. All V, if whole packs can be accessed: S is then a multiple of V.
     template <class A> __device__ int length() const {
         return A::COUNT == V || S - t * V > V ? V : S - t * V;
     }

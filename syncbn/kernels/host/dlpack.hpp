@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The part of DLPack's C exchange interface that we use, declared in our own words: how a tensor object says where its
-// data is, without its framework's headers and in tens of nanoseconds.
+// Our own declaration of the part of DLPack's C exchange interface that we use. It tells where the data of a tensor object
+// is, in tens of nanoseconds and without its framework's headers.
 //
 // Source: DLPack 1.3, "C Exchange API", dmlc.github.io/dlpack. The layout below is that of major version 1.
 #pragma once

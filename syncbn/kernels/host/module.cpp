@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The Python module syncbn.kernels.host._host: arguments in, checks, one step, out. See ops.py and _host.pyi.
 //
-// Written against Python's stable C interface, so one build serves every Python from 3.11 and every torch; a call costs
-// some tens of nanoseconds. The steps release the GIL where they take long enough for another thread to gain.
+// Uses Python's stable C interface, so one build works for every Python from 3.11 and every torch. A call costs some tens
+// of nanoseconds. A step releases the GIL if it is long enough for that to pay.
 #include "run.hpp"
 #include "tensors.hpp"
 
@@ -52,14 +52,14 @@ bool write_call(PyObject* tuple, double* wire) {
     return true;
 }
 
-// Whether all ranks that have a say sent the same numbers, see moments.same_call. All sums are exact.
+// Whether all ranks that do not abstain sent the same numbers, see moments.same_call. All sums are exact.
 bool same_call(const double* wire, const double* numbers) {
     bool same = true;
     for (int64_t i = 1; i <= NUMBERS; ++i) {
         const double v = numbers[i], sum = wire[i], squares = wire[NUMBERS + i], n = wire[0];
         if (numbers[0] != 0)
             same = same && sum == n * v && squares == n * (v * v);
-        else  // n * squares and sum * sum exceed 2^53: their high parts and their remainders
+        else  // n * squares and sum * sum may exceed 2^53: compare high parts and remainders
             same = same && n * squares == sum * sum && __builtin_fma(n, squares, -(n * squares)) == __builtin_fma(sum, sum, -(sum * sum));
     }
     return same;
@@ -140,8 +140,8 @@ PyObject* read_counters(PyObject*, PyObject* const* args, Py_ssize_t n) {
     return tuple;
 }
 
-// agreement(wire, numbers, ranks): -1 where the counters forbid the call (see Counters.problem in moments.py), else 1
-// where autograd records, plus 2 where a rank needs a gradient
+// agreement(wire, numbers, ranks): -1 if the counters show an error (see Counters.problem in moments.py), else 1 if
+// autograd records, plus 2 if a rank needs a gradient
 PyObject* agreement(PyObject*, PyObject* const* args, Py_ssize_t n) {
     double *wire, numbers[1 + NUMBERS], ranks;
     int64_t length;
@@ -163,7 +163,7 @@ PyObject* check_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
     return PyBool_FromLong(same_call(wire, numbers));
 }
 
-// Counts the batch and finds how far the running statistics move; None averages over all batches counted.
+// Counts the batch and returns the momentum; None averages over all batches counted.
 bool read_momentum(PyObject* given, int64_t* tracked, double* momentum) {
     if (given != Py_None && !number(given, momentum)) return false;
     if (tracked != nullptr) ++*tracked;
@@ -260,7 +260,7 @@ PyMethodDef METHODS[] = {
     {"use_instruction_set", select, METH_O, "Selects another one, for tests and measurements."},
     {"local_moments", method(local_moments), METH_FASTCALL, "Writes the forward wire."},
     {"read_counters", method(read_counters), METH_FASTCALL, "Compares the call of a forward wire; reads its counters."},
-    {"agreement", method(agreement), METH_FASTCALL, "Says in short whether the counters of a forward wire are well."},
+    {"agreement", method(agreement), METH_FASTCALL, "Returns a summary of the counters of a forward wire."},
     {"check_sums", method(check_sums), METH_FASTCALL, "Compares the call of a backward wire."},
     {"normalize", method(normalize), METH_FASTCALL, "Finalises, moves the running statistics, writes y."},
     {"backward_sums", method(backward_sums), METH_FASTCALL, "Writes the backward wire."},

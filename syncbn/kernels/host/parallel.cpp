@@ -16,7 +16,7 @@ namespace {
 
 class Pool {
 public:
-    // False where another caller is using the pool.
+    // False if another caller is using the pool.
     bool run(int64_t helpers, int64_t count, void (*task)(void*, int64_t), void* context) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock()) return false;
@@ -44,7 +44,7 @@ private:
             try {  // detached: the pool lives as long as the process
                 std::thread(&Pool::stay, this, workers_, round_).detach();
             } catch (const std::system_error&) {
-                return;  // the system has no thread left for us: fewer do the work
+                return;  // no more threads from the system: fewer do the work
             }
         }
     }
@@ -77,7 +77,7 @@ private:
 
 std::atomic<Pool*> pool{nullptr};
 
-// A child has none of the parent's threads, and perhaps a locked mutex: it leaves the old pool where it is.
+// A child has no threads of its parent, and its copy of the mutex may be locked: it abandons the old pool.
 void forget_pool() { pool.store(nullptr); }
 
 Pool* the_pool() {

@@ -8,8 +8,8 @@
 namespace syncbn {
 
 // Calls task(context, i) once for each i in [0, count), on at most `threads` threads, and returns when all are done.
-// Which thread takes which i is left to chance: a task must not care. One thread never starts the pool; a caller that
-// finds the pool busy works alone; a forked child starts with no pool.
+// Any thread may take any i. With one thread the pool is never started. A caller that finds the pool busy works alone. A
+// forked child starts without a pool.
 void parallel(int64_t threads, int64_t count, void (*task)(void*, int64_t), void* context);
 
 template <class Call> void parallel_for(int64_t threads, int64_t count, Call call) {

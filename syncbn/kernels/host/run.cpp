@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Chooses the instruction set and shares out the work of a step.
+// Chooses the instruction set and divides the work of a step among threads.
 //
-// The same bits for any number of threads. Sums: the chunks that partial sums cover depend on the shape alone, and
-// partial sums are added in the order of the chunks; channels may be shared out freely, since no step mixes them.
-// Elementwise: an element's bits depend on nothing but its inputs.
+// Any number of threads gives the same bits. Sums: the chunks of partial sums depend on the shape alone, and partial sums
+// are added in the order of the chunks. Channels may go to any thread, since no step mixes them. Elementwise: an
+// element's bits depend on its inputs alone.
 #include "run.hpp"
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace syncbn {
 namespace {
 
-constexpr int64_t THREADED = 1 << 17;  // elements: waking a thread costs as much as a tenth of these
-constexpr int64_t CHUNK = 1 << 17;     // elements that a partial sum of one chunk covers, at least
+constexpr int64_t THREADED = 1 << 17;  // elements: waking a thread costs as much as a tenth of them
+constexpr int64_t CHUNK = 1 << 17;     // at least so many elements in a chunk
 constexpr int64_t FAR = 4 << 20;       // bytes: second-level caches hold 0.5 to 2 MB
 constexpr int64_t BLOCK = 512;         // channels of rows whose accumulators, 8 kB, stay in the first-level cache
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The steps over whole tensors: work shared out over threads, partial sums combined in a fixed order.
+// The steps over whole tensors: work divided among threads, partial sums combined in a fixed order.
 #pragma once
 #include <string>
 #include <vector>
@@ -11,7 +11,7 @@ namespace syncbn {
 // The instruction sets that this machine can run, the fastest first, and the one in use.
 std::vector<std::string> instruction_sets();
 const char* instruction_set();
-// False where the machine does not have it.
+// False if the machine does not have it.
 bool use_instruction_set(const std::string& name);
 
 // Writes sum_x and sum_x2, each float64 (C,).
@@ -39,7 +39,7 @@ struct Global {
 void run_backward_input(Shape, const Elements& grad_y, const Elements& x, const Elements& grad_x, const Global&,
                         int64_t threads);
 
-// Rounds per-channel numbers to another dtype; nothing where `to` is absent.
+// Rounds per-channel numbers to another dtype; does nothing if `to` is absent.
 void run_narrow(int64_t C, const double* from, const Values& to);
 
 }  // namespace syncbn

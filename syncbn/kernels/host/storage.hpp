@@ -72,8 +72,8 @@ inline void narrow(float x, half* p) {
 }
 
 // ---- one native vector
-// Conversions in the instruction set's own words: of the general __builtin_convertvector gcc 12 makes two halves and
-// puts them together again, at half the speed.
+// Conversions by intrinsics: gcc 12 compiles the general __builtin_convertvector to two halves that it joins again, at half
+// the speed.
 #if defined(__AVX512F__)
 inline VD to_double(HF v) { return (VD)_mm512_cvtps_pd((__m256)v); }
 inline VU to_wide(VS v) { return (VU)_mm512_cvtepu16_epi32((__m256i)v); }
@@ -132,7 +132,7 @@ inline void store_native(half* p, VF v) {
 }
 #endif
 
-// Stores past the caches, to an address that is a multiple of the vector's size; plain where there is no such store.
+// Stores past the caches, to an address that is a multiple of the vector's size; a plain store if there is no such one.
 #if defined(__AVX512F__)
 inline void stream_native(float* p, VF v) { _mm512_stream_ps(p, (__m512)v); }
 inline void stream_native(double* p, VD v) { _mm512_stream_pd(p, (__m512d)v); }

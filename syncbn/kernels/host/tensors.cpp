@@ -17,7 +17,7 @@ bool borrow_any(PyObject* object, const char* name, dlpack::Tensor* tensor) {
     PyTypeObject* type = Py_TYPE(object);
     if (type != tensor_type && !PyType_IsSubtype(type, tensor_type))
         return PyErr_Format(PyExc_TypeError, "%s must be a torch.Tensor", name), false;
-    const bool refused = borrow_tensor(object, tensor) != 0;  // torch's own words are a C++ stack trace
+    const bool refused = borrow_tensor(object, tensor) != 0;  // torch's own error is a C++ stack trace
     if (refused) PyErr_Clear();
     if (refused || tensor->device.type != dlpack::CPU || tensor->ndim > MAX_DIMS || tensor->dtype.lanes != 1 ||
         (tensor->ndim > 0 && tensor->strides == nullptr))
@@ -46,10 +46,10 @@ template <class Test> bool all(const Elements* elements, int count, Test test) {
     return std::all_of(elements, elements + count, test);
 }
 
-// Merges N and S where they are one run, and decides between planes and rows. S is at least 1 here.
+// Merges N and S if they are contiguous, and decides between planes and rows. S is at least 1 here.
 bool lay_out(Shape* shape, Elements* e, int count) {
     Shape& k = *shape;
-    if (k.S == 1) {  // then N takes the part of S, which has no stride of its own
+    if (k.S == 1) {  // then N takes the place of S, which has no stride
         std::swap(k.N, k.S);
         for (int i = 0; i < count; ++i) e[i].stride_s = e[i].stride_n;
     } else if (all(e, count, [&](const Elements& t) { return k.N == 1 || t.stride_n == k.S * t.stride_s; })) {
@@ -121,7 +121,7 @@ bool arrange(PyObject* const* objects, const char* const* names, int count, Shap
         elements[i] = Elements{static_cast<char*>(t.data), t.strides[0], t.strides[1], stride_s};
     }
     if (shape->C < 1) return PyErr_Format(PyExc_ValueError, "%s must have at least 1 channel", names[0]), false;
-    if (shape->N * shape->S == 0) return *fits = true;  // nothing will be touched
+    if (shape->N * shape->S == 0) return *fits = true;  // no element is accessed
     *fits = *fits && lay_out(shape, elements, count);
     return true;
 }

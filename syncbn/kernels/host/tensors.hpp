@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From Python tensors to the plain structures of steps.hpp; every check that stands before a pointer is used.
+// Turns Python tensors into the plain structures of steps.hpp, and makes every check before a pointer is used.
 //
 // A function that returns false has set a Python exception, unless it says otherwise.
 #pragma once
@@ -18,7 +18,7 @@ bool learn(PyObject* capsule, PyObject* tensor_class);
 bool borrow(PyObject* object, const char* name, dlpack::Tensor* tensor, DType* dtype);
 
 // Finds one layout for tensors of one shape and dtype, the first of which gives the order of the spatial dims.
-// `fits` is false, without an exception, where they have none in common and a copy is needed.
+// `fits` is false, without an exception, if they have none in common and a copy is needed.
 bool arrange(PyObject* const* objects, const char* const* names, int count, Shape* shape, Elements* elements,
              bool* fits);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Sixteen lanes of float (F) or double (D) on any instruction set: what the step files compute with.
+// Sixteen lanes of float (F) or double (D) on any instruction set, used by the step files.
 //
 // The lanes are 1, 2 or 4 native vectors (D: 2, 4 or 8), but lane i is always element i of a block, and lanes are
 // summed in one fixed order: the same bits with AVX-512, AVX2 and plain code. Compile with -ffp-contract=off: a
@@ -63,7 +63,7 @@ template <class T, class P> inline void store(T* p, P v, int64_t n) {
     Of<P>::store(block, v);
     put(block, n, p);
 }
-// Sixteen elements past the caches, which leaves them to what is read again; p is aligned(p).
+// Stores sixteen elements past the caches, which keep data that is read again; p is aligned(p).
 template <class T, class P> inline void stream(T* p, P v) { Of<P>::stream(p, v); }
 template <class T> constexpr int64_t ALIGNMENT = sizeof(T) * 16 < 64 ? sizeof(T) * 16 : 64;
 // Elements to the next address that can be streamed to; fewer than 16.
@@ -75,7 +75,7 @@ template <class T> inline bool rows_aligned(const syncbn::Elements& e) {
     const uintptr_t size = sizeof(T), all = reinterpret_cast<uintptr_t>(e.data) | e.stride_n * size | e.stride_s * size;
     return all % ALIGNMENT<T> == 0;
 }
-// Another thread that is told of the work from here on sees what was streamed.
+// After this call, another thread that is notified sees the streamed data.
 inline void streams_done() {
 #if defined(__AVX2__)
     _mm_sfence();
@@ -84,8 +84,8 @@ inline void streams_done() {
 inline void add_to(double* sums, D v) { store(sums, load<D>(sums) + v); }
 template <class P> inline P all(double x) { return Of<P>::all(x); }
 
-// sum + a * b where the product is exact, as that of two float32 numbers is in float64: the fused instruction then
-// gives the bits of the two plain ones. A product of float64 numbers is not exact, and is never fused.
+// sum + a * b with an exact product, as of two float32 numbers in float64: the fused instruction then gives the bits of
+// the two plain ones. A product of float64 numbers is not exact, and is never fused.
 inline VD fused(VD a, VD b, VD sum) {
 #if defined(__AVX512F__)
     return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
