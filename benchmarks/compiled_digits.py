@@ -3,7 +3,7 @@
 
     $ NPROC=2 launch/mpirun.sh benchmarks/compiled_digits.py
 
-Eager runs the host kernels where they were built. Compiled is one graph without a break, of torch operators around the
+Eager runs the host kernels if they were built. Compiled is one graph without a break, of torch operators around the
 all-reduce; the compiler fuses sums and normalisation with their neighbours. Each row is forward, backward and SGD on
 the local batch, the batch split evenly; medians of steps that take turns, on the slowest process.
 """

@@ -14,12 +14,12 @@ from syncbn.cli.bench.report import Shape
 from syncbn.layer import SyncBatchNorm
 
 LARGE: Shape = (16, 64, 112, 112)
-"""49 MiB in float32: the C library gives such a block back as soon as it is freed, so nothing older is counted."""
+"""49 MiB in float32: the C library returns such a block when it is freed, so no older memory is counted."""
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Peak memory of forward and backward beyond what was there before them, and one tensor of that shape, in MiB."""
+    """Peak memory that forward and backward add, and the size of one tensor of that shape, in MiB."""
 
     layer: str
     shape: Shape
@@ -31,11 +31,11 @@ def memory_rows(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -
     """Measures forward and backward of torch's layer and of ours. Both need y and grad_x, two tensors.
 
     Raises:
-        RuntimeError: where /proc does not tell.
+        RuntimeError: if /proc does not have the numbers.
     """
     layers = {"torch.nn.BatchNorm2d": nn.BatchNorm2d(shape[1]), "SyncBatchNorm": SyncBatchNorm(shape[1])}
     found = {}
-    for _ in range(2):  # the first round meets what is allocated once
+    for _ in range(2):  # the first round includes what is allocated once
         for name, layer in layers.items():
             x, grad_y = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
             x.requires_grad_()
@@ -51,7 +51,7 @@ def _peak() -> Iterator[list[float]]:
     found: list[float] = []
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
-            refs.write("5")  # the peak so far is forgotten
+            refs.write("5")  # resets the peak
     except OSError as error:
         raise RuntimeError(f"Peak memory needs Linux's /proc/self/clear_refs; received {error}.") from error
     before = _status_kib("VmRSS")

@@ -3,8 +3,8 @@
 
 N batch, C channels, S product of the spatial dims.
 
-Three tables: each step of the kernels beside a copy of the same bytes; what a step costs besides, at (2,8,2,2), where
-there is next to nothing to compute; and the peak memory of a training step beside torch's BatchNorm2d.
+Three tables: each step of the kernels beside a copy of the same bytes; the overhead of a step, at (2,8,2,2), which has
+almost nothing to compute; and the peak memory of a training step beside torch's BatchNorm2d.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class StepRow:
 
     @property
     def ratio(self) -> float:
-        """How many times as long as the copy."""
+        """The time of the step over that of the copy."""
         return self.us / self.copy_us
 
 
 def step_rows(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, repeats: int) -> list[StepRow]:
-    """Times the four steps over one shape in turn with a copy, on this process alone."""
+    """Times the four steps and a copy in turn, for one shape, on this process alone."""
     generator = torch.Generator().manual_seed(0)
     x, grad_y = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) for _ in range(2))
     copy = torch.empty_like(x)
@@ -87,7 +87,7 @@ def _steps(steps: AbstractKernels, x: Tensor, grad_y: Tensor) -> dict[str, Calla
 
 
 class _Nothing(torch.autograd.Function):
-    """The tensors of a step, and no work: what torch asks of any autograd function in Python."""
+    """Saves and returns the tensors of a step without computing: the overhead of any autograd function in Python."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def run(options: Options, describe: Callable[[], Machine], *, form: str) -> int:
 
     Args:
         options: shapes, dtype, layout and repeats.
-        describe: describes the machine, and makes it keep freed memory: called after the memory was measured.
+        describe: describes the machine, and makes it keep freed memory, so it is called after the memory was measured.
         form: "table" or "json".
 
     Returns:
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: its words; None takes those of this process.
+        argv: the arguments; None takes those of this process.
 
     Returns:
         0; 2 for more than one process.

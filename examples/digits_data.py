@@ -66,7 +66,7 @@ def _digits(side: int | None) -> tuple[np.ndarray, np.ndarray]:
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns ``x`` and ``y`` of an .npz file. Never unpickles: a pickle can run any code."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays["x"], arrays["y"]
     except Exception as error:  # of many kinds: no file, no archive, a damaged one, no such array, an array of objects
         need = "an .npz file with arrays of numbers x and y"

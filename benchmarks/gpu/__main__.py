@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: its words; None takes those of this process.
+        argv: the arguments; None takes those of this process.
 
     Returns:
         See :func:`benchmarks.gpu.main.run`; 2 for wrong arguments or more than one process.
@@ -27,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.gpu", description="Time a training step beside torch's layers, on one GPU."
     )
     parser.add_argument(
-        "--shapes", type=shape, nargs="+", metavar="N,C,H,W", default=defaults.shapes, help="(default: see the pages)"
+        "--shapes", type=shape, nargs="+", metavar="N,C,H,W", default=defaults.shapes, help="(default: see the docs)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="(default: all)")
     parser.add_argument("--channels-last", action="store_true", help="that memory format alone (default: both)")
     parser.add_argument("--repeats", type=at_least(1), default=defaults.repeats, help="(default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON document there, all along")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON document there during the run")
     parser.add_argument(
-        "--time-limit", type=seconds, default=defaults.time_limit, help="what is not measured by then is left"
+        "--time-limit", type=seconds, default=defaults.time_limit, help="seconds after which the rest is left out"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     args = parser.parse_args(argv)

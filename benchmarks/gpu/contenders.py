@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who takes part in `python -m benchmarks.gpu`: a training step of each, and the process groups for it.
+"""The steps that `python -m benchmarks.gpu` times, torch's and ours, and their process groups.
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-torch's synchronised path is its autograd function, called as torch.nn.SyncBatchNorm calls it. It needs a process
-group, and gets two, side by side in one process: torch's fake one of 8 ranks, and NCCL with one rank.
+torch's synchronised layer is timed by its autograd function, called as torch.nn.SyncBatchNorm calls it. It needs a
+process group. It is timed with two: torch's fake one of 8 ranks, and NCCL with one rank.
 
-The fake group's all-reduce does nothing. Its all-gather cuts the output along the first dim into 8 pieces, and fails at
-the buffer of torch's layer, (1, W (2C + 1)). So over this group a gather is one copy of the input to all 8 places, one
-launch as a real one is, and a call of the fake all-reduce, for what a collective costs the host. The statistics are
-those of 8 equal local batches; grad_x is not, as nothing adds its sums. Bars are judged over both groups.
+The fake group's all-reduce does nothing. Its all-gather splits the output along the first dim into 8 pieces, and fails
+for the buffer of torch's layer, (1, W (2C + 1)). So here a gather over this group copies the input to all 8 places in
+one launch, as a real one does, and calls the fake all-reduce, for the host time of a collective. The statistics
+are those of 8 equal local batches; grad_x is not, since its sums are not added. Targets are judged over both groups.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ Step = Callable[[], object]
 FAKE_RANKS = 8
 REAL = "nccl"
 GATHERS = ("all_gather_single", "all_gather_into_tensor")
-"""The name since torch 2.13, and the one before."""
+"""The name since torch 2.13, and the earlier name."""
 FAKE_OF_8, NCCL_OF_1 = f"fake of {FAKE_RANKS}", "NCCL of 1"
 COPY, BATCH_NORM, ALONE = "copy", "torch BatchNorm", "syncbn, alone"
 OURS = tuple(f"syncbn, {group}" for group in (FAKE_OF_8, NCCL_OF_1))
 THEIRS = tuple(f"torch SyncBatchNorm, {group}" for group in (FAKE_OF_8, NCCL_OF_1))
 PARTNERS = {ALONE: BATCH_NORM, **dict(zip(OURS, THEIRS, strict=True))}
-"""What each of ours is compared with: the same work over the same group."""
+"""The step that each of ours is compared with: the same work over the same group."""
 
 
 @final
 class FakeTransport(AbstractTransport):
-    """One rank that calls the fake group, as torch's layer beside it does.
+    """One rank that calls the fake group, as torch's layer does.
 
-    It counts one rank and not 8: the wire comes back as it went, with the counters of one.
+    Its size is 1 and not 8, since the wire comes back unchanged, with the counters of one rank.
 
     Args:
         group: the fake process group.
@@ -61,7 +61,7 @@ class FakeTransport(AbstractTransport):
         self._group = group
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. The fake group leaves the wire as it is."""
+        """See :meth:`AbstractTransport.all_reduce`. The fake group does not change the wire."""
         dist.all_reduce(wire, group=self._group)
         return wire
 
@@ -85,7 +85,7 @@ class FakeTransport(AbstractTransport):
 
 @dataclass(frozen=True)
 class Group:
-    """A process group, and the transport of ours over it."""
+    """A process group, and our transport over it."""
 
     name: str
     torchs: Any
@@ -94,10 +94,10 @@ class Group:
 
 @contextmanager
 def process_groups() -> Iterator[tuple[list[Group], str]]:
-    """Sets torch.distributed up in this process alone: the fake group for everyone, NCCL for this rank beside it.
+    """Sets up torch.distributed in this process alone: the fake group as the world, and NCCL for this rank.
 
     Yields:
-        The groups, and why NCCL is missing; nothing where it is not.
+        The groups, and why NCCL is missing; empty if it is not.
 
     Communication:
         One broadcast over NCCL with one rank, which creates its communicator.
@@ -120,7 +120,7 @@ def process_groups() -> Iterator[tuple[list[Group], str]]:
 def _nccl_of_1() -> tuple[list[Group], str]:
     if not dist.is_backend_available(REAL):
         return [], f"this torch is built without {REAL}"
-    try:  # with local synchronisation nobody waits for the 7 ranks that are not there
+    try:  # local synchronisation does not wait for the 7 missing ranks
         group = dist.new_group([0], backend=REAL, use_local_synchronization=True)
         return [Group(NCCL_OF_1, group, TorchTransport(group, "cuda"))], ""
     except (RuntimeError, ValueError) as error:
@@ -148,7 +148,7 @@ def _gather_in_one_launch(fake: Any) -> Iterator[None]:
 
 
 def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step]:
-    """Returns a training step of each: forward, backward, gradients of input, weight and bias.
+    """Returns the training steps by name: forward, backward, gradients of input, weight and bias.
 
     Args:
         x: (N, C, *spatial) on a GPU, requires a gradient.
@@ -156,9 +156,8 @@ def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step
         groups: over which torch's layer and ours synchronise.
 
     Returns:
-        Steps by name. All but ``copy``, which moves as much as reading x, x and grad_y and writing y and grad_x does,
-        return the three gradients. torch.nn.BatchNorm is torch's choice, cuDNN where it takes the input, and the one
-        called as a module.
+        Steps by name. ``copy`` moves as many bytes as reading x, x and grad_y and writing y and grad_x. The others
+        return the three gradients. torch.nn.BatchNorm is called as a module, and uses cuDNN if that takes the input.
     """
     C, dtype = x.size(1), torch.promote_types(x.dtype, torch.float32)  # parameters as under autocast
     weight, bias = (torch.ones(C, dtype=dtype, device=x.device, requires_grad=True) for _ in range(2))

@@ -3,8 +3,8 @@
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-First everything is timed, what is worth most first: all contenders of one shape, dtype and layout take turns, eager
-and then as CUDA graphs. Then everything is profiled. A time limit or Ctrl-C ends the measuring, not the report.
+First everything is timed, the most important shapes first: all steps of one shape, dtype and layout take turns, eager
+and then as CUDA graphs. Then everything is profiled. After a time limit or Ctrl-C there is still a report.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from benchmarks.gpu.verdict import Measured, Row, derive
 from syncbn import kernels
 
 TIMING = 0.75
-"""Share of the time limit for the timing; the rest is the profiler's."""
+"""The part of the time limit for timing. The rest is for the profiler."""
 
 SAVE_EVERY = 2.0
-"""Seconds, at least, between two writes of the output."""
+"""The least number of seconds between two writes of the output."""
 
 
 def run(options: Options, *, form: str) -> int:
@@ -48,8 +48,8 @@ def run(options: Options, *, form: str) -> int:
         form: "table" or "json".
 
     Returns:
-        0, also where bars are missed; 1 where there is no GPU or it failed; 2 where the output cannot be written;
-        128 and the signal's number where one ended it.
+        0, even if targets are missed; 1 without a GPU or if it failed; 2 if the output cannot be written; 128 plus the
+        number of the signal that ended it.
     """
     if not torch.cuda.is_available():
         problem = f"torch finds none (torch {torch.__version__}, CUDA {torch.version.cuda})"
@@ -78,7 +78,7 @@ def run(options: Options, *, form: str) -> int:
 
 
 def measure(cells: list[Cell], groups: list[Group], options: Options, report: Report) -> None:
-    """Times and then profiles all contenders at every cell until the time limit, and adds to the report."""
+    """Times and then profiles all steps of every case until the time limit, and adds to the report."""
     start = saved = time.monotonic()
     found, derived = dict[Cell, list[Measured]](), dict[Cell, list[Row]]()
     cache, capturer = _properties().L2_cache_size, Capturer()
@@ -114,7 +114,7 @@ def measure(cells: list[Cell], groups: list[Group], options: Options, report: Re
 
 
 def _timed(cell: Cell, groups: list[Group], capturer: Capturer, repeats: int, left_out: list[str]) -> list[Measured]:
-    """Times all contenders at one cell. Graphs, and what they hold, are gone at its end."""
+    """Times all steps of one case. Frees the graphs and their memory."""
     try:
         x, grad_y = cell.tensors()
         steps = contenders(x, grad_y, groups)
@@ -126,7 +126,7 @@ def _timed(cell: Cell, groups: list[Group], capturer: Capturer, repeats: int, le
         return []
     finally:
         steps = {}
-        torch.cuda.empty_cache()  # with the graphs gone, the memory of their pool too
+        torch.cuda.empty_cache()  # also frees the pool of the graphs
     return [
         Measured(cell.shape, cell.dtype, cell.layout, name, x.element_size(), eager[name], graph.get(name))
         for name in eager
@@ -134,7 +134,7 @@ def _timed(cell: Cell, groups: list[Group], capturer: Capturer, repeats: int, le
 
 
 def _profiled(cell: Cell, groups: list[Group], rows: list[Measured]) -> list[Measured]:
-    """Adds what the profiler sees of the contenders that were timed."""
+    """Adds the profiler's counts for the steps that were timed."""
     if not rows:
         return []
     steps = contenders(*cell.tensors(), groups)
@@ -143,10 +143,10 @@ def _profiled(cell: Cell, groups: list[Group], rows: list[Measured]) -> list[Mea
 
 
 def _runs(step: Step, what: str, left_out: list[str]) -> bool:
-    """Runs a step once, which compiles its kernels; one that this torch cannot run is left out, and the reason kept.
+    """Runs a step once, which compiles its kernels. A step that this torch cannot run is left out, with the reason.
 
     Raises:
-        RuntimeError: if the GPU takes nothing more from this process.
+        RuntimeError: if the GPU accepts no more work from this process.
     """
     try:
         step()
@@ -181,7 +181,7 @@ def _properties() -> Any:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt; the second ends the process. Yields what came."""
+    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt; the second ends the process. Yields the signals."""
     received: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:

@@ -29,7 +29,7 @@ SHAPES: tuple[Shape, ...] = (
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. ``repeats`` are turns of each contender, of which the median counts."""
+    """What to measure. ``repeats`` is the number of turns of each step; the median counts."""
 
     shapes: Sequence[Shape] = SHAPES
     dtypes: Sequence[str] = DTYPES
@@ -41,14 +41,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Cell:
-    """What the contenders that take turns have in common."""
+    """One case: the shape, dtype and layout of steps that take turns."""
 
     shape: Shape
     dtype: str
     layout: str
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Makes an input and a gradient, from a generator that no CUDA graph knows."""
+        """Makes an input and a gradient, from a generator that no CUDA graph uses."""
         generator = torch.Generator("cuda").manual_seed(0)
         layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -60,7 +60,7 @@ class Cell:
 
 
 def plan(options: Options) -> list[Cell]:
-    """Returns what to measure, what is worth most first: 2 images, large, each in float16, the rest."""
+    """Returns the cases, the most important first: 2 images, large shapes, both in float16, the rest."""
 
     def rank(cell: Cell) -> int:
         if cell.shape not in TWO_IMAGES and math.prod(cell.shape) < LARGE:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `python -m benchmarks.gpu` says: two tables, or one JSON document, whole also where the run ended early."""
+"""The output of `python -m benchmarks.gpu`: two tables or one JSON document, complete even if the run ended early."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = (
 
 @dataclass
 class Report:
-    """A run so far: where, what was planned, what was measured, what was not and why."""
+    """The state of a run: the machine, what was planned, measured and left out."""
 
     machine: dict[str, str]
     planned: int
@@ -54,19 +54,19 @@ class Report:
         return json.dumps(document, indent=1)
 
     def as_tables(self) -> str:
-        """Renders the rows, the bars below them, and the note."""
+        """Renders the rows, the targets and the note."""
         rows = tabulate([_cells(row) for row in self.rows], COLUMNS, disable_numparse=True, colalign=_aligned(4, 10))
         return "\n\n".join((rows, verdict_table(judge(self.rows)), self.note))
 
     def write(self, path: str) -> None:
-        """Writes the JSON document, whole or not at all: who reads it meanwhile, or after a kill, gets the last one."""
+        """Writes the JSON document atomically, so that a reader, also after a kill, gets a complete one."""
         part = Path(f"{path}.part")
         part.write_text(self.as_json() + "\n", encoding="utf-8")
         os.replace(part, path)
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Renders the bars."""
+    """Renders the targets."""
     headers = ("bar", "verdict", "needed", "worst", "median", "rows", "short", "worst at")
     cells = [
         (v.bar, v.met, v.needed, _number(v.worst, 2), _number(v.median, 2), str(v.rows), str(v.short), v.where)

@@ -20,10 +20,10 @@ import torch
 from benchmarks.gpu.contenders import Step
 
 TURN = 0.005
-"""Seconds of a turn: so many steps are launched before the host waits for the last."""
+"""Seconds of a turn. The host waits only for its last step."""
 PROFILED = 3
 GAP_US = 1000.0
-"""Between the contenders under the profiler, whose clocks of host and GPU agree to some microseconds."""
+"""A pause between the steps under the profiler, whose clocks of host and GPU differ by some microseconds."""
 MARK = "syncbn bench: "
 WAITS = (
     *("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
@@ -33,7 +33,7 @@ WAITS = (
 
 @dataclass(frozen=True)
 class Counts:
-    """What the profiler saw, a step."""
+    """What the profiler counted, per step."""
 
     gpu_us: float
     launches: float
@@ -41,7 +41,7 @@ class Counts:
 
 
 def in_turns(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Returns the median microseconds of a step of each, back to back, the contenders taking turns: A B C A B C."""
+    """Returns the median microseconds of each step. Steps run back to back within a turn; turns are A B C A B C."""
     counts = {name: _steps_in_a_turn(step) for name, step in steps.items()}
     turns: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
@@ -52,7 +52,7 @@ def in_turns(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 
 def wall(step: Step, count: int) -> float:
-    """Returns microseconds a step, from the first launch until the GPU has done the last."""
+    """Returns microseconds per step, from the first launch to the end of the last step on the GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter_ns()
     for _ in range(count):
@@ -62,7 +62,7 @@ def wall(step: Step, count: int) -> float:
 
 
 def _steps_in_a_turn(step: Step) -> int:
-    wall(step, 3)  # what the allocator does at first
+    wall(step, 3)  # warms the allocator up
     return max(3, min(500, int(TURN * 1e6 / max(wall(step, 3), 1.0))))
 
 
@@ -78,13 +78,13 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @final
 class Capturer:
-    """Captures steps in CUDA graphs, on a stream of its own.
+    """Captures steps in CUDA graphs, on a side stream.
 
-    Each runs there once before: its kernels, tickets and NCCL's communicator are then there.
+    Each step runs there once before its capture, which creates its kernels, tickets and NCCL's communicator.
 
-    A capture that CUDA refuses ends in a second error, before torch has put the caller's stream back; memory and random
-    numbers stay as in a capture. So the stream is put back here, the next capture gets another stream and pool, inputs
-    come from a generator that no graph knows, and what was refused once is not tried again.
+    If CUDA refuses a capture, a second error follows before torch has restored the caller's stream, and memory and
+    random numbers stay in the state of a capture. So the stream is restored here, the next capture gets another stream
+    and pool, inputs come from a generator that no graph uses, and a refused step is not tried again.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Capturer:
         self.refused: dict[str, str] = {}
 
     def replays(self, steps: dict[str, Step], repeats: int) -> dict[str, float]:
-        """Returns the median microseconds of a replay of each that can be captured. No graph outlives the call."""
+        """Returns the median microseconds of a replay of each step that can be captured. Frees the graphs."""
         graphs = {name: self._capture(name, step) for name, step in steps.items()}
         graphs = {name: graph for name, graph in graphs.items() if graph is not None}
         try:
@@ -105,7 +105,7 @@ class Capturer:
                 graph.reset()
 
     def _capture(self, name: str, step: Step) -> Any:
-        """Returns the graph, or None where the step cannot be captured."""
+        """Returns the graph, or None if the step cannot be captured."""
         if name in self.refused:
             return None
         here = torch.cuda.current_stream()
@@ -123,12 +123,12 @@ class Capturer:
     def _captured(self, step: Step) -> Any:
         graph = torch.cuda.CUDAGraph()
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # One pool for all: one graph runs at a time, and none keeps a result for another.
+        # One pool for all, since one graph runs at a time and no result is kept.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             step()
-        # What NCCL's watchdog does meanwhile in a thread of its own is no part of the capture.
+        # thread_local, since NCCL's watchdog thread may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step()
         return graph
@@ -138,9 +138,9 @@ def profiled(steps: dict[str, Step]) -> dict[str, Counts]:
     """Runs each step a few times under torch's profiler.
 
     Returns:
-        GPU time, launches and host waits of each; nothing where the profiler sees no GPU.
+        GPU time, launches and host waits of each step; empty if the profiler sees no GPU.
     """
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # profiles that follow each other closely can meet its teardown
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # the next profile could fail during a teardown
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     if activities[1] not in torch.profiler.supported_activities():  # type: ignore[no-untyped-call]
         return {}
@@ -152,17 +152,17 @@ def profiled(steps: dict[str, Step]) -> dict[str, Counts]:
             with torch.profiler.record_function(MARK + name):
                 for _ in range(PROFILED):
                     step()
-            torch.cuda.synchronize()  # behind the mark: this wait is ours
+            torch.cuda.synchronize()  # outside the mark, since this wait is ours
             time.sleep(GAP_US / 1e6)
     return counted(profiler.events() or (), PROFILED)
 
 
 def counted(events: Iterable[Any], count: int) -> dict[str, Counts]:
-    """Sums the profiler's events from mark to mark.
+    """Sums the profiler's events between marks.
 
     Args:
-        events: of torch.profiler, with a mark around the steps of each contender.
-        count: steps of each.
+        events: from torch.profiler, with a mark around the runs of each step.
+        count: the number of runs of each.
     """
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     events = sorted(events, key=lambda event: event.time_range.start)

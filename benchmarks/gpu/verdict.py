@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the times of `python -m benchmarks.gpu` mean: bandwidth, ratios to torch's, and the bars. No GPU, no clock.
+"""Computes bandwidth, ratios to torch's times, and the targets of `python -m benchmarks.gpu`. Needs no GPU.
 
 N batch, C channels.
 """
@@ -17,12 +17,12 @@ from syncbn.cli.bench import report
 Shape = tuple[int, ...]
 TWO_IMAGES: frozenset[Shape] = frozenset(report.SHAPES[1:])
 LARGE = 2**24
-"""Elements from which on a shape is large: those of segmentation and of 32 images are."""
+"""The least number of elements of a large shape: those of segmentation and of 32 images are large."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender at one shape, in microseconds and counts a step.
+    """One step at one shape: microseconds and counts.
 
     ``graph_us`` is None where the step cannot be captured; the last three are None until the profiler has run.
     """
@@ -40,13 +40,13 @@ class Measured:
 
     @property
     def device_us(self) -> float | None:
-        """The time of a step without the host: a replay, gaps between launches included, else the GPU time."""
+        """The time of a step without the host: that of a replay with its gaps between launches, else the GPU time."""
         return self.gpu_us if self.graph_us is None else self.graph_us
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement and what follows from it. Ratios are those of the times: torch's over ours, 2 is twice as fast."""
+    """A measurement and numbers derived from it. Ratios are torch's time over ours: 2 is twice as fast."""
 
     measured: Measured
     must_move: int
@@ -57,7 +57,7 @@ class Row:
     gpu_ratio: float | None
 
     def as_dict(self) -> dict[str, object]:
-        """Returns all of it, flat."""
+        """Returns measurement and ratios as one flat dict."""
         derived = asdict(self)
         measured: dict[str, object] = derived.pop("measured")
         return measured | derived
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One bar: how many rows it is about, how many of them fall short, the worst and where it is."""
+    """One target: the number of its rows, how many of them miss it, and the worst row."""
 
     bar: str
     needed: str
@@ -77,27 +77,26 @@ class Verdict:
 
     @property
     def met(self) -> str:
-        """Whether: "met", "missed", or "not measured"."""
+        """Returns "met", "missed" or "not measured"."""
         return ("missed" if self.short else "met") if self.rows else "not measured"
 
 
 def must_move(shape: Shape, itemsize: int, cache: int) -> int:
-    """Returns the bytes that a training step cannot do without, B of them in x and L in the L2 cache.
+    """Returns a lower bound on the bytes moved per step, for B bytes in x and an L2 cache of L bytes.
 
     5 B + max(0, B - L) + max(0, 2 B - L)
 
-    Forward reads x and writes y: 2 B. No y can be written before the sums have seen all of x, so what of x the cache
-    does not hold until then is read a second time. Backward reads grad_y and x and writes grad_x: 3 B, and reads a
-    second time what the cache does not hold of both. As if each began with nothing in the cache, as it does with other
-    layers between, and the cache held nothing else. No kernel reaches it; one that finds tensors of the step before in
-    the cache may seem to.
+    Forward reads x and writes y: 2 B. The sums need all of x before the first y, so the part of x that the cache does
+    not hold is read twice. Backward reads grad_y and x and writes grad_x: 3 B, and reads twice what the cache does not
+    hold of both. The bound assumes that the cache is empty at the start of each, as with other layers between, and then
+    holds nothing else. Here steps run back to back, so a small shape may seem to beat it.
     """
     B = math.prod(shape) * itemsize
     return 5 * B + max(0, B - cache) + max(0, 2 * B - cache)
 
 
 def derive(cell: Sequence[Measured], cache: int) -> list[Row]:
-    """Returns the rows of the contenders that took turns at one shape, dtype and layout.
+    """Returns the rows of one shape, dtype and layout.
 
     Args:
         cell: their measurements.
@@ -125,14 +124,14 @@ def _rate(moved: int, us: float | None) -> float | None:
 
 
 def _ratio(torchs: float | None, ours: float | None, missing: float | None) -> float | None:
-    """Returns torch's time over ours; ``missing`` where ours alone is missing: what only torch can do is no win."""
+    """Returns torch's time over ours; ``missing`` if only ours is missing, so that it does not count as a win."""
     if torchs is None:
         return None
     return missing if ours is None else torchs / ours
 
 
 def judge(rows: Iterable[Row]) -> list[Verdict]:
-    """Holds the rows of ours that synchronise against the bars. A row without the number is not judged.
+    """Compares our synchronised rows with the targets. A row without the number does not count.
 
     Eager and graph: 2 images of a ResNet-50. Bandwidth: large shapes, ``of_copy``. GPU time and host waits: every row.
     """
