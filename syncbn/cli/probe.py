@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 import syncbn
-from syncbn import kernels, transports
-from syncbn.moments import STATUS_SLOTS
+from syncbn import kernels, moments, transports
 from syncbn.transports import AbstractTransport, agreement, launchers, mpi_probe
 from syncbn.transports.dispatch import OVERRIDE
 from syncbn.transports.launchers import Launch
@@ -208,14 +207,14 @@ def _try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
 
 def sums_are_right(transport: AbstractTransport, device: torch.device) -> bool:
     """Compares one all-reduce with its known answer: (rank + 1) * k sums to W (W + 1) / 2 * k, exactly."""
-    k = torch.arange(1, _wire_length(CHANNELS[0]) + 1, dtype=torch.float64, device=device)
+    k = torch.arange(1, moments.wire_length(CHANNELS[0]) + 1, dtype=torch.float64, device=device)
     total = transport.size * (transport.size + 1) // 2
     return bool((transport.all_reduce(k * (transport.rank + 1)) == k * total).all())
 
 
 def latency(transport: AbstractTransport, C: int, device: torch.device) -> float:
     """Returns this rank's median microseconds of an all-reduce of the forward wire."""
-    wire = torch.zeros(_wire_length(C), dtype=torch.float64, device=device)
+    wire = torch.zeros(moments.wire_length(C), dtype=torch.float64, device=device)
     times = []
     for _ in range(WARMUP + REPEATS):
         start = time.perf_counter_ns()
@@ -224,10 +223,6 @@ def latency(transport: AbstractTransport, C: int, device: torch.device) -> float
             torch.cuda.synchronize(device)
         times.append((time.perf_counter_ns() - start) / 1e3)
     return statistics.median(times[WARMUP:])
-
-
-def _wire_length(C: int) -> int:
-    return 2 * C + 1 + len(STATUS_SLOTS)
 
 
 def _share_problems(report: Report, transport: AbstractTransport) -> None:
