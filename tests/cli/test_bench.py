@@ -142,7 +142,7 @@ def test_a_launcher_that_cannot_be_read_is_an_error_not_a_crash():
 
 
 def test_parts_say_where_time_and_memory_go():
-    done = processes.python("-m", "benchmarks.parts", "--json", *SMALL)
+    done = processes.python("-m", "benchmarks.parts", "--json", *SMALL[:5])
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [(row["shape"], row["step"]) for row in document["steps"][:4]] == [
