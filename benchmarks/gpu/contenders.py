@@ -110,14 +110,14 @@ def process_groups() -> Iterator[tuple[list[Group], str]]:
     try:
         fake = dist.group.WORLD
         groups = [Group(FAKE_OF_8, fake, FakeTransport(fake))]
-        real, problem = _nccl_of_1()
+        real, problem = nccl_of_1()
         with _gather_in_one_launch(fake):
             yield groups + real, problem
     finally:
         dist.destroy_process_group()
 
 
-def _nccl_of_1() -> tuple[list[Group], str]:
+def nccl_of_1() -> tuple[list[Group], str]:
     if not dist.is_backend_available(REAL):
         return [], f"this torch is built without {REAL}"
     try:  # local synchronisation does not wait for the 7 missing ranks

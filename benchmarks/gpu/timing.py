@@ -110,7 +110,7 @@ class Capturer:
             return None
         here = torch.cuda.current_stream()
         try:
-            graph = self._captured(step)
+            graph = self.captured_step(step)
         except RuntimeError as error:
             self._stream = self._pool = None
             if not isinstance(error, torch.OutOfMemoryError):
@@ -120,7 +120,8 @@ class Capturer:
             torch.cuda.set_stream(here)
         return graph
 
-    def _captured(self, step: Step) -> Any:
+    def captured_step(self, step: Step) -> Any:
+        """Captures a step into a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # One pool for all, since one graph runs at a time and no result is kept.

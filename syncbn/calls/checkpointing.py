@@ -145,7 +145,7 @@ class _Calls:
         self.recent: list[FirstCall] = []
 
 
-_calls: MutableMapping[Any, _Calls] = WeakIdKeyDictionary()  # no attribute of a layer: it would be copied
+kept_calls: MutableMapping[Any, _Calls] = WeakIdKeyDictionary()  # no attribute of a layer: it would be copied
 NOBODY = _Calls  # stands for the owner of a functional.sync_batch_norm that gets no parameter or buffer
 
 
@@ -179,7 +179,7 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
     """
     if not repeats(owner):
         return FirstCall(wire)  # in backward too, if no first call was stored: there is nothing to repeat
-    calls = _calls[owner]
+    calls = kept_calls[owner]
     if error is not None:
         raise error
     digest = _digest(wire)
@@ -196,7 +196,7 @@ def first_call(owner: Any, wire: Tensor, error: Exception | None) -> FirstCall:
 
 def repeats(owner: Any) -> bool:
     """Whether this forward runs in backward and first calls are stored, so that it must repeat one of them."""
-    calls = _calls.get(owner)
+    calls = kept_calls.get(owner)
     return _graph_task() != -1 and calls is not None and len(calls.alive) > 0
 
 
@@ -207,7 +207,7 @@ def keep(owner: Any, call: FirstCall, reduced: Tensor, *, group: AbstractTranspo
     The next first forward drops the calls that have been repeated.
     """
     call.reduced, call.group = reduced, group
-    calls = _calls.setdefault(owner, _Calls())
+    calls = kept_calls.setdefault(owner, _Calls())
     calls.alive.add(call)
     calls.recent = [*(c for c in calls.recent if not c.repeated), call][-MOST:]
 

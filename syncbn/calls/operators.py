@@ -33,8 +33,8 @@ ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 FUNCTION = Site("sync_batch_norm", compares=False)
 """Stands for the caller of ``functional.sync_batch_norm``, which has no layer."""
 
-_resolvers: dict[int, Callable[[], AbstractTransport]] = {}
-_keys: dict[object, int] = {}
+resolvers: dict[int, Callable[[], AbstractTransport]] = {}
+keys: dict[object, int] = {}
 _numbers = itertools.count()
 _library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -60,15 +60,15 @@ def key_of_transport(transport: AbstractTransport) -> int:
 
 def forget(transport: AbstractTransport) -> None:
     """Drops a transport and its number. No graph may still need it."""
-    if transport in _keys:
-        del _resolvers[_keys.pop(transport)]
+    if transport in keys:
+        del resolvers[keys.pop(transport)]
 
 
 def _key(name: object, resolver: Callable[[], AbstractTransport]) -> int:
-    if name not in _keys:
-        _keys[name] = next(_numbers)
-        _resolvers[_keys[name]] = resolver
-    return _keys[name]
+    if name not in keys:
+        keys[name] = next(_numbers)
+        resolvers[keys[name]] = resolver
+    return keys[name]
 
 
 def pack_identity(number: int, speaks: int, serial: int, hash: tuple[int, int]) -> Tensor:
@@ -82,7 +82,7 @@ def chained_all_reduce(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`all_reduce`. Runs after the collective that returned ``before``."""
     del anchor, before
-    transport = _resolvers[group]()
+    transport = resolvers[group]()
     number, speaks, serial, *hash = identity.tolist()
     numbers = moments.numbers(serial, (hash[0], hash[1]), direction) if speaks else moments.ABSTAINS
     site = sites.of_number(number)
@@ -107,7 +107,7 @@ def chained_all_reduce_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`all_reduce_moments`. Runs after the collective that returned ``before``."""
     del before
-    transport = _resolvers[group]()
+    transport = resolvers[group]()
     caller = FUNCTION if site is None else sites.of_number(int(site)) or FUNCTION
     repeated = site is not None and caller.replays and torch._C._current_graph_task_id() != -1
     if repeated and tuple(settings[-2:]) != renorm.OFF:

@@ -39,7 +39,7 @@ def run(*, limit: float, as_json: bool) -> int:
     with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
         warnings.simplefilter("ignore")  # warnings of the library are problems in the report
         probe.examine(report, launch)
-    _speak(report, launch, as_json=as_json)
+    speak(report, launch, as_json=as_json)
     return int(bool(report.problems))
 
 
@@ -50,7 +50,7 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
     def give_up() -> None:
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
         report.complain(f"could not {report.step} within {limit:g} s: some processes never came", remedy)
-        _speak(report, launch, as_json=as_json)
+        speak(report, launch, as_json=as_json)
         os._exit(1)
 
     late = 0.0 if launch.rank == 0 else LEAD
@@ -66,7 +66,7 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
         faulthandler.cancel_dump_traceback_later()
 
 
-def _speak(report: Report, launch: Launch, *, as_json: bool) -> None:
+def speak(report: Report, launch: Launch, *, as_json: bool) -> None:
     """Prints on rank 0. If the ranks are not connected, the first rank of another host prints its own problems."""
     if launch.rank == 0:
         print(to_json(report) if as_json else to_text(report), flush=True)

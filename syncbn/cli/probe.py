@@ -100,20 +100,21 @@ def examine(report: Report, launch: Launch) -> None:
     """
     readable = not report.problems
     try:
-        _look_around(report, launch)
+        look_around(report, launch)
         if not readable or not _find_mpi(report, launch):
             return
         transport = _connect(report, launch)
         if transport is not None:
             _map_ranks(report, transport)
-            _try_all_reduce(report, transport)
+            try_all_reduce(report, transport)
             _share_problems(report, transport)
     except Exception as error:
         remedy = "Do what the message says, then run the doctor again."
         report.complain(f"could not {report.step}: {type(error).__name__}: {error}", remedy)
 
 
-def _look_around(report: Report, launch: Launch) -> None:
+def look_around(report: Report, launch: Launch) -> None:
+    """Reports on this process: versions, kernels, GPUs."""
     report.step = "look at this process"
     report.versions = {
         "syncbn": syncbn.__version__,
@@ -187,7 +188,7 @@ def _map_ranks(report: Report, transport: AbstractTransport) -> None:
     report.ranks = [Place(**json.loads(note)) for note in notes]
 
 
-def _try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
+def try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
     """Checks and times the transport for GPUs if every rank has one, else that for CPUs."""
     report.step = "sum over the ranks"
     transport, device = everyone, torch.device("cpu")

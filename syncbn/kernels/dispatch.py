@@ -63,13 +63,13 @@ def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
         return _torch_kernels()
     if x.numel() > geometry.MOST and prod(x.shape[2:]) > geometry.MOST:
         return _torch_kernels()
-    return _cuda_kernels(transport.on_host)
+    return cuda_kernels(transport.on_host)
 
 
 def look(device: torch.device) -> None:
     """Raises the deferred error of a CUDA device, if there is one. Does not wait for the device."""
     if explain_device().name == "cupy":
-        _launcher().deferred_errors(torch.empty(0, device=device)).look()
+        launcher().deferred_errors(torch.empty(0, device=device)).look()
 
 
 def check(device: torch.device) -> None:
@@ -91,7 +91,7 @@ def explain_device() -> Choice:
         return Choice(
             "torch", f'CuPy is not installed; `pip install "syncbn[cuda{major}]"` brings it, and kernels for the GPU'
         )
-    old = [capability for capability in _capabilities() if capability < OLDEST]
+    old = [capability for capability in capabilities() if capability < OLDEST]
     if old:
         return Choice(
             "torch",
@@ -101,7 +101,8 @@ def explain_device() -> Choice:
     return Choice("cupy", "CuPy compiles them at first use")
 
 
-def _capabilities() -> list[tuple[int, int]]:
+def capabilities() -> list[tuple[int, int]]:
+    """Returns the compute capability of each GPU that this process sees."""
     return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
 
 
@@ -159,7 +160,8 @@ def _torch_kernels() -> AbstractKernels:
 
 
 @cache
-def _cuda_kernels(on_host: bool) -> AbstractKernels:
+def cuda_kernels(on_host: bool) -> AbstractKernels:
+    """Returns the kernels for CUDA tensors; ``on_host`` where the host waits for sums anyway."""
     choice = explain_device()
     if choice.name == "torch":
         if not choice.reason.startswith(OVERRIDE):
@@ -167,11 +169,12 @@ def _cuda_kernels(on_host: bool) -> AbstractKernels:
         return _torch_kernels()
     from syncbn.kernels.cuda.ops import CupyKernels
 
-    return CupyKernels(_launcher(), on_host=on_host)
+    return CupyKernels(launcher(), on_host=on_host)
 
 
 @cache
-def _launcher() -> CupyLauncher:
+def launcher() -> CupyLauncher:
+    """Returns what compiles and launches the kernels of a GPU."""
     from syncbn.kernels.cuda.launch import CupyLauncher
 
     return CupyLauncher()

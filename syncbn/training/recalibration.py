@@ -136,7 +136,7 @@ def _commit(layers: list[SyncBatchNorm], recorders: list[Recorder]) -> None:
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
     try:
         for layer, recorder in zip(layers, recorders, strict=True):
-            _write(layer, recorder)
+            write(layer, recorder)
     except BaseException:
         for layer, buffers in zip(layers, before, strict=True):
             for name, buffer in buffers.items():
@@ -144,7 +144,8 @@ def _commit(layers: list[SyncBatchNorm], recorders: list[Recorder]) -> None:
         raise
 
 
-def _write(layer: SyncBatchNorm, recorder: Recorder) -> None:
+def write(layer: SyncBatchNorm, recorder: Recorder) -> None:
+    """Writes what a recorder has summed into the running statistics of its layer."""
     if recorder.count <= 1:  # no batch reached the layer; with masks the count is a sum of weights
         return
     assert layer.running_mean is not None

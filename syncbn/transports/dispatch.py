@@ -45,7 +45,7 @@ class _Live(NamedTuple):
     transport: AbstractTransport
 
 
-_live: dict[tuple[GroupSpec | None, str], _Live] = {}
+made: dict[tuple[GroupSpec | None, str], _Live] = {}
 _locks: dict[tuple[GroupSpec | None, str], threading.Lock] = {}
 _locking = threading.Lock()
 
@@ -68,15 +68,15 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
             every member, if torch made groups from ranks in another order on another rank.
         RuntimeError: if the library that the group needs is missing or not initialised.
     """
-    live = _live.get((spec, device_type))
+    live = made.get((spec, device_type))
     if live is not None and _holds(live):
         return live.transport
     with _lock_of(spec, device_type):
-        live = _live.get((spec, device_type))
+        live = made.get((spec, device_type))
         if live is not None and _holds(live):  # another thread made it meanwhile
             return live.transport
-        transport = _everyone(device_type) if spec is None else _subset(spec, device_type)
-        _live[spec, device_type] = _Live(_epoch(spec), transport)
+        transport = connect_everyone(device_type) if spec is None else connect_subset(spec, device_type)
+        made[spec, device_type] = _Live(_epoch(spec), transport)
     return transport
 
 
@@ -100,13 +100,13 @@ def over_mpi(device_type: str = "cpu") -> AbstractTransport:
 
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
     """Keeps a transport that ``split`` made. Returns the specification by which ``choose`` finds it."""
-    _live[transport.spec, device_type] = _Live(_epoch(transport.spec), transport)
+    made[transport.spec, device_type] = _Live(_epoch(transport.spec), transport)
     return transport.spec
 
 
 def discard(transport: AbstractTransport, device_type: str) -> None:
     """Forgets a transport that :func:`adopt` kept."""
-    _live.pop((transport.spec, device_type), None)
+    made.pop((transport.spec, device_type), None)
 
 
 def explain(device_type: str = "cpu") -> Choice:
@@ -117,7 +117,7 @@ def explain(device_type: str = "cpu") -> Choice:
     if override != "auto":
         return Choice(override, f"{OVERRIDE}={override}")
     launch = launchers.detect()
-    torch_world = _torch_world()
+    torch_world = world_of_torch()
     if launch.size > 1 and launch.speaks_mpi and _mpi_agrees(launch.size, torch_world, device_type):
         name = "mpi" if device_type == "cpu" or importlib.util.find_spec("cupy") is None else "nccl"
         return Choice(name, f"a {device_type} tensor under {launch.name} ({launch.evidence})")
@@ -134,7 +134,8 @@ def _lock_of(spec: GroupSpec | None, device_type: str) -> threading.Lock:
         return _locks.setdefault((spec, device_type), threading.Lock())
 
 
-def _everyone(device_type: str) -> AbstractTransport:
+def connect_everyone(device_type: str) -> AbstractTransport:
+    """Makes the transport of all ranks."""
     choice = explain(device_type)
     if choice.unsynchronized:
         warnings.warn(choice.unsynchronized, RuntimeWarning, stacklevel=5)
@@ -145,7 +146,7 @@ def _everyone(device_type: str) -> AbstractTransport:
     return SingleTransport(launchers.detect().rank)
 
 
-def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
+def connect_subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
     """Finds the handle of a specification, or makes an equal group. Outside any job a process is its own group."""
     if spec.kind == "alone":
         return SingleTransport(launchers.detect().rank)
@@ -158,10 +159,10 @@ def _subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
             return SingleTransport() if launch.size == 1 else _no_mpi_job(spec, launch)
         transport = _mpi(spec, handle)
         return transport if device_type != "cuda" else _on_gpus(transport)
-    if _torch_world() is None and launchers.detect().size == 1:
+    if world_of_torch() is None and launchers.detect().size == 1:
         return SingleTransport()
     if handle is None or not _torch_knows(handle):
-        if _torch_world() is None:
+        if world_of_torch() is None:
             _torch(None, device_type)  # raises
         _check_ranks(spec, dist.get_rank(), dist.get_world_size())
         from syncbn.transports.torch_dist import group_of
@@ -206,7 +207,7 @@ def _on_gpus(transport: MPITransport) -> AbstractTransport:
 
 
 def _torch(group: Any, device_type: str) -> AbstractTransport:
-    if _torch_world() is None:
+    if world_of_torch() is None:
         raise RuntimeError(
             "The torch transport needs an initialised torch.distributed; it is not. "
             "Call syncbn.init() or torch.distributed.init_process_group() before the first training step."
@@ -235,7 +236,7 @@ def _goes_over_gloo(device_type: str) -> bool:
     return f"{device_type}:gloo" in str(dist.get_backend_config()).split(",")
 
 
-def _torch_world() -> Any | None:
+def world_of_torch() -> Any | None:
     """Returns torch's default process group, or None. A new one has another identity."""
     return dist.group.WORLD if _HAS_DISTRIBUTED and dist.is_initialized() else None
 
@@ -249,15 +250,15 @@ def _epoch(spec: GroupSpec | None) -> weakref.ref[Any] | str | None:
     """
     if spec is not None and spec.kind == "mpi":
         return "any"
-    torch_world = _torch_world()
+    torch_world = world_of_torch()
     return None if torch_world is None else weakref.ref(torch_world)
 
 
 def _holds(live: _Live) -> bool:
     then = live.torch_world
     if then is None:
-        return _torch_world() is None
-    return isinstance(then, str) or (then() is not None and then() is _torch_world())
+        return world_of_torch() is None
+    return isinstance(then, str) or (then() is not None and then() is world_of_torch())
 
 
 def _torch_knows(group: Any) -> bool:

@@ -168,7 +168,7 @@ def test_a_capture_that_fails_leaves_stream_and_others_alone_and_is_not_tried_ag
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
         return SimpleNamespace(replay=step, reset=lambda: tried.append(f"{step()} reset"))
 
-    monkeypatch.setattr(Capturer, "_captured", captured)
+    monkeypatch.setattr(Capturer, "captured_step", captured)
     capturer, steps = Capturer(), {"a": lambda: "waits", "b": lambda: "runs"}
     assert list(capturer.replays(steps, 1)) == ["b"]
     assert list(capturer.replays(steps, 1)) == ["b"]
@@ -239,7 +239,7 @@ SMALL = Options(((2, 4, 3, 3), (6, 3)), ("float32", "bfloat16"), repeats=2)
 
 
 def profiled(steps):
-    launches, found = kernels.dispatch._launcher().emulated.launches, {}
+    launches, found = kernels.dispatch.launcher().emulated.launches, {}
     for name, step in steps.items():
         before = len(launches)
         step()
@@ -256,7 +256,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(timing, "TURN", 0.0)
     monkeypatch.setattr(timing, "profiled", profiled)
     graph = partial(SimpleNamespace, reset=lambda: None)
-    monkeypatch.setattr(Capturer, "_captured", lambda self, step: graph(replay=step))
+    monkeypatch.setattr(Capturer, "captured_step", lambda self, step: graph(replay=step))
     yield
     library._destroy()
 
@@ -279,7 +279,7 @@ def test_contenders_compute_the_same(gpu, rng, shape):
 
 
 def test_only_the_fake_groups_gather_is_replaced_and_only_meanwhile(monkeypatch):
-    monkeypatch.setattr(contenders, "_nccl_of_1", lambda: ([], ""))
+    monkeypatch.setattr(contenders, "nccl_of_1", lambda: ([], ""))
     name = next(name for name in contenders.GATHERS if hasattr(dist, name))
     calls = []
     monkeypatch.setattr(dist, name, lambda *words: calls.append(words))

@@ -163,7 +163,7 @@ def test_processes_left_alone_by_the_override_are_a_problem():
 
 def test_a_wrong_sum_is_a_problem():
     report = Report(ranks=[Place(0, 0, "host", 1, "cpu")])
-    probe._try_all_reduce(report, WrongSum())
+    probe.try_all_reduce(report, WrongSum())
     assert report.all_reduce == "wrong"
     assert "wrong sum" in report.problems[0].what
     assert "a WRONG answer" in doctor.to_text(report)
@@ -177,7 +177,7 @@ def test_more_processes_than_gpus_are_a_problem(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     report = Report()
-    probe._look_around(report, probe.Launch("openmpi", 2, 3, 2, speaks_mpi=True, evidence=""))
+    probe.look_around(report, probe.Launch("openmpi", 2, 3, 2, speaks_mpi=True, evidence=""))
     assert "more processes than GPUs (2)" in report.problems[0].what
     assert report.ranks[0].device == "cpu"
 
@@ -186,7 +186,7 @@ def test_the_first_rank_of_another_host_names_its_own_problem(capsys):
     report = Report(ranks=[Place(4, 0, "other", 1, "cpu")], problems=[Problem("no MPI", "Install it.")])
     for local_rank in (0, 1):
         launch = probe.Launch("openmpi", 4 + local_rank, 8, local_rank, speaks_mpi=True, evidence="")
-        doctor._speak(report, launch, as_json=False)
+        doctor.speak(report, launch, as_json=False)
     assert capsys.readouterr() == ("", "rank 4 on other: no MPI. Install it.\n")
 
 

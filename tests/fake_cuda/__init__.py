@@ -166,5 +166,5 @@ def install():
     cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
     sys.modules["cupy"] = cupy
     launcher = CheckedLauncher()
-    kernels.dispatch._launcher = lambda: launcher
+    kernels.dispatch.launcher = lambda: launcher
     return "cuda:0"

@@ -175,7 +175,7 @@ def test_a_mask_counts_in_the_own_share_alone(ranks, case, alone):
 
 def test_masks_count_in_recalibration_and_nothing_of_it_stays(ranks, case):
     layer, mask = layer_of(), case.mask > 0.5
-    before = len(operators._resolvers), len(operators._keys)
+    before = len(operators.resolvers), len(operators.keys)
     own = {"input": case.own[0], "mask": mask[case.mine]}
     syncbn.recalibrate(layer, [own] * (ranks.rank + 1))
     shares = ranks.shares([3] * ranks.size)
@@ -183,7 +183,7 @@ def test_masks_count_in_recalibration_and_nothing_of_it_stays(ranks, case):
     ranks.check_close(layer.running_mean, rows.mean(0), 1e-12)
     ranks.check_close(layer.running_var, rows.var(0), 1e-12)
     gc.collect()
-    ranks.check((len(operators._resolvers), len(operators._keys)) == before, "the recorder is kept")
+    ranks.check((len(operators.resolvers), len(operators.keys)) == before, "the recorder is kept")
 
 
 def test_weights_that_sum_to_less_than_two_are_recalibrated(ranks):

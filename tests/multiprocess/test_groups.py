@@ -33,7 +33,7 @@ def even_group(ranks):
 
 def forget_this_job(monkeypatch):
     """Makes this process know no group, as in a job that loads a layer."""
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     for table in ("_handles", "_pickled_as", "_unpickled_as"):
         monkeypatch.setattr(f"syncbn.transports.groups.{table}", {})
 
@@ -146,7 +146,7 @@ def test_a_used_group_has_no_name_of_another_job(ranks, monkeypatch):
 def test_a_communicator_that_was_freed_is_made_again(ranks, rng, monkeypatch):
     if not launchers.detect().speaks_mpi:
         pytest.skip("no MPI job")
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     comm = even_group(ranks)
     layer = syncbn.SyncBatchNorm(5, process_group=comm)
     comm.Free()
@@ -231,7 +231,7 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
     if not launchers.detect().speaks_mpi:
         pytest.skip("would end the world of this run")
     monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     for _ in range(2):
         syncbn.init(torch_distributed=True, device=DEVICE)
         check_group(ranks, None, list(range(ranks.size)), rng)
@@ -242,8 +242,8 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
 @pytest.mark.ranks(2)
 def test_an_unconnected_job_warns_once(ranks, monkeypatch):
     """Silently unsynchronised is the worst outcome: the layer says so, once."""
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
-    monkeypatch.setattr("syncbn.transports.dispatch._torch_world", lambda: None)
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.world_of_torch", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     layer = syncbn.SyncBatchNorm(4)
     with warnings.catch_warnings(record=True) as caught:

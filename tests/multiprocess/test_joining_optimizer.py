@@ -212,7 +212,7 @@ VALUES = {
 
 @pytest.mark.parametrize("pack_bytes", [1, 2**26])
 def test_nested_values_travel_as_they_are(ranks, world, monkeypatch, pack_bytes):
-    monkeypatch.setattr(nested_values, "_PACK_BYTES", pack_bytes)
+    monkeypatch.setattr(nested_values, "PACK_BYTES", pack_bytes)
     encoder, root = Encoder(), ranks.size - 1
     encoded = encoder.encode(VALUES, "values") if ranks.rank == root else None
     host = syncbn.transports.choose(None)

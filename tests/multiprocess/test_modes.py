@@ -205,7 +205,7 @@ def test_a_group_size_that_does_not_divide_is_one_error(ranks):
 @pytest.mark.ranks(2)
 def test_another_group_size_on_one_rank_is_one_error(ranks, monkeypatch):
     """At the first use of either size, that is; later each rank would find its own group."""
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     layer = syncbn.SyncBatchNorm(3, group_size=1 if ranks.rank == 1 else ranks.size)
     parts = ["same group_size on every rank", f"{ranks.size} on rank", "1 on rank 1"]
     ranks.raises(ValueError, lambda: layer(torch.randn(4, 3)), *parts)

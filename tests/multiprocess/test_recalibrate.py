@@ -230,7 +230,7 @@ def test_a_loader_that_fails_on_one_rank_is_an_error_on_all_and_nothing_changed(
     for key, value in before.items():
         ranks.check_equal(model.state_dict()[key], value, key)
     ranks.check(model.training, "the mode is as it was")
-    ranks.check(not any(spec is not None and spec.kind == "recorder" for spec, _ in syncbn.transports.dispatch._live))
+    ranks.check(not any(spec is not None and spec.kind == "recorder" for spec, _ in syncbn.transports.dispatch.made))
 
 
 def test_ctrl_c_leaves_the_model_as_it_was(ranks, rng):
@@ -255,14 +255,14 @@ def test_ctrl_c_leaves_the_model_as_it_was(ranks, rng):
 def test_ctrl_c_while_statistics_are_written_undoes_them(ranks, rng, monkeypatch):
     model = syncbn.convert_sync_batchnorm(network())
     before = copy.deepcopy(model.state_dict())
-    write, written = syncbn.training.recalibration._write, []
+    write, written = syncbn.training.recalibration.write, []
 
     def interrupted(layer, recorder):
         if written:
             raise KeyboardInterrupt
         written.append(write(layer, recorder))
 
-    monkeypatch.setattr("syncbn.training.recalibration._write", interrupted)
+    monkeypatch.setattr("syncbn.training.recalibration.write", interrupted)
     try:
         syncbn.recalibrate(model, data(ranks, rng)[ranks.rank])
     except KeyboardInterrupt:

@@ -218,22 +218,22 @@ def test_nothing_is_kept_of_ordinary_steps_and_little_of_others(ranks):
     layer, x = syncbn.SyncBatchNorm(C), torch.randn(3, C, requires_grad=True)
     for _ in range(3):
         layer(x).sum().backward()
-    ranks.check(layer not in checkpointing._calls)
+    ranks.check(layer not in checkpointing.kept_calls)
     with torch.no_grad():
         for _ in range(checkpointing.MOST + 5):
             layer(torch.randn(3, C))
-    calls = checkpointing._calls[layer]
+    calls = checkpointing.kept_calls[layer]
     ranks.check(len(calls.alive) == len(calls.recent) == checkpointing.MOST, f"{len(calls.alive)}")
     del calls, layer
     gc.collect()
-    ranks.check(all(len(c.alive) <= checkpointing.MOST for c in checkpointing._calls.values()))
+    ranks.check(all(len(c.alive) <= checkpointing.MOST for c in checkpointing.kept_calls.values()))
 
 
 def test_what_was_repeated_goes_with_the_next_forward(ranks, rng):
     model = network()
     for _ in range(5):
         checkpoint(model, share(ranks, rng, [3] * ranks.size), use_reentrant=True).square().sum().backward()
-    ranks.check(len(checkpointing._calls[model[1]].alive) == 1)
+    ranks.check(len(checkpointing.kept_calls[model[1]].alive) == 1)
 
 
 def test_a_layer_in_use_copies_and_pickles(ranks, rng):

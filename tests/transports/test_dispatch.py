@@ -17,13 +17,13 @@ from tests.transports.test_launchers import MPICH, OPENMPI, SLURM, TORCHRUN
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
 
 
 def pretend(monkeypatch, environ, *, torch_world=None, mpi4py=True):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("syncbn.transports.dispatch._torch_world", lambda: torch_world)
+    monkeypatch.setattr("syncbn.transports.dispatch.world_of_torch", lambda: torch_world)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if mpi4py else None)
 
 
@@ -82,14 +82,14 @@ def test_the_override_wins(monkeypatch, name):
 
 def test_an_unknown_override_lists_the_choices(monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "carrier pigeon")
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     with pytest.raises(ValueError, match="one of auto, single, mpi, nccl, torch; received 'carrier pigeon'"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 
 
 def test_asking_for_torch_before_it_is_there_says_how(monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
-    monkeypatch.setattr("syncbn.transports.dispatch._live", {})
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     with pytest.raises(RuntimeError, match=r"initialised torch.distributed.*syncbn.init\(\)"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 
@@ -139,7 +139,7 @@ def test_threads_that_use_a_group_first_make_it_once(monkeypatch):
         made.append(SingleTransport())
         return made[-1]
 
-    monkeypatch.setattr("syncbn.transports.dispatch._everyone", slowly)
+    monkeypatch.setattr("syncbn.transports.dispatch.connect_everyone", slowly)
     with ThreadPoolExecutor(8) as pool:
         chosen = list(pool.map(lambda _: transports.choose(None), range(8)))
     assert len(made) == 1
@@ -150,7 +150,7 @@ def test_a_thread_that_makes_a_group_keeps_no_other_group_waiting(monkeypatch):
     """Creation is collective: the threads of another rank may come in another order."""
     both = threading.Barrier(2, timeout=30)
     monkeypatch.setattr(
-        "syncbn.transports.dispatch._subset", lambda spec, device_type: both.wait() and SingleTransport()
+        "syncbn.transports.dispatch.connect_subset", lambda spec, device_type: both.wait() and SingleTransport()
     )
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(transports.choose, [syncbn.GroupSpec("mpi", (0, 1), label) for label in "ab"]))

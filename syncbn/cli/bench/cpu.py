@@ -56,7 +56,7 @@ def measure(shape: Shape, options: Options, world: World, tick: Callable[[], obj
     world.raise_together(error)
     times: list[float] = []
     for round_ in range(options.warmup + options.repeats):
-        turns = [_turn(layer, x, grad_y, world) for layer in layers]
+        turns = [one_turn(layer, x, grad_y, world) for layer in layers]
         times += turns if round_ >= options.warmup else []
         tick()
     slowest = agreement.gather(torch.tensor(times, dtype=torch.float64), world.transport).amax(0)
@@ -84,7 +84,7 @@ def _has_composite(options: Options, processes: int) -> bool:
     return options.composite and processes > 1
 
 
-def _turn(layer: nn.Module, x: Tensor, grad_y: Tensor, world: World) -> float:
+def one_turn(layer: nn.Module, x: Tensor, grad_y: Tensor, world: World) -> float:
     """Returns the microseconds of one forward and backward, started on all ranks together."""
     for leaf in (x, *layer.parameters()):
         leaf.grad = None

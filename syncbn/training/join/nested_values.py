@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from syncbn.transports.base import AbstractTransport
 
-_PACK_BYTES = 2**26
+PACK_BYTES = 2**26
 """A broadcast holds at most this, or one tensor: a second copy of a large state might not fit."""
 
 _DICTS: dict[str, Callable[[Any], Any]] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
@@ -143,7 +143,7 @@ def _packs(encoded: Any) -> Iterator[list[_Leaf]]:
     sizes: Counter[Any] = Counter()
     for leaf in _leaves(encoded):
         key, size = (leaf.dtype, leaf.on_host), leaf.shape.numel() * leaf.dtype.itemsize
-        if key in packs and sizes[key] + size > _PACK_BYTES:
+        if key in packs and sizes[key] + size > PACK_BYTES:
             yield packs.pop(key)
             sizes[key] = 0
         packs.setdefault(key, []).append(leaf)

@@ -25,7 +25,7 @@ def x():
 
 
 def test_a_layer_runs_the_kernels_of_the_gpu(x):
-    launches = kernels.dispatch._launcher().emulated.launches
+    launches = kernels.dispatch.launcher().emulated.launches
     before = len(launches)
     layer = syncbn.SyncBatchNorm(3)
     layer(x.requires_grad_()).sum().backward()

@@ -192,12 +192,12 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
     choice = kernels.Choice("torch", "CuPy is not installed")
     monkeypatch.setattr(kernels.dispatch, "explain_device", lambda: choice)
     with pytest.warns(UserWarning, match="torch's operators for CUDA tensors: CuPy is not installed"):
-        assert kernels.dispatch._cuda_kernels.__wrapped__(False).name == "torch"
+        assert kernels.dispatch.cuda_kernels.__wrapped__(False).name == "torch"
 
 
 def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
     monkeypatch.setattr(kernels.dispatch, "PLAIN", (SimpleNamespace,))
-    monkeypatch.setattr(kernels.dispatch, "_cuda_kernels", lambda on_host: "cupy")
+    monkeypatch.setattr(kernels.dispatch, "cuda_kernels", lambda on_host: "cupy")
     for shape, expected in (((4, 2, 2**29), "cupy"), ((1, 2, 2**31), "torch")):
         x = SimpleNamespace(is_cuda=True, is_neg=lambda: False, numel=lambda shape=shape: prod(shape), shape=shape)
         found = kernels.on_device(x, SimpleNamespace(size=1, on_host=False))
@@ -209,7 +209,7 @@ def test_a_gpu_that_is_too_old_gets_torchs_operators(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(kernels.dispatch.importlib.util, "find_spec", lambda name: object())
     for capability, expected in (((7, 5), "torch"), ((8, 0), "cupy"), ((10, 0), "cupy")):
-        monkeypatch.setattr(kernels.dispatch, "_capabilities", lambda capability=capability: [(9, 0), capability])
+        monkeypatch.setattr(kernels.dispatch, "capabilities", lambda capability=capability: [(9, 0), capability])
         choice = kernels.explain_device.__wrapped__()
         assert choice.name == expected
         assert ("7.5" in choice.reason) == (expected == "torch")
