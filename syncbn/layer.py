@@ -22,7 +22,7 @@ from syncbn.calls.renorm import RenormLimits
 from syncbn.calls.sites import Settings, Site
 from syncbn.checks import inputs, placement
 from syncbn.moments import record
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify, specify_blocks
 
@@ -244,7 +244,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
             transport = transports.choose(
                 self._site.group, placement.device_type(input, self.weight, self.running_mean)
             )
-            agreement.raise_together(error, transport, "the first forward of a LazySyncBatchNorm")
+            gather.raise_together(error, transport, "the first forward of a LazySyncBatchNorm")
         elif error is not None:
             raise error
         without_bias = self.weight is not None and self.bias is None

@@ -55,7 +55,7 @@ class FakeTransport(AbstractTransport):
         group: the fake process group.
     """
 
-    name, rank, size, ranks, token, spec = "torch", 0, 1, (0,), 1, None
+    name, rank, size, ranks, group_id, spec = "torch", 0, 1, (0,), 1, None
 
     def __init__(self, group: Any) -> None:
         self._group = group

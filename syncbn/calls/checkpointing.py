@@ -79,8 +79,8 @@ class Replay(AbstractTransport):
 
     def _take(self, inner: AbstractTransport) -> None:
         self._inner = inner
-        self.rank, self.size, self.ranks, self.token = inner.rank, inner.size, inner.ranks, inner.token
-        self.spec, self.on_host = inner.spec, inner.on_host
+        self.rank, self.size, self.ranks, self.group_id = inner.rank, inner.size, inner.ranks, inner.group_id
+        self.spec, self.host_synchronous = inner.spec, inner.host_synchronous
 
     @property
     def sender(self) -> AbstractTransport:

@@ -17,7 +17,7 @@ from syncbn import moments
 from syncbn.calls import operators, renorm, sites
 from syncbn.calls.operators import ANCHOR
 from syncbn.calls.sites import Settings, Site
-from syncbn.checks import verdicts
+from syncbn.checks import problems
 from syncbn.kernels.torch_ops import TorchKernels, local_sums
 from syncbn.moments import ABSTAINS, BACKWARD, Message, Running, status_of
 from syncbn.transports.base import AbstractTransport
@@ -77,7 +77,7 @@ class CompiledCall(_Operators):
         error: Exception | None,
     ) -> None:
         self._mask, self._site, self._settings, self._group = mask, site, settings, group
-        self._running, self._fault, self.eps = running, verdicts.describe(error), settings[1]
+        self._running, self._fault, self.eps = running, problems.describe(error), settings[1]
         grad_enabled = torch.is_grad_enabled()
         self.status = status_of(error is not None, grad_enabled, True, x.dtype if x.numel() else None)
         self.anchor = ANCHOR if grad_enabled else None

@@ -22,10 +22,10 @@ from syncbn.calls.compiled import CompiledCall, DifferentiableCall
 from syncbn.calls.operators import ANCHOR
 from syncbn.calls.renorm import Renormalize, RenormLimits
 from syncbn.calls.sites import Settings, Site, agree_once
-from syncbn.checks import inputs, verdicts
+from syncbn.checks import inputs, problems
 from syncbn.kernels.base import NEEDED, PROBLEM, RECORDS
 from syncbn.moments import BACKWARD, FORWARD, LIMIT, Message, Numbers, Running, in_direction, record, status_of
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport, MismatchError
 from syncbn.transports.groups import GroupSpec
 
@@ -70,7 +70,7 @@ def begin(
     transport = transports.choose(group, device.type)
     grad_enabled = torch.is_grad_enabled()
     checkpointed = site.replays and checkpointing.concerns(grad_enabled)
-    if transport.token not in site.orders and not (checkpointed and checkpointing.repeats(owner)):
+    if transport.group_id not in site.orders and not (checkpointed and checkpointing.repeats(owner)):
         agree_once(site, settings, transport)
     needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
     needs_grad = needs_grad or (bias is not None and bias.requires_grad)
@@ -126,7 +126,7 @@ class Call:
         self._mask = mask
         self.status = _status(error is not None, grad_enabled, needs_grad, x.dtype if x.numel() else None)
         serial = transport.serial
-        self.numbers: Numbers = (1, serial % LIMIT, *site.hash(settings, transport.token))
+        self.numbers: Numbers = (1, serial % LIMIT, *site.hash(settings, transport.group_id))
         self.message = record(Message, (self.numbers, transport.size, site.label, FORWARD, serial))
         self.joins = True
         self.hidden: AbstractContextManager[Any] | None = None
@@ -146,7 +146,7 @@ class Call:
         try:
             wire = transport.all_reduce(wire)
         except MismatchError as error:
-            raise agreement.calls_differ(self.message, self._notes, transport, str(error)) from error
+            raise gather.calls_differ(self.message, self._notes, transport, str(error)) from error
         if transport.repeated is None:
             transport.serial += 1  # even if this rank raises below: the others may raise later or not at all
         else:
@@ -154,21 +154,21 @@ class Call:
         agreed = self.steps.agreement(wire, self.message)
         if agreed is None:  # the device compares, and its error is deferred
             if self._error is not None:
-                raise verdicts.alone(self._error, transport)
+                raise problems.alone(self._error, transport)
         elif agreed == PROBLEM:
             self._raise(wire, x)
         else:
             # The no_grad first forward could not tell who needs a gradient, so in its repeat every rank joins backward.
             # Ranks whose GPU reads the counters cannot tell either.
             unneeded = not agreed & NEEDED and (agreed & RECORDS or not self._grad_enabled)
-            self.joins = not unneeded or (x.is_cuda and verdicts.is_late(x, transport))
+            self.joins = not unneeded or (x.is_cuda and problems.is_late(x, transport))
         self._x = self._mask = None
         return wire
 
     def _raise(self, wire: Tensor, x: Tensor) -> None:
         counters = self.steps.read_counters(wire, self.message)
         assert counters is not None
-        verdicts.raise_problem(
+        problems.raise_problem(
             counters,
             self.message,
             self._notes,
@@ -176,7 +176,7 @@ class Call:
             x=x,
             error=self._error or inputs.mask_values_error(self._mask),
             grad_enabled=self._grad_enabled,
-            late=verdicts.is_late(x, self.transport),
+            late=problems.is_late(x, self.transport),
         )
 
     def adjust(self, wire: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:
@@ -201,9 +201,9 @@ class Call:
         try:
             wire = transport.all_reduce(wire)
         except MismatchError as error:
-            raise agreement.calls_differ(message, self._notes, transport, str(error)) from error
+            raise gather.calls_differ(message, self._notes, transport, str(error)) from error
         if not self.steps.check_sums(wire, message):
-            raise agreement.calls_differ(message, self._notes, transport)
+            raise gather.calls_differ(message, self._notes, transport)
         return wire
 
     def differentiable(self, x: Tensor, mask: Tensor | None, wire: Tensor) -> tuple[DifferentiableCall, Tensor]:
@@ -212,4 +212,4 @@ class Call:
         return call, call.stats(x, mask, wire, self.eps)
 
     def _notes(self) -> tuple[str, str]:
-        return self._site.notes(self._settings, self.transport.token)
+        return self._site.notes(self._settings, self.transport.group_id)

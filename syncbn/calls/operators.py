@@ -22,9 +22,9 @@ from syncbn import moments, transports
 from syncbn.calls import order, renorm, sites
 from syncbn.calls.renorm import RenormLimits
 from syncbn.calls.sites import Site
-from syncbn.checks import verdicts
+from syncbn.checks import problems
 from syncbn.moments import FORWARD, Message
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 
@@ -89,9 +89,9 @@ def chained_all_reduce(
     message = Message(numbers, transport.size, "a dropped layer" if site is None else site.label, direction, serial)
     wire = wire.clone(memory_format=torch.contiguous_format)
     wire[: moments.CALL] = wire.new_tensor(moments.head(numbers))
-    wire = agreement.all_reduce(wire, transport, message)
+    wire = gather.all_reduce(wire, transport, message)
     if not moments.same_call(wire[: moments.CALL].tolist(), numbers):
-        raise agreement.calls_differ(message, agreement.no_notes, transport)
+        raise gather.calls_differ(message, gather.no_notes, transport)
     return wire, identity.clone()
 
 
@@ -114,14 +114,14 @@ def chained_all_reduce_moments(
         raise RuntimeError(_RENORM_IS_REPEATED)
     own = sites.of_floats(settings)
     sites.agree_once(caller, own, transport)
-    hash, serial = caller.hash(own, transport.token), transport.serial
+    hash, serial = caller.hash(own, transport.group_id), transport.serial
     message = Message(moments.numbers(serial, hash, FORWARD), transport.size, caller.label, FORWARD, serial)
     summed = wire.clone()
     summed[: moments.CALL] = wire.new_tensor(moments.head(message.numbers))
-    notes = partial(caller.notes, own, transport.token)
-    summed = agreement.all_reduce(summed, transport, message, notes)
+    notes = partial(caller.notes, own, transport.group_id)
+    summed = gather.all_reduce(summed, transport, message, notes)
     transport.serial += 1  # even if this rank raises below: with deferred kernels, others may not
-    verdicts.raise_if_wires_disagree(summed, wire, message, notes, transport, fault=fault, mask=mask)
+    problems.raise_if_wires_disagree(summed, wire, message, notes, transport, fault=fault, mask=mask)
     identity = pack_identity(int(caller.number), 1, serial, hash)
     return summed, identity, torch.tensor(not repeated, device=wire.device)
 
@@ -229,7 +229,7 @@ def all_reduce_moments(
         site: int64 (), the number of the layer's site; None for no layer.
         mask: the mask, for an error about its values; or None.
         group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
-        fault: what is wrong with this rank's input, see :func:`syncbn.checks.verdicts.describe`; or an empty string.
+        fault: what is wrong with this rank's input, see :func:`syncbn.checks.problems.describe`; or an empty string.
         settings: the layer's settings, from :func:`syncbn.calls.sites.as_floats`.
 
     Returns:

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 
 from syncbn import moments
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 
@@ -55,7 +55,7 @@ class Site:
 
     def _begin(self) -> None:
         self.orders: dict[int, int] = {0: 0}
-        """The order of first use in each group that has compared the settings, by the token of the group."""
+        """The order of first use in each group that has compared the settings, by the group_id of the group."""
         self.label = self.kind
         """How errors call the layer; set by :meth:`hash`."""
         self._seen: tuple[object, ...] = ()
@@ -86,18 +86,18 @@ class Site:
         site.__dict__.update(state)
         return site
 
-    def hash(self, settings: Settings, token: int) -> tuple[int, int]:
+    def hash(self, settings: Settings, group_id: int) -> tuple[int, int]:
         """Returns a 36-bit hash of name, settings and order of first use."""
-        order = self.orders.get(token, 0)
+        order = self.orders.get(group_id, 0)
         seen = settings, order, self.name
         if seen != self._seen:
             self._hash = moments.text_hash(f"{self.name or self.kind}|{order}|{as_floats(settings)}")
             self._seen, self.label = seen, f"'{self.name}'" if self.name else f"{self.kind}({settings[0]})"
         return self._hash
 
-    def notes(self, settings: Settings, token: int) -> tuple[str, str]:
+    def notes(self, settings: Settings, group_id: int) -> tuple[str, str]:
         """Returns two texts for errors: which layer of the group this is, and its settings."""
-        order = self.orders.get(token, 0)
+        order = self.orders.get(group_id, 0)
         values = zip(SETTINGS, as_floats(settings), strict=True)
         return f"layer {order} of the group", ", ".join(f"{name}={value:g}" for name, value in values)
 
@@ -129,21 +129,21 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> 
     Raises:
         ValueError: on every rank, with the values that differ and the ranks that hold them.
     """
-    if transport.token in site.orders or not site.compares:
+    if transport.group_id in site.orders or not site.compares:
         return
     name, values = f"'{site.name}'" if site.name else site.kind, as_floats(settings)
     remedy = "Build the same model on every rank."
     row = torch.tensor([float(moments.text_hash(name)[0]), *values], dtype=torch.float64, device="cpu")
-    table = agreement.gather(row, transport, f"the first forward of a {site.kind}")
+    table = gather.gather(row, transport, f"the first forward of a {site.kind}")
     if table[:, 0].min() < table[:, 0].max():
-        received = agreement.by_rank(agreement.gather_notes(name, transport), transport.ranks)
+        received = gather.by_rank(gather.gather_notes(name, transport), transport.ranks)
         raise ValueError(
             f"All ranks must be in one call; received the first forward of {received}. Ranks took different branches, "
             f"or their models differ. {remedy}"
         )
     what = f"{site.kind} {name}" if site.name else site.kind
-    agreement.raise_unless_equal(table[:, 1:], SETTINGS, transport, what, remedy)
-    site.orders[transport.token] = next_order(transport)
+    gather.raise_unless_equal(table[:, 1:], SETTINGS, transport, what, remedy)
+    site.orders[transport.group_id] = next_order(transport)
 
 
 def of_number(number: int) -> Site | None:

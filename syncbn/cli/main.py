@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = "json" if args.json else "csv" if args.csv else "table"
         shapes = tuple(args.shapes or report.SHAPES)
         options = report.Options(
-            shapes, args.dtype, args.channels_last, args.repeats, args.warmup, not args.no_composite
+            shapes, args.dtype, args.channels_last, args.repeats, args.warmup, not args.no_baseline
         )
         status = cpu.run(options, form=form)
     sys.stdout.flush()
@@ -110,7 +110,7 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--channels-last", action="store_true", help="input in channels_last memory format")
     command.add_argument("--repeats", type=at_least(1), default=defaults.repeats, help="(default: %(default)s)")
     command.add_argument("--warmup", type=at_least(0), default=defaults.warmup, help="(default: %(default)s)")
-    command.add_argument("--no-composite", action="store_true", help="no baseline, and no torch.distributed")
+    command.add_argument("--no-baseline", action="store_true", help="no baseline, and no torch.distributed")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     form.add_argument("--csv", action="store_true", help="print comma-separated values instead of tables")

@@ -20,7 +20,7 @@ import torch
 
 import syncbn
 from syncbn import kernels, moments, transports
-from syncbn.transports import AbstractTransport, agreement, launchers, mpi_probe
+from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe
 from syncbn.transports.dispatch import OVERRIDE
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
@@ -184,7 +184,7 @@ def _connect(report: Report, launch: Launch) -> AbstractTransport | None:
 
 def _map_ranks(report: Report, transport: AbstractTransport) -> None:
     report.step = "gather the map of ranks"
-    notes = agreement.gather_notes(json.dumps(asdict(report.ranks[0])), transport)
+    notes = gather.gather_notes(json.dumps(asdict(report.ranks[0])), transport)
     report.ranks = [Place(**json.loads(note)) for note in notes]
 
 
@@ -202,7 +202,7 @@ def try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
         remedy = f"Do not train on it. Try another: {OVERRIDE}={' or '.join(transports.CHOICES[1:])}."
         report.complain(f"an all-reduce of the {transport.name} transport returned a wrong sum", remedy)
     medians = torch.tensor([latency(transport, C, device) for C in CHANNELS], dtype=torch.float64, device="cpu")
-    slowest = agreement.gather(medians, everyone).amax(0).tolist()
+    slowest = gather.gather(medians, everyone).amax(0).tolist()
     report.latency_us = {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
 
 
@@ -230,5 +230,5 @@ def _share_problems(report: Report, transport: AbstractTransport) -> None:
     """Collects the first problem of every rank on all ranks, so that all end with the same status."""
     report.step = "collect the problems"
     mine = SEPARATOR.join((report.problems[0].what, report.problems[0].remedy)) if report.problems else ""
-    notes = dict.fromkeys(agreement.gather_notes(mine, transport))
+    notes = dict.fromkeys(gather.gather_notes(mine, transport))
     report.problems = [Problem(*note.split(SEPARATOR, 1)) for note in notes if note]

@@ -63,7 +63,7 @@ def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
         return _torch_kernels()
     if x.numel() > geometry.MOST and prod(x.shape[2:]) > geometry.MOST:
         return _torch_kernels()
-    return cuda_kernels(transport.on_host)
+    return cuda_kernels(transport.host_synchronous)
 
 
 def look(device: torch.device) -> None:
@@ -160,8 +160,8 @@ def _torch_kernels() -> AbstractKernels:
 
 
 @cache
-def cuda_kernels(on_host: bool) -> AbstractKernels:
-    """Returns the kernels for CUDA tensors; ``on_host`` where the host waits for sums anyway."""
+def cuda_kernels(host_synchronous: bool) -> AbstractKernels:
+    """Returns the kernels for CUDA tensors; ``host_synchronous`` where the host waits for sums anyway."""
     choice = explain_device()
     if choice.name == "torch":
         if not choice.reason.startswith(OVERRIDE):
@@ -169,7 +169,7 @@ def cuda_kernels(on_host: bool) -> AbstractKernels:
         return _torch_kernels()
     from syncbn.kernels.cuda.ops import CupyKernels
 
-    return CupyKernels(launcher(), on_host=on_host)
+    return CupyKernels(launcher(), host_synchronous=host_synchronous)
 
 
 @cache

@@ -22,7 +22,7 @@ from syncbn import transports
 from syncbn.layer import SyncBatchNorm
 from syncbn.training.modes import layers_of
 from syncbn.training.recorder import Recorder, merge_ranks, recording
-from syncbn.transports import agreement, announcing
+from syncbn.transports import announcing, gather
 from syncbn.transports.base import AbstractTransport
 
 NAME = "syncbn.recalibrate"
@@ -107,13 +107,13 @@ def _rounds(inputs: Iterator[_Input], world: AbstractTransport, device: torch.de
     while True:
         mine, error = _next(inputs)
         flags = torch.tensor((mine is not None, error is not None), dtype=torch.float64, device=device)
-        having, failed = agreement.exchange(flags, world, NAME).tolist()
+        having, failed = gather.exchange(flags, world, NAME).tolist()
         if failed:
-            agreement.raise_gathered(error, world)
+            gather.raise_gathered(error, world)
         if last is None and having < world.size:
-            notes = agreement.gather_notes("no batch" if mine is None else "some", world)
+            notes = gather.gather_notes("no batch" if mine is None else "some", world)
             raise ValueError(
-                f"{NAME} needs at least one batch on every rank; received {agreement.by_rank(notes, world.ranks)}. "
+                f"{NAME} needs at least one batch on every rank; received {gather.by_rank(notes, world.ranks)}. "
                 "Give a rank without data a batch without samples, x[:0]."
             )
         if not having:
@@ -164,7 +164,7 @@ def _require_layers(layers: list[SyncBatchNorm], world: AbstractTransport) -> No
         "number of channels": sum(layer.num_features for layer in layers),
         "number of lazy layers": lazy,
     }
-    agreement.require_equal(counts, world, NAME, "Build the same model on every rank.")
+    gather.require_equal(counts, world, NAME, "Build the same model on every rank.")
     if not layers or lazy:
         raise ValueError(
             f"{NAME} needs SyncBatchNorm layers that track running statistics, are not frozen and have seen an "

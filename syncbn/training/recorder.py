@@ -43,8 +43,8 @@ class Recorder(AbstractTransport):
 
     def __init__(self, inner: AbstractTransport, C: int, label: str, device: torch.device) -> None:
         self.inner, self.C = inner, C
-        self.rank, self.size, self.ranks, self.token = inner.rank, inner.size, inner.ranks, inner.token
-        self.spec, self.on_host = GroupSpec(self.name, inner.ranks, label), inner.on_host
+        self.rank, self.size, self.ranks, self.group_id = inner.rank, inner.size, inner.ranks, inner.group_id
+        self.spec, self.host_synchronous = GroupSpec(self.name, inner.ranks, label), inner.host_synchronous
         self.counts = True
         """Whether the local batch is part of the data. If not, the rank joins without samples."""
         self.calls = 0

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, f
 
 import torch
 
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 
 P = ParamSpec("P")
@@ -23,7 +23,7 @@ OPERATIONS = ("forward", "backward", "average_gradients", "loss_scale", "raise_t
 _N = len(OPERATIONS)
 
 
-class Said(NamedTuple):
+class Announcement(NamedTuple):
     """The announcement of one rank."""
 
     operation: str | None
@@ -39,7 +39,7 @@ class Said(NamedTuple):
     """Why this rank leaves the loop or cannot go on. All ranks raise it."""
 
 
-class Heard(NamedTuple):
+class Outcome(NamedTuple):
     """The outcome: what all ranks that still train have announced."""
 
     operation: str | None
@@ -51,7 +51,7 @@ class Heard(NamedTuple):
     finished: int
 
 
-def announce(said: Said, transport: AbstractTransport) -> Heard:
+def announce(said: Announcement, transport: AbstractTransport) -> Outcome:
     """Announces the next operation of this rank to the others, and returns the common outcome.
 
     Communication:
@@ -68,21 +68,21 @@ def announce(said: Said, transport: AbstractTransport) -> Heard:
     wire = transport.all_reduce(torch.tensor(row, dtype=torch.float64, device="cpu")).tolist()
     votes, (count, forward, forward2, flags, flags2, fresh, needs, errors) = wire[:_N], wire[_N:]
     if errors:
-        agreement.raise_gathered(said.error, transport)
+        gather.raise_gathered(said.error, transport)
     # All ranks sent one value iff n * sum(v^2) = (sum v)^2.
     if max(votes) < count or forward**2 != forward2 * count or flags**2 != flags2 * count:
         _raise_mismatch(said, transport)
     if count == 0:
-        return Heard(None, 0, 0, False, False, transport.size)
+        return Outcome(None, 0, 0, False, False, transport.size)
     finished = transport.size - int(count)
     operation = OPERATIONS[votes.index(count)]
-    return Heard(operation, int(forward / count), int(flags / count), fresh == count, needs > 0, finished)
+    return Outcome(operation, int(forward / count), int(flags / count), fresh == count, needs > 0, finished)
 
 
-def _raise_mismatch(said: Said, transport: AbstractTransport) -> None:
+def _raise_mismatch(said: Announcement, transport: AbstractTransport) -> None:
     numbered = said.operation in ("forward", "backward")
     text = f"{said.operation} {said.forward}, flags {said.flags:b}" if numbered else f"{said.operation or 'finished'}"
-    received = agreement.by_rank(agreement.gather_notes(text, transport), transport.ranks)
+    received = gather.by_rank(gather.gather_notes(text, transport), transport.ranks)
     raise RuntimeError(
         "syncbn.join needs ranks that still train to make the same calls in the same order, on the same outputs, "
         f"under the same no_grad() and no_sync(); received {received}. Make every step alike on all ranks."

@@ -33,7 +33,7 @@ class AbstractTransport(ABC):
     """W, the number of ranks in the group."""
     ranks: tuple[int, ...]
     """The members, by their rank in the whole job, in group order."""
-    token: int
+    group_id: int
     """A random number that identifies the group, in this and any other job. Equal on all members."""
     spec: GroupSpec | None
     """What a module stores of this group. None for a single process."""
@@ -43,7 +43,7 @@ class AbstractTransport(ABC):
     """How many layers have compared their settings in this group."""
     repeated: Message | None = None
     """The forward whose sums a wrapper returned again, without communication. None if the last wire was sent."""
-    on_host = False
+    host_synchronous = False
     """Whether all_reduce waits on the host for the sum of a GPU tensor, so that reading it costs no further wait."""
 
     @property

@@ -175,12 +175,12 @@ def connect_subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
 
 def _block(size: int, device_type: str) -> AbstractTransport:
     """Makes this rank's group of ``size`` consecutive ranks. Collective over every rank of the job."""
-    from syncbn.transports import agreement
+    from syncbn.transports import gather
 
     everyone = choose(None, device_type)
     if everyone.size == 1:
         return everyone
-    agreement.require_equal({"group_size": size}, everyone, "SyncBatchNorm", "Build the same model on every rank.")
+    gather.require_equal({"group_size": size}, everyone, "SyncBatchNorm", "Build the same model on every rank.")
     groups.require_divisor(size, everyone.size, "group_size")
     return everyone.split(everyone.rank // size)
 
@@ -191,7 +191,7 @@ def _mpi(spec: GroupSpec, handle: Any | None) -> MPITransport:
 
     if handle is not None:
         transport = mpi.MPITransport(handle, spec)
-        groups.agree_on_label(spec, transport.token)
+        groups.agree_on_label(spec, transport.group_id)
         return transport
     _check_ranks(spec, mpi.world().Get_rank(), mpi.world().Get_size())
     transport = mpi.MPITransport(mpi.comm_of(spec), spec)
@@ -224,11 +224,11 @@ def _require_same_label(spec: GroupSpec, transport: AbstractTransport) -> None:
 
     torch names such a group by a count, so ranks that make their groups in another order would join the wrong one.
     """
-    from syncbn.transports import agreement
+    from syncbn.transports import gather
 
     label = {"checksum of process_group's label": zlib.crc32(spec.label.encode())}
     remedy = "Use layers of another job for the first time in one order on every rank, before they go to threads."
-    agreement.require_equal(label, transport, "SyncBatchNorm", remedy)
+    gather.require_equal(label, transport, "SyncBatchNorm", remedy)
 
 
 def _goes_over_gloo(device_type: str) -> bool:

@@ -60,9 +60,9 @@ class MPITransport(AbstractTransport):
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.ranks = world_ranks(comm)
-        token = torch.randint(1, 2**62, (1,), generator=_fresh_generator(), device="cpu")
-        self.token = int(self.broadcast(token))
-        self.spec = spec or GroupSpec(self.name, self.ranks, groups.label_of_id(self.token))
+        group_id = torch.randint(1, 2**62, (1,), generator=_fresh_generator(), device="cpu")
+        self.group_id = int(self.broadcast(group_id))
+        self.spec = spec or GroupSpec(self.name, self.ranks, groups.label_of_id(self.group_id))
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """See :meth:`AbstractTransport.all_reduce`. For a tensor on a GPU see ``mpi_staged.py``."""

@@ -71,12 +71,12 @@ class StagedTransport(AbstractTransport):
     """
 
     name = "mpi"
-    on_host = True
+    host_synchronous = True
 
     def __init__(self, host: MPITransport, stage: AbstractStage | None = None, device_type: str = "cuda") -> None:
         self.host, self.device_type = host, device_type
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
-        self.token, self.spec = host.token, host.spec
+        self.group_id, self.spec = host.group_id, host.spec
         self._stage = PinnedStage() if stage is None else stage
         self._direct = stage is None and takes_device_pointers()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch import Tensor
 
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.mpi_staged import StagedTransport
 
@@ -39,7 +39,7 @@ class NcclTransport(AbstractTransport):
         nccl = _nccl()
         self.host, self._nccl = host, nccl
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
-        self.token, self.spec = host.token, host.spec
+        self.group_id, self.spec = host.group_id, host.spec
         number = torch.zeros(ID_BYTES, dtype=torch.int16, device="cpu")
         if self.rank == 0:
             number = torch.tensor(list(nccl.get_unique_id()), dtype=torch.int16, device="cpu")
@@ -93,7 +93,7 @@ def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
     """
     reason = problem()
     row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64, device="cpu")
-    table = agreement.gather(row, host, "the choice of a transport for GPUs")
+    table = gather.gather(row, host, "the choice of a transport for GPUs")
     if not reason and table[:, 0].any():
         reason = f"rank {host.ranks[int(table[:, 0].argmax())]} cannot load it"
     if not reason and len({tuple(row) for row in table.tolist()}) < host.size:

@@ -17,7 +17,7 @@ class SingleTransport(AbstractTransport):
     name = "single"
     rank = 0
     size = 1
-    token = 0
+    group_id = 0
     spec = None
 
     def __init__(self, rank: int = 0) -> None:

@@ -43,9 +43,9 @@ class TorchTransport(AbstractTransport):
         _check_backend(group, device_type)
         generator = torch.Generator("cpu")
         generator.seed()  # by the operating system: the user's manual_seed is neither used nor changed
-        token = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
-        self.token = int(self.broadcast(token))
-        groups.agree_on_label(self.spec, self.token)  # group_name is a count, and other jobs have the same one
+        group_id = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
+        self.group_id = int(self.broadcast(group_id))
+        groups.agree_on_label(self.spec, self.group_id)  # group_name is a count, and other jobs have the same one
 
     @property
     def group(self) -> Any:
@@ -73,7 +73,7 @@ class TorchTransport(AbstractTransport):
         """See :meth:`AbstractTransport.exchange_notes`. Uses the group's store: gloo's connections may be closed."""
         store, notes = self.group.get_group_store(), list[str | None]()
         self._exchanges += 1
-        prefix = f"syncbn/notes/{self.token}/{self._exchanges}"
+        prefix = f"syncbn/notes/{self.group_id}/{self._exchanges}"
         store.set(f"{prefix}/{self.rank}", note)
         end = time.monotonic() + PATIENCE
         for rank in range(self.size):

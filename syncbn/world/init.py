@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import kernels, transports
-from syncbn.transports import agreement, groups, launchers
+from syncbn.transports import gather, groups, launchers
 from syncbn.transports.announcing import announced
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
@@ -99,9 +99,9 @@ class World:
         """
         usable = isinstance(count, SupportsIndex) and operator.index(count) >= 0
         error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
-        agreement.raise_together(None if usable else error, self.transport, "World.loss_scale")
+        gather.raise_together(None if usable else error, self.transport, "World.loss_scale")
         mine = torch.tensor([float(count)], dtype=torch.float64, device="cpu")
-        total = agreement.exchange(mine, self.transport, "World.loss_scale").item()
+        total = gather.exchange(mine, self.transport, "World.loss_scale").item()
         if total == 0:
             raise ValueError(
                 f"World.loss_scale needs a sample on some rank; received 0 on all {self.size}. Skip the step."
@@ -150,7 +150,7 @@ class World:
         Raises:
             ValueError, TypeError or RuntimeError: on every rank, naming the ranks that passed it.
         """
-        agreement.raise_together(error, self.transport, "World.raise_together")
+        gather.raise_together(error, self.transport, "World.raise_together")
 
     def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
         # torch.compile adds _orig_mod to the names; a compiled model is the same model.
@@ -160,7 +160,7 @@ class World:
             "number of values": sum(t.numel() for t in tensors.values()),
             "checksum of names, shapes and dtypes": zlib.crc32(text.encode()),
         }
-        agreement.require_equal(layout, self.transport, what, "Build the same model on every rank.", *errors)
+        gather.require_equal(layout, self.transport, what, "Build the same model on every rank.", *errors)
 
     def _average(self, pack: list[nn.Parameter]) -> None:
         """All-reduces one pack: the gradients, and for each parameter a flag for whether it has one."""

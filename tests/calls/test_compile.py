@@ -133,7 +133,7 @@ def test_the_operators_say_which_call_they_are_of(monkeypatch):
     given[: moments.CALL] = 3.0
     copied = given.clone()
     summed, identity, moves = operators.all_reduce_moments(given, SITE.number, None, group, "", SETTINGS)
-    hash = SITE.hash(sites.of_floats(SETTINGS), transport.token)
+    hash = SITE.hash(sites.of_floats(SETTINGS), transport.group_id)
     forward = moments.numbers(41, hash, FORWARD)
     assert sent[0][: moments.CALL].tolist() == list(moments.head(forward))
     assert identity.tolist() == [int(SITE.number), 1, 41, *hash]

@@ -20,11 +20,11 @@ ROWS = [Row((2, 64, 8, 8), 50.0, 100.0, 800.0), Row((2, 256, 14, 14), 100.0, 50.
 
 SAME_NUMBERS = """
 import torch, syncbn
-from syncbn.cli.bench.baseline import CompositeBatchNorm
+from syncbn.cli.bench.baseline import BaselineBatchNorm
 world = syncbn.init(torch_distributed=True, device="cpu")
 generator = torch.Generator().manual_seed(world.rank)
 results = []
-for layer in (syncbn.SyncBatchNorm(5).double(), CompositeBatchNorm(5).double()):
+for layer in (syncbn.SyncBatchNorm(5).double(), BaselineBatchNorm(5).double()):
     x = torch.randn(2, 5, 3, 4, generator=generator.manual_seed(world.rank), dtype=torch.float64).requires_grad_()
     y = layer(x)
     (y * y * x.detach().cos()).sum().backward()
@@ -35,9 +35,9 @@ world.raise_together(ValueError(f"they differ: {far}") if any(far) else None)
 
 
 def test_ratios_say_how_many_times_as_long():
-    assert ROWS[0].composite_ratio == 8
+    assert ROWS[0].baseline_ratio == 8
     assert ROWS[0].torch_ratio == 2
-    assert Row((2, 1, 1, 1), 1.0, 1.0).composite_ratio is None
+    assert Row((2, 1, 1, 1), 1.0, 1.0).baseline_ratio is None
 
 
 def test_geometric_mean_of_the_ratios_ends_the_table():
@@ -68,13 +68,13 @@ def _resnet50():
 def test_a_row_holds_the_median_over_rounds_of_the_slowest_rank(monkeypatch):
     turns = iter([9.0, 9.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
     monkeypatch.setattr(cpu, "one_turn", lambda *_: next(turns))
-    monkeypatch.setattr(cpu.agreement, "gather", lambda row, _: torch.stack((row, row + 1, row - 5)))
+    monkeypatch.setattr(cpu.gather, "gather", lambda row, _: torch.stack((row, row + 1, row - 5)))
     row = cpu.measure((2, 3, 2, 2), Options(repeats=3, warmup=1), syncbn.init(device="cpu"))
     assert row == Row((2, 3, 2, 2), 3.0, 21.0)
 
 
 @pytest.mark.parametrize("dtype", report.DTYPES)
-def test_every_dtype_and_layout_runs_alone_and_leaves_the_composite_empty(dtype):
+def test_every_dtype_and_layout_runs_alone_and_leaves_the_baseline_empty(dtype):
     done = processes.python(*BENCH, *SMALL, "--dtype", dtype, "--channels-last", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -82,15 +82,15 @@ def test_every_dtype_and_layout_runs_alone_and_leaves_the_composite_empty(dtype)
     assert document["machine"]["threads"] == 1
     assert document["options"]["dtype"] == dtype
     assert [row["shape"] for row in document["rows"]] == [[2, 4, 3, 3], [3, 2, 2, 2]]
-    assert all(row["syncbn_us"] > 0 and row["composite_us"] is None for row in document["rows"])
-    assert document["geometric_mean"]["composite_ratio"] is None
+    assert all(row["syncbn_us"] > 0 and row["baseline_us"] is None for row in document["rows"])
+    assert document["geometric_mean"]["baseline_ratio"] is None
 
 
 @pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
 def test_under_a_launcher_rank_0_prints_one_table_with_every_column(launcher):
     done = launcher(2, *BENCH, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("composite / syncbn") == 1
+    assert done.stdout.count("baseline / syncbn") == 1
     assert f"torch      {torch.__version__}" in done.stdout
     assert len(next(line for line in done.stdout.splitlines() if line.startswith("2,4,3,3")).split()) == 6
 
@@ -99,14 +99,14 @@ def test_csv_has_a_line_a_shape():
     done = processes.mpirun(2, *BENCH, *SMALL, "--csv")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [(row["N"], row["C"]) for row in rows] == [("2", "4"), ("3", "2")]
-    assert all(float(row[name]) > 0 for row in rows for name in ("torch_us", "syncbn_us", "composite_us"))
+    assert all(float(row[name]) > 0 for row in rows for name in ("torch_us", "syncbn_us", "baseline_us"))
 
 
-def test_without_the_composite_mpi_alone_connects():
-    done = processes.mpirun(2, *BENCH, *SMALL, "--no-composite", "--json")
+def test_without_the_baseline_mpi_alone_connects():
+    done = processes.mpirun(2, *BENCH, *SMALL, "--no-baseline", "--json")
     document = json.loads(done.stdout)
     assert document["machine"]["transport"] == "mpi"
-    assert all(row["composite_us"] is None for row in document["rows"])
+    assert all(row["baseline_us"] is None for row in document["rows"])
 
 
 def test_threads_are_those_of_the_environment():
@@ -114,7 +114,7 @@ def test_threads_are_those_of_the_environment():
     assert json.loads(done.stdout)["machine"]["threads"] == 2
 
 
-def test_the_composite_computes_what_the_layer_computes(tmp_path):
+def test_the_baseline_computes_what_the_layer_computes(tmp_path):
     script = tmp_path / "same_numbers.py"
     script.write_text(SAME_NUMBERS)
     done = processes.torchrun(2, script)
@@ -128,7 +128,7 @@ def test_a_shape_beyond_the_memory_ends_with_status_2_and_one_message():
 
 
 def test_processes_that_nothing_connects_are_refused():
-    done = processes.mpirun(2, *BENCH, *SMALL, "--no-composite", SYNCBN_TRANSPORT="single")
+    done = processes.mpirun(2, *BENCH, *SMALL, "--no-baseline", SYNCBN_TRANSPORT="single")
     assert done.returncode == 1
     assert done.stderr.count("needs all processes connected") == 1
     assert "syncbn doctor" in done.stderr

@@ -18,7 +18,7 @@ DOCTOR = ("-m", "syncbn", "doctor")
 
 
 class WrongSum(AbstractTransport):
-    name, rank, size, ranks, token, spec = "mpi", 0, 1, (0,), 7, None
+    name, rank, size, ranks, group_id, spec = "mpi", 0, 1, (0,), 7, None
 
     def all_reduce(self, wire):
         wire[-1] += 1e-9

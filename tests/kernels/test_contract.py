@@ -27,7 +27,7 @@ def implementation(request):
     if request.param == "torch":
         return TorchKernels()
     if request.param.startswith("cuda on cpu"):
-        return CupyKernels(EmulatedLauncher(slow="slow" in request.param), on_host=True)
+        return CupyKernels(EmulatedLauncher(slow="slow" in request.param), host_synchronous=True)
     pytest.importorskip("syncbn.kernels.host._host", reason="built without a compiler")
     return pytest.importorskip("syncbn.kernels.host.ops").HostKernels()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import syncbn
-from syncbn.transports import agreement, launchers
+from syncbn.transports import gather, launchers
 from syncbn.world import rendezvous
 from tests.conftest import DEVICE, LATE_VERDICT
 
@@ -27,8 +27,8 @@ class Ranks:
     def check(self, ok, detail=""):
         """Asserts on every rank that ``ok`` holds on every rank. Collective."""
         failed = torch.tensor([float(not ok)], dtype=torch.float64, device="cpu")
-        if agreement.exchange(failed, self.transport, "the verdict of a test").item():
-            notes = agreement.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
+        if gather.exchange(failed, self.transport, "the verdict of a test").item():
+            notes = gather.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
             raise AgreedError("\n".join(note for note in notes if note))
 
     def check_equal(self, actual, expected, detail=""):
@@ -52,7 +52,7 @@ class Ranks:
         except Exception as error:  # of any kind: raised further on one rank, it would end this run
             raised = error
         text = f"{type(raised).__name__}: {raised}" if raised else "nothing was raised"
-        texts = agreement.gather_notes(text, self.transport)
+        texts = gather.gather_notes(text, self.transport)
         if LATE_VERDICT:  # nobody asks the others: where all are wrong, each names itself
             texts = [re.sub(r"On rank \d+: ", "", t) for t in texts]
         self.check(all(t == texts[0] for t in texts), f"the ranks raised different things: {texts}")

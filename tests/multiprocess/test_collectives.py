@@ -18,7 +18,7 @@ class CountingTransport(AbstractTransport):
     def __init__(self, inner):
         self.inner, self.sent = inner, []
         self.name, self.rank, self.size, self.ranks = inner.name, inner.rank, inner.size, inner.ranks
-        self.token, self.spec, self.on_host = inner.token, inner.spec, inner.on_host
+        self.group_id, self.spec, self.host_synchronous = inner.group_id, inner.spec, inner.host_synchronous
 
     def all_reduce(self, wire):
         self.sent.append((wire.numel(), wire.dtype))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.multiprocess import batches
 
@@ -41,13 +41,13 @@ def _few_ranks_and_a_fresh_compiler(ranks):
 @pytest.fixture
 def sent(monkeypatch):
     """The identity of every message of this rank, in order."""
-    order, original = [], agreement.all_reduce
+    order, original = [], gather.all_reduce
 
     def all_reduce(wire, transport, message, *notes):
         order.append(str(message))
         return original(wire, transport, message, *notes)
 
-    monkeypatch.setattr(agreement, "all_reduce", all_reduce)
+    monkeypatch.setattr(gather, "all_reduce", all_reduce)
     return order
 
 
@@ -92,7 +92,7 @@ def check_step(ranks, run, model, one, sizes, side=4):
 
 
 def check_one_order(ranks, sent):
-    rows = agreement.gather_notes(" | ".join(sent[-12:]), ranks.transport)
+    rows = gather.gather_notes(" | ".join(sent[-12:]), ranks.transport)
     ranks.check(len(set(rows)) == 1, f"{rows}")
 
 

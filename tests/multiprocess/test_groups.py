@@ -101,7 +101,7 @@ def test_a_copy_of_a_specification_is_the_same_group(ranks, copier, used):
 def test_each_group_of_the_same_ranks_has_a_transport_of_its_own(ranks):
     specs = [specify(even_group(ranks)) for _ in range(2)]
     subgroups = [ranks.world.subgroup(ranks.size) for _ in range(2)]
-    tokens = {transports.choose(spec).token for spec in [*specs, *subgroups, None]}
+    tokens = {transports.choose(spec).group_id for spec in [*specs, *subgroups, None]}
     ranks.check(len(tokens) == (5 if ranks.size > 1 else len(tokens)), f"{specs} {subgroups} {tokens}")
 
 

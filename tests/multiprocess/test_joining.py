@@ -365,7 +365,7 @@ def test_a_backward_that_comes_too_late_is_refused(ranks):
 def test_a_rank_that_leaves_before_its_backward_is_told(ranks):
     """On that rank alone: the others are in backward by then."""
     joined = syncbn.join(syncbn.SyncBatchNorm(2))
-    heard = announcing.Heard("backward", 7, 1, False, False, 1)
+    heard = announcing.Outcome("backward", 7, 1, False, False, 1)
     ranks.raises(
         RuntimeError, lambda: joined._follow_backward(heard), "the backward of forward 7", "before the forward"
     )

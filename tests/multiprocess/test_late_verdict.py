@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ranks(1)
 def on_gpu(ranks, monkeypatch):
     """Gives CPU tensors the kernels of CUDA tensors, for a group of every rank."""
     if DEVICE.type == "cuda":
-        if ranks.transport.on_host:
+        if ranks.transport.host_synchronous:
             pytest.skip("MPI through host memory: errors are those of the CPU, at once")
         return
     implementation = CupyKernels(EmulatedLauncher(seed=ranks.rank))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from syncbn import moments
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from tests.multiprocess import faults
 from tests.multiprocess.conftest import AgreedError
 from tests.multiprocess.interpreters import Exact, Ours, interpret
@@ -51,7 +51,7 @@ def run(program, ranks):
     wrong = [*wrong_values(ours, exact, finished=finished), *wrong_gradients(ours, exact, finished=finished)]
     text = "" if error is None else f"{type(error).__name__}: {error}"
     row = torch.tensor([bool(wrong), isinstance(error, ValueError), zlib.crc32(text.encode())], device="cpu")
-    table = [tuple(row) for row in agreement.gather(row.double(), ranks.transport).long().tolist()]
+    table = [tuple(row) for row in gather.gather(row.double(), ranks.transport).long().tolist()]
     return verdict(program, table), f"{text} {'; '.join(wrong)}"
 
 
@@ -119,7 +119,7 @@ def count(ranks, number, allowed, change=lambda program: program):
         what, details = run(program, ranks)
         found[program.fault.kind if program.fault else "none", what] += 1
         if what != "right" and not (program.fault and what in allowed):
-            texts = agreement.by_rank(agreement.gather_notes(details, ranks.transport), tuple(range(ranks.size)))
+            texts = gather.by_rank(gather.gather_notes(details, ranks.transport), tuple(range(ranks.size)))
             raise AgreedError(f"the program of SYNCBN_TEST_SEED={seed} is {what}: {texts}\n  {program}")
     print(*sorted(found.items()) * (ranks.rank == 0), sep="\n")  # noqa: T201 - for those who run many, with -s
     return found

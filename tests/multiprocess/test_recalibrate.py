@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from tests.multiprocess.test_collectives import counting  # noqa: F401
 
 pytestmark = pytest.mark.ranks(1)
@@ -81,7 +81,7 @@ def test_every_rank_ends_with_the_same_bits(ranks, rng):
     model = syncbn.convert_sync_batchnorm(network())
     syncbn.recalibrate(model, data(ranks, rng)[ranks.rank])
     values = torch.cat([model[1].running_var, model[5].running_mean])
-    rows = agreement.gather(values, ranks.transport)
+    rows = gather.gather(values, ranks.transport)
     ranks.check(all(torch.equal(row, rows[0]) for row in rows))
 
 

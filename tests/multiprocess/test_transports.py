@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from syncbn import transports
-from syncbn.transports import agreement, launchers
+from syncbn.transports import gather, launchers
 from syncbn.transports.single import SingleTransport
 
 pytestmark = pytest.mark.ranks(1)
@@ -76,7 +76,7 @@ def test_all_reduce_sums_in_place(ranks, transport, dtype, length):
 def test_all_reduce_gives_every_rank_the_same_bits(ranks, transport):
     """Otherwise replicas drift apart: 0.1, 0.2, ... summed in another order end in other bits."""
     wire = transport.all_reduce(torch.full((257,), 0.1 * (transport.rank + 1), dtype=torch.float64))
-    rows = agreement.gather(wire, transport)
+    rows = gather.gather(wire, transport)
     ranks.check((rows == rows[0]).all().item(), "bits differ between ranks")
 
 
@@ -104,9 +104,9 @@ def test_split_makes_separate_groups(ranks, transport):
 
 
 def test_tokens_are_equal_inside_and_different_outside(ranks, transport):
-    tokens = agreement.gather(torch.tensor([transport.token % 2**53], dtype=torch.float64), transport)
+    tokens = gather.gather(torch.tensor([transport.group_id % 2**53], dtype=torch.float64), transport)
     ranks.check((tokens == tokens[0]).all().item(), f"{tokens}")
-    ranks.check(transport.size == 1 or transport.split(0).token != transport.token, "a new group, a new token")
+    ranks.check(transport.size == 1 or transport.split(0).group_id != transport.group_id, "a new group, a new group_id")
 
 
 def test_barrier_waits_for_the_last(ranks, transport, tmp_path_factory):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from syncbn import kernels, transports
 from syncbn.moments import CALL
-from syncbn.transports import agreement, mpi_staged, nccl
+from syncbn.transports import gather, mpi_staged, nccl
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.launchers import Launch
 from syncbn.transports.torch_dist import TorchTransport
@@ -32,7 +32,7 @@ class OnGpu(torch.Tensor):
 class Host:
     """MPI over some ranks that all are in this one's call, and send what this one sends, or rows that are given."""
 
-    rank, token, spec, serial = 0, 9, GroupSpec("mpi", (0, 1)), 0
+    rank, group_id, spec, serial = 0, 9, GroupSpec("mpi", (0, 1)), 0
 
     def __init__(self, size=2, rows=None):
         self.size, self.ranks, self.notes, self.rows = size, tuple(range(size)), [], rows
@@ -103,7 +103,7 @@ def test_mpi_carries_the_id_of_nccl_and_the_cpu_tensors(library, number):
     assert host.notes == [("broadcast", 128, 0)]
     transport.all_reduce(torch.ones(4))
     assert host.notes[-1] == ("all_reduce", 4)
-    assert (transport.token, transport.spec) == (9, host.spec)
+    assert (transport.group_id, transport.spec) == (9, host.spec)
 
 
 ALONE = [[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 2.0, 3.0, 5.0]]
@@ -235,9 +235,9 @@ def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
     try:
         with torch.device("meta"):  # what landed there would have no values
             transport = TorchTransport(dist.group.WORLD)
-            agreement.require_equal({"C": 3.0}, transport, "It", "")
+            gather.require_equal({"C": 3.0}, transport, "It", "")
             with pytest.raises(ValueError, match="On rank 0: bad"):
-                agreement.raise_together(ValueError("bad"), transport)
+                gather.raise_together(ValueError("bad"), transport)
             assert init.init().loss_scale(4) == 1.0
     finally:
         dist.destroy_process_group()

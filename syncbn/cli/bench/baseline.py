@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @final
-class CompositeBatchNorm(nn.BatchNorm2d):
+class BaselineBatchNorm(nn.BatchNorm2d):
     """Synchronised batch norm from torch operators: the means of x and x * x, averaged over the ranks by gloo.
 
     mean = sum_W(mean(x)) / W;  var = sum_W(mean(x * x)) / W - mean^2;  y = x * scale + shift

@@ -27,9 +27,9 @@ from tqdm import tqdm
 import syncbn
 from syncbn import kernels
 from syncbn.cli.bench import report
-from syncbn.cli.bench.baseline import CompositeBatchNorm
+from syncbn.cli.bench.baseline import BaselineBatchNorm
 from syncbn.cli.bench.report import Machine, Options, Row, Shape
-from syncbn.transports import agreement, launchers
+from syncbn.transports import gather, launchers
 from syncbn.world.init import World
 
 
@@ -59,7 +59,7 @@ def measure(shape: Shape, options: Options, world: World, tick: Callable[[], obj
         turns = [one_turn(layer, x, grad_y, world) for layer in layers]
         times += turns if round_ >= options.warmup else []
         tick()
-    slowest = agreement.gather(torch.tensor(times, dtype=torch.float64), world.transport).amax(0)
+    slowest = gather.gather(torch.tensor(times, dtype=torch.float64), world.transport).amax(0)
     columns = slowest.view(options.repeats, len(layers)).T.tolist()
     return Row(shape, *[statistics.median(column) for column in columns])
 
@@ -73,15 +73,15 @@ def _prepare(shape: Shape, options: Options, world: World) -> tuple[list[nn.Modu
     x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
     grad_y = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
     layers: list[nn.Module] = [nn.BatchNorm2d(C), syncbn.SyncBatchNorm(C)]
-    if _has_composite(options, world.size):
-        layers.append(CompositeBatchNorm(C))
+    if _has_baseline(options, world.size):
+        layers.append(BaselineBatchNorm(C))
     if dtype == torch.float64:
         layers = [layer.double() for layer in layers]
     return layers, x.requires_grad_(), grad_y
 
 
-def _has_composite(options: Options, processes: int) -> bool:
-    return options.composite and processes > 1
+def _has_baseline(options: Options, processes: int) -> bool:
+    return options.baseline and processes > 1
 
 
 def one_turn(layer: nn.Module, x: Tensor, grad_y: Tensor, world: World) -> float:
@@ -170,7 +170,7 @@ def _connect(options: Options, launch: launchers.Launch) -> World:
     """Connects all ranks, and sets up gloo if the baseline needs it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # an unconnected job is an error here, below
-        world = syncbn.init(torch_distributed=True if _has_composite(options, launch.size) else None, device="cpu")
+        world = syncbn.init(torch_distributed=True if _has_baseline(options, launch.size) else None, device="cpu")
     if world.size != launch.size:
         raise RuntimeError(
             f"syncbn bench needs all processes connected; {launch.name} started {launch.size} ({launch.evidence}), "

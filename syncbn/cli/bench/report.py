@@ -47,7 +47,7 @@ class Options:
     channels_last: bool = False
     repeats: int = 30
     warmup: int = 5
-    composite: bool = True
+    baseline: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Row:
     shape: Shape
     torch_us: float
     syncbn_us: float
-    composite_us: float | None = None
+    baseline_us: float | None = None
 
     @property
-    def composite_ratio(self) -> float | None:
+    def baseline_ratio(self) -> float | None:
         """The time of the baseline over ours."""
-        return None if self.composite_us is None else self.composite_us / self.syncbn_us
+        return None if self.baseline_us is None else self.baseline_us / self.syncbn_us
 
     @property
     def torch_ratio(self) -> float:
@@ -100,11 +100,11 @@ def render(rows: Sequence[Row], options: Options, machine: Machine, *, form: str
 
 def as_table(rows: Sequence[Row]) -> str:
     """Renders the rows, with the geometric means of the ratios below."""
-    headers = ["N,C,H,W", "torch us", "syncbn us", "composite us", "composite / syncbn", "syncbn / torch"]
+    headers = ["N,C,H,W", "torch us", "syncbn us", "baseline us", "baseline / syncbn", "syncbn / torch"]
     body = [
         [",".join(map(str, row.shape))]
-        + [_number(us, 0) for us in (row.torch_us, row.syncbn_us, row.composite_us)]
-        + [_number(ratio, 2) for ratio in (row.composite_ratio, row.torch_ratio)]
+        + [_number(us, 0) for us in (row.torch_us, row.syncbn_us, row.baseline_us)]
+        + [_number(ratio, 2) for ratio in (row.baseline_ratio, row.torch_ratio)]
         for row in rows
     ]
     means = [_number(mean, 2) for mean in _means(rows).values()]
@@ -120,21 +120,21 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Renders the rows as comma-separated values; the field is empty without the baseline."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["N", "C", "H", "W", "torch_us", "syncbn_us", "composite_us"])
-    writer.writerows([*row.shape, row.torch_us, row.syncbn_us, row.composite_us] for row in rows)
+    writer.writerow(["N", "C", "H", "W", "torch_us", "syncbn_us", "baseline_us"])
+    writer.writerows([*row.shape, row.torch_us, row.syncbn_us, row.baseline_us] for row in rows)
     return text.getvalue().rstrip("\n")
 
 
 def as_json(rows: Sequence[Row], options: Options, machine: Machine) -> str:
     """Renders everything as one JSON document."""
-    described = [asdict(r) | {"composite_ratio": r.composite_ratio, "torch_ratio": r.torch_ratio} for r in rows]
+    described = [asdict(r) | {"baseline_ratio": r.baseline_ratio, "torch_ratio": r.torch_ratio} for r in rows]
     document = {"machine": asdict(machine), "options": asdict(options), "rows": described}
     return json.dumps(document | {"geometric_mean": _means(rows)}, indent=2)
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float | None]:
     return {
-        "composite_ratio": geometric_mean([row.composite_ratio for row in rows]),
+        "baseline_ratio": geometric_mean([row.baseline_ratio for row in rows]),
         "torch_ratio": geometric_mean([row.torch_ratio for row in rows]),
     }
 

@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from syncbn.checks import verdicts
+from syncbn.checks import problems
 from syncbn.moments import STATUS_SLOTS, Counters, Message, Status
 
 REMEMBERED = 512
@@ -63,7 +63,7 @@ class DeferredErrors:
         counters = Counters(bool(same), count, Status._make(status))
         problem, found = counters.problem(int(ranks)), self._calls[int(number) % REMEMBERED]
         if found is None or found[0] != number:
-            raise verdicts.problem_error(problem, FORGOTTEN, f" {REMARK}")
+            raise problems.problem_error(problem, FORGOTTEN, f" {REMARK}")
         _, message, dtype, shape = found
         what = f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
-        raise verdicts.deferred_error(problem, counters, message, what, REMARK)
+        raise problems.deferred_error(problem, counters, message, what, REMARK)

@@ -40,16 +40,16 @@ class CupyKernels(AbstractKernels):
 
     Args:
         launcher: what runs them.
-        on_host: whether the host waits for the all-reduce anyway. It then compares calls and counters at once.
+        host_synchronous: whether the host waits for the all-reduce anyway. It then compares calls and counters at once.
             Otherwise the device compares them, and errors are deferred.
         threads: the largest block.
     """
 
     name = "cupy"
 
-    def __init__(self, launcher: AbstractLauncher, *, on_host: bool = False, threads: int = THREADS) -> None:
+    def __init__(self, launcher: AbstractLauncher, *, host_synchronous: bool = False, threads: int = THREADS) -> None:
         self._launcher, self._threads = launcher, threads
-        self.deferred = not on_host
+        self.deferred = not host_synchronous
 
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""

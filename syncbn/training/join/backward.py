@@ -39,7 +39,7 @@ def differentiable(output: Any) -> list[Tensor]:
     return found
 
 
-def noted(output: Any, joined: Trains, number: int) -> Any:
+def track_backward(output: Any, joined: Trains, number: int) -> Any:
     """Returns the output of forward ``number`` with tensors that announce their backward to ``joined``."""
     forward = Forward(joined, number)
     copies = {id(t): forward.note(t) for t in differentiable(output)}
@@ -56,9 +56,9 @@ class Forward:
 
     def note(self, output: Tensor) -> Tensor:
         """Returns a copy of an output. Its backward runs before that of the model."""
-        noted: Tensor = _Output.apply(self, output)  # type: ignore[no-untyped-call]
-        self.nodes.append(weakref.ref(noted.grad_fn))
-        return noted
+        tracked: Tensor = _Output.apply(self, output)  # type: ignore[no-untyped-call]
+        self.nodes.append(weakref.ref(tracked.grad_fn))
+        return tracked
 
     def before_backward(self) -> None:
         """Announces a backward pass once, with the outputs that it uses."""
@@ -80,10 +80,10 @@ class Forward:
 class _Output(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Forward, output: Tensor) -> Tensor:
-        ctx.noted = forward
+        ctx.forward_of = forward
         return output.clone()  # autograd refuses to change a view in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        ctx.noted.before_backward()
+        ctx.forward_of.before_backward()
         return None, grad

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from syncbn.layer import SyncBatchNorm
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,20 +35,22 @@ def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return cut_args, cut_kwargs
 
 
-def refusal(model: nn.Module, call: Call, hush: Callable[[], AbstractContextManager[None]]) -> Exception | None:
+def refusal(
+    model: nn.Module, call: Call, hooks_disabled: Callable[[], AbstractContextManager[None]]
+) -> Exception | None:
     """Runs the model on an empty local batch, without communication. Returns its error, or None.
 
     Args:
         model: the model, not wrapped. Its synchronised layers are in eval meanwhile.
         call: arguments of an empty local batch.
-        hush: a context in which the hooks of join do nothing.
+        hooks_disabled: a context in which the hooks of join do nothing.
     """
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and m.training]
     args, kwargs = call
     try:
         for layer in layers:
             layer.training = False
-        with hush(), torch.no_grad(), torch.random.fork_rng(devices=()):
+        with hooks_disabled(), torch.no_grad(), torch.random.fork_rng(devices=()):
             model(*args, **kwargs)
     except Exception as error:  # whatever a model raises
         return ValueError(
@@ -67,7 +69,7 @@ def send(call: Call | None, device: torch.device, transport: AbstractTransport) 
     Communication:
         One all-reduce of W values and two broadcasts, by every rank; the arguments travel pickled.
     """
-    has = agreement.gather(torch.tensor([float(call is not None)], dtype=torch.float64, device="cpu"), transport)
+    has = gather.gather(torch.tensor([float(call is not None)], dtype=torch.float64, device="cpu"), transport)
     root = int(has.flatten().argmax())
     host = tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, call)
     wire = torch.frombuffer(bytearray(pickle.dumps(host)), dtype=torch.uint8)

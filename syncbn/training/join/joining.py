@@ -25,8 +25,8 @@ from syncbn.training.join import backward, empty_batch, errors, optimizer_state,
 from syncbn.training.join.empty_batch import Call
 from syncbn.training.join.nested_values import Group
 from syncbn.training.join.optimizer_state import Source
-from syncbn.transports import agreement, announcing, groups
-from syncbn.transports.announcing import Heard, Hook, Said
+from syncbn.transports import announcing, gather, groups
+from syncbn.transports.announcing import Announcement, Hook, Outcome
 from syncbn.transports.base import AbstractTransport
 from syncbn.world.init import World
 
@@ -98,7 +98,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         settings = {"throw_on_early_termination": self._throw, "number of parameters": len(list(self._params()))}
         settings |= {"DistributedDataParallel": self._inner is not self._model}
         settings |= {"number of lazy tensors": self._count_lazy()}
-        agreement.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
+        gather.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
         optimizer_state.require_same(self._optimizers, self._inner, everyone)
         self._refuse_lazy()
         self._alone = self._which_are_alone()
@@ -123,7 +123,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             elif isinstance(error, Exception) and not self._inside and not self._over:
                 # The others wait in their next announcement, and hear of the error there. This rank raises its own.
                 with contextlib.suppress(RuntimeError, ValueError, TypeError):
-                    self._say(Said(None, error=RuntimeError(f"left syncbn.join with {error!r}")))
+                    self._say(Announcement(None, error=RuntimeError(f"left syncbn.join with {error!r}")))
         finally:
             announcing.close()
             for hook in self._hooks:
@@ -138,7 +138,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             return False
         if transport is not self._world.transport:  # ranks that have finished would answer in another group
             raise errors.other_world(operation)
-        self._say(Said(operation))
+        self._say(Announcement(operation))
         self._within = self._inside = True
         return True
 
@@ -146,7 +146,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         """Notes that the announced operation has ended, well or with an exception."""
         self._within, self._inside = False, not well
 
-    def _say(self, said: Said) -> Heard:
+    def _say(self, said: Announcement) -> Outcome:
         self._over = True
         heard = announcing.announce(said, self._transport)
         if self._throw and 0 < heard.finished < self._transport.size:
@@ -170,14 +170,14 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             error = error or ValueError(errors.NO_SYNC_OF_A_PART)
         flags = torch.is_grad_enabled() + 2 * getattr(model, "require_backward_grad_sync", True)
         flags += 4 * (alone != self._alone)
-        heard = self._say(Said("forward", self._forwards, flags, error=error))
+        heard = self._say(Announcement("forward", self._forwards, flags, error=error))
         self._share(heard)
         self._inside = True
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._quiet or not model.training or torch._C._current_graph_task_id() != -1:
             return output
-        output = backward.noted(output, self, self._forwards)
+        output = backward.track_backward(output, self, self._forwards)
         self._forwards += 1
         self._inside = False
         return output
@@ -191,7 +191,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         fresh = all(p.grad is None or not p.grad.any() for p in self._params())
         flags = sum(2**i for i, each in enumerate(used) if each)
         error = None if forward >= self._forwards - KEPT else errors.too_old(self._forwards - forward, KEPT)
-        self._say(Said("backward", forward, flags, fresh, error=error))
+        self._say(Announcement("backward", forward, flags, fresh, error=error))
         self._inside = True
         torch.autograd.Variable._execution_engine.queue_callback(self.leave)
 
@@ -217,7 +217,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         finally:
             self._quiet = False
 
-    def _share(self, heard: Heard) -> None:
+    def _share(self, heard: Outcome) -> None:
         if heard.needs_example:
             self._example = empty_batch.send(self._example, self._device, self._transport)
 
@@ -227,7 +227,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         """Takes part in what the others do, with an empty local batch, until all have finished."""
         follow = {"forward": self._follow_forward, "backward": self._follow_backward}
         own, world = self._forwards, self._world
-        while (heard := self._say(Said(None, needs_example=self._example is None))).operation is not None:
+        while (heard := self._say(Announcement(None, needs_example=self._example is None))).operation is not None:
             if heard.operation == "average_gradients":
                 world.average_gradients(self._inner)
             elif heard.operation == "loss_scale":
@@ -237,7 +237,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             else:
                 follow[heard.operation](heard)
         row = torch.tensor([float(own)], dtype=torch.float64, device="cpu")
-        made = [int(forwards) for (forwards,) in agreement.gather(row, self._transport).tolist()]
+        made = [int(forwards) for (forwards,) in gather.gather(row, self._transport).tolist()]
         if min(made) < max(made):
             self._hand_over(made, made.index(max(made)))
         if own < max(made):
@@ -252,13 +252,13 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             optimizer_state.broadcast(self._optimizers, self._inner, root, group)
         except (TypeError, ValueError) as refused:  # by every rank alike
             error = refused
-        received = agreement.by_rank([f"{forwards} forwards" for forwards in made], self._transport.ranks)
+        received = gather.by_rank([f"{forwards} forwards" for forwards in made], self._transport.ranks)
         copied = () if error else self._optimizers
         stale_optimizers.refuse(self._stepped, copied, self._inner, root, received=received, host=self._transport)
         if error:
             raise error
 
-    def _follow_forward(self, heard: Heard) -> None:
+    def _follow_forward(self, heard: Outcome) -> None:
         self._share(heard)
         assert self._example is not None
         args, kwargs = self._example
@@ -267,7 +267,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         self._waiting.pop(heard.forward - KEPT, None)
 
     @contextlib.contextmanager
-    def _no_sync(self, heard: Heard) -> Iterator[None]:
+    def _no_sync(self, heard: Outcome) -> Iterator[None]:
         with contextlib.ExitStack() as both:
             if isinstance(self._model, DistributedDataParallel) and not heard.flags & 2:
                 both.enter_context(self._model.no_sync())
@@ -275,7 +275,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
                 both.enter_context(modes.no_sync(self._inner))
             yield
 
-    def _follow_backward(self, heard: Heard) -> None:
+    def _follow_backward(self, heard: Outcome) -> None:
         if heard.forward not in self._waiting:
             raise errors.unfinished(heard.forward)
         if heard.fresh:  # else gradients of several backwards are being summed, and this rank's are a part of them

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from syncbn.training.join import nested_values
 from syncbn.training.join.nested_values import Encoder, Group
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 
 Source = Optimizer | LRScheduler | GradScaler
@@ -69,12 +69,12 @@ def require_same(
     names = names_of(model)
     checksum = zlib.crc32(repr([] if wrong else [_layout(each, names) for each in sources]).encode())
     row = torch.tensor([float(checksum), float(error is not None)], dtype=torch.float64, device="cpu")
-    checksums, errors = agreement.gather(row, transport).T.tolist()
+    checksums, errors = gather.gather(row, transport).T.tolist()
     if any(errors):
-        agreement.raise_gathered(error, transport)
+        gather.raise_gathered(error, transport)
     if len(set(checksums)) > 1:
         text = f"{', '.join(map(_describe, sources)) or 'no optimizer'} (checksum {checksum:08x})"
-        received = agreement.by_rank(agreement.gather_notes(text, transport), transport.ranks)
+        received = gather.by_rank(gather.gather_notes(text, transport), transport.ranks)
         raise ValueError(
             "syncbn.join needs the same optimizers on every rank, over the same parameters in the same order; "
             f"received {received}. Make them alike, and pass them in one order."

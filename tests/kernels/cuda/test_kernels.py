@@ -387,7 +387,7 @@ def test_weights_of_other_ranks_masks_are_too_few_for_a_rank_without_samples_too
 
 def test_where_the_host_waits_anyway_it_compares_there():
     launcher = EmulatedLauncher()
-    k = CupyKernels(launcher, on_host=True)
+    k = CupyKernels(launcher, host_synchronous=True)
     assert CupyKernels(launcher).deferred
     assert not k.deferred
     x, grad_y = batch((4, 5))

@@ -197,10 +197,10 @@ def test_without_cupy_the_readable_kernels_serve_with_one_hint(monkeypatch):
 
 def test_a_plane_that_32_bits_cannot_count_gets_torchs_operators(monkeypatch):
     monkeypatch.setattr(kernels.dispatch, "PLAIN", (SimpleNamespace,))
-    monkeypatch.setattr(kernels.dispatch, "cuda_kernels", lambda on_host: "cupy")
+    monkeypatch.setattr(kernels.dispatch, "cuda_kernels", lambda host_synchronous: "cupy")
     for shape, expected in (((4, 2, 2**29), "cupy"), ((1, 2, 2**31), "torch")):
         x = SimpleNamespace(is_cuda=True, is_neg=lambda: False, numel=lambda shape=shape: prod(shape), shape=shape)
-        found = kernels.on_device(x, SimpleNamespace(size=1, on_host=False))
+        found = kernels.on_device(x, SimpleNamespace(size=1, host_synchronous=False))
         assert getattr(found, "name", found) == expected
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from syncbn import moments
 from syncbn.checks.inputs import NAME, mask_values_error, name_of
 from syncbn.moments import DTYPES, Counters, Message, Status
-from syncbn.transports.agreement import Notes, by_rank, calls_differ, gather_notes, raise_gathered
 from syncbn.transports.base import AbstractTransport
+from syncbn.transports.gather import Notes, by_rank, calls_differ, gather_notes, raise_gathered
 
 
 def raise_problem(
@@ -69,7 +69,7 @@ def is_late(x: Tensor, transport: AbstractTransport) -> bool:
     Some ranks do read the counters: with a mask, in a compiled graph, without CuPy. They cannot know whether the others
     do. So in such a group no rank asks the others about an error, and every rank whose autograd records joins backward.
     """
-    return x.is_cuda and transport.size > 1 and not transport.on_host
+    return x.is_cuda and transport.size > 1 and not transport.host_synchronous
 
 
 def alone(error: Exception, transport: AbstractTransport) -> Exception:

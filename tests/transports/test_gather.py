@@ -8,7 +8,7 @@ from syncbn import moments
 from syncbn.calls import sites
 from syncbn.calls.sites import Site
 from syncbn.moments import Message
-from syncbn.transports import agreement
+from syncbn.transports import gather
 from syncbn.transports.base import MismatchError
 from syncbn.transports.single import SingleTransport
 
@@ -18,7 +18,7 @@ SETTINGS = (3, 1e-5, 0.1, True, None)
 class Told:
     """Three ranks, ours the first; what the others say is given, and what is sent is kept."""
 
-    rank, size, ranks, token, serial, layers = 0, 3, (0, 2, 5), 9, 7, 0
+    rank, size, ranks, group_id, serial, layers = 0, 3, (0, 2, 5), 9, 7, 0
 
     def __init__(self, *others, wires=(), refuses=""):
         self.others, self.wires, self.refuses, self.sent = others, list(wires), refuses, []
@@ -48,7 +48,7 @@ def said(message, order=1, settings="eps=1e-05"):
 
 def test_ranks_in_different_calls_are_named_with_their_calls():
     transport = Told(said(of("a")), said(of("b", 1)))
-    error = agreement.calls_differ(of("a"), notes(), transport)
+    error = gather.calls_differ(of("a"), notes(), transport)
     assert type(error) is ValueError
     assert str(error).startswith(
         "All ranks must be in one call; received forward of 'a' (call 7) on ranks 0, 2 and backward of 'b' (call 7) on "
@@ -58,19 +58,19 @@ def test_ranks_in_different_calls_are_named_with_their_calls():
 
 
 def test_a_rank_that_is_silent_is_named_too():
-    error = agreement.calls_differ(of("a"), notes(), Told(said(of("a")), None))
+    error = gather.calls_differ(of("a"), notes(), Told(said(of("a")), None))
     assert "forward of 'a' (call 7) on ranks 0, 2 and an unknown call: it sent no word on rank 5" in str(error)
 
 
 def test_layers_of_one_name_are_told_apart_by_their_order():
-    error = agreement.calls_differ(of("a"), notes(1), Told(said(of("a"), 2), said(of("a"), 1)))
+    error = gather.calls_differ(of("a"), notes(1), Told(said(of("a"), 2), said(of("a"), 1)))
     assert "All ranks must call the same layer" in str(error)
     assert "(call 7), layer 1 of the group on ranks 0, 5" in str(error)
     assert "(call 7), layer 2 of the group on rank 2" in str(error)
 
 
 def test_settings_that_changed_on_one_rank_are_named():
-    error = agreement.calls_differ(of("a"), notes(), Told(said(of("a"), settings="eps=0.001"), said(of("a"))))
+    error = gather.calls_differ(of("a"), notes(), Told(said(of("a"), settings="eps=0.001"), said(of("a"))))
     assert "the same settings of 'a'; received eps=1e-05 on ranks 0, 5 and eps=0.001 on rank 2. Change" in str(error)
 
 
@@ -78,14 +78,14 @@ def test_what_the_library_below_refuses_is_an_error_about_calls_with_its_words(c
     """This rank says it at once, too: its launcher may end it while it waits for the others."""
     transport = Told(said(of("a")), said(of("a")), refuses="message truncated")
     with pytest.raises(ValueError, match=r"one call; received forward of 'a'.*The library below said: message trunc"):
-        agreement.all_reduce(torch.zeros(9), transport, of("a"), notes())
+        gather.all_reduce(torch.zeros(9), transport, of("a"), notes())
     assert capsys.readouterr().err == "syncbn: rank 0 was in forward of 'a' (call 7); message truncated\n"
 
 
 def test_numbers_travel_in_a_message_that_says_what_they_are():
     transport = Told()
     values = torch.tensor([1.5, 2.0], dtype=torch.float64)
-    assert agreement.exchange(values, transport, "some numbers").tolist() == [4.5, 6.0]
+    assert gather.exchange(values, transport, "some numbers").tolist() == [4.5, 6.0]
     (wire,) = transport.sent
     numbers = moments.numbers(7, moments.text_hash("some numbers"), 0)
     assert wire.tolist() == [*moments.head(numbers), 1.5, 2.0]
@@ -96,7 +96,7 @@ def test_an_exchange_that_meets_another_is_an_error():
     words = [str(Message((1, 2, 3, 4), 3, "other numbers", -1, 7)) + "\n\n"] * 2
     transport = Told(*words, wires=[2 * torch.tensor([*other, 0.0], dtype=torch.float64)])
     with pytest.raises(ValueError, match=r"one call; received .*some numbers.* on rank 0 and .*other numbers.* on ran"):
-        agreement.exchange(torch.zeros(1, dtype=torch.float64), transport, "some numbers")
+        gather.exchange(torch.zeros(1, dtype=torch.float64), transport, "some numbers")
 
 
 def rows(*others):
@@ -148,5 +148,5 @@ def test_a_group_of_one_compares_nothing(monkeypatch):
 
 def test_one_process_raises_its_own_error_with_its_rank():
     with pytest.raises(TypeError, match=r"^On rank 0: wrong$"):
-        agreement.raise_together(TypeError("wrong"), SingleTransport(), "a test")
-    agreement.raise_together(None, SingleTransport(), "a test")
+        gather.raise_together(TypeError("wrong"), SingleTransport(), "a test")
+    gather.raise_together(None, SingleTransport(), "a test")
