@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 LAUNCH = launchers.detect()
 WANTED = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
 DEVICE = torch.device(fake_cuda.install() if WANTED == fake_cuda.NAME else WANTED)
-"""Where tests make their tensors: launch/gpu.sh runs them on a GPU, make test-fake-gpu on one of host memory."""
+"""Where tests make their tensors: launch/gpu.sh runs them on a GPU, tests/run.sh fake-gpu on one of host memory."""
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # the default, which keeps 10 bits: convolutions are part of the oracles
@@ -49,9 +49,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if _starts_programs(item):
             item.add_marker(pytest.mark.program)
-        if (
-            "multiprocess" in item.nodeid and "compil" in item.nodeid
-        ):  # seconds each, and as many on any number of ranks
+        if "multiprocess" in item.nodeid and "compil" in item.nodeid:  # seconds each, the same on any number of ranks
             item.add_marker(pytest.mark.slow)
         if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=about.args[0]))

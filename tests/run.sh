@@ -19,14 +19,17 @@ several=tests/multiprocess
 counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining}.py)
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{late_verdict,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
+gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"
 brief="not slow and not program"
 
-stages() { # the stages of a set, or those that are named
-    case $1 in
-        quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-        rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
-        *) echo "$@" ;;
-    esac
+stages() { # the stages of each set, and those that are named
+    for word in "$@"; do
+        case $word in
+            quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
+            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+            *) echo "$word" ;;
+        esac
+    done
 }
 
 ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
@@ -61,6 +64,7 @@ stage() {
     esac
 }
 
+[ $# -gt 0 ] || { sed -n "3,8s/^# \{0,1\}//p" tests/run.sh >&2; exit 2; }
 began=$SECONDS tests=0 names=$(stages "$@")
 for name in $names; do
     started=$SECONDS

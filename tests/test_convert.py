@@ -430,6 +430,16 @@ def test_a_converted_model_copies_and_pickles():
     assert type(revert_sync_batchnorm(model)[1]) is nn.BatchNorm1d
 
 
+def test_a_pickle_names_no_file_of_ours():
+    """So that it survives every move of a file. The attributes are plain values."""
+    group = syncbn.GroupSpec("blocks", (), size=1)
+    layers = [convert_sync_batchnorm(nn.BatchNorm1d(3), group), convert_sync_batchnorm(nn.LazyBatchNorm1d())]
+    layers.append(syncbn.SyncBatchNorm(3, renorm_limits=syncbn.RenormLimits(2.0, 1.0)))
+    named = [getattr(syncbn, name) for name in syncbn.__all__]
+    assert {each.__module__ for each in named if isinstance(each, type)} == {"syncbn"}
+    assert b"syncbn." not in pickle.dumps([*layers, syncbn.RenormLimits()])
+
+
 def names(model):
     return [layer._site.name for layer in model.modules() if isinstance(layer, syncbn.SyncBatchNorm)]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from syncbn.transports import groups, launchers
+from syncbn.transports import gather, groups, launchers
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.single import SingleTransport
@@ -175,8 +175,6 @@ def connect_subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
 
 def _block(size: int, device_type: str) -> AbstractTransport:
     """Makes this rank's group of ``size`` consecutive ranks. Collective over every rank of the job."""
-    from syncbn.transports import gather
-
     everyone = choose(None, device_type)
     if everyone.size == 1:
         return everyone
@@ -224,8 +222,6 @@ def _require_same_label(spec: GroupSpec, transport: AbstractTransport) -> None:
 
     torch names such a group by a count, so ranks that make their groups in another order would join the wrong one.
     """
-    from syncbn.transports import gather
-
     label = {"checksum of process_group's label": zlib.crc32(spec.label.encode())}
     remedy = "Use layers of another job for the first time in one order on every rank, before they go to threads."
     gather.require_equal(label, transport, "SyncBatchNorm", remedy)

@@ -68,6 +68,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             text.
     """
 
+    __module__ = "syncbn"
+
     def __init__(
         self,
         model: nn.Module,
