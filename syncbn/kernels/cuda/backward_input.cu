@@ -24,59 +24,49 @@ struct BackwardInput {
 };
 
 template <class T, template <class> class Layout>
-__global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) backward_input(const BackwardInput a) {
+__global__ void __launch_bounds__(MAX_THREADS, ELEMENTWISE_RESIDENT) backward_input(const BackwardInput a) {
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
     __shared__ Number coefficients[4][MAX_THREADS];
     const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
-    const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
-    const Int first = place.group * Walk::channels();
-    const bool same = same_call(a.wire, a.numbers);
-    if (!same && blockIdx.x == 0 && me == 0) defer(a.error, a.ranks, same, 0, nullptr);
-    const double count = *a.count < 1 ? 1 : *a.count;
-    for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
-        const Int c = first + i;
-        const double mean = a.mean[c], invstd = a.invstd[c], sum = a.wire[CALL + c], sum_xhat = a.wire[CALL + a.shape.C + c];
-        const Value weight = fetch(a.weight, c);
-        round_to(&coefficients[0][i], mean);
-        round_to(&coefficients[1][i], -(invstd * sum_xhat / count));
-        round_to(&coefficients[2][i], sum / count);
-        round_to(&coefficients[3][i], same ? invstd * read(a.weight, weight, 1) : nan(""));
-    }
-    __syncthreads();
     Walk walk(a.shape, place, From::END);
     Number k[4][Walk::CHANNELS];
-#pragma unroll
-    for (int i = 0; i < 4 * Walk::CHANNELS; ++i) {
-        const int which = i / Walk::CHANNELS, j = i % Walk::CHANNELS;
-        k[which][j] = j < walk.used() ? coefficients[which][Walk::slot() + j] : 0;
-    }
-    const T *grad_y = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
-    T* grad_x = static_cast<T*>(a.grad_x);
-    in_batches<T, 2>(walk.steps, a.shape.width, [&](auto access, int step) {
-        typedef decltype(access) A;
-        constexpr int UNROLL = A::PACKS;
-        Pack<T> gs[UNROLL], xs[UNROLL];
-        Int offsets[UNROLL];
-        int lengths[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            offsets[u] = walk.offset;
-            lengths[u] = step + u < walk.steps ? walk.template length<A>() : 0;
-            gs[u] = load<A>(grad_y + offsets[u], lengths[u]);
-            xs[u] = load<A>(x + offsets[u], lengths[u]);
-            walk.back();
+    const auto prepare = [&] {
+        const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
+        const Int first = place.group * Walk::channels();
+        const bool same = same_call(a.wire, a.numbers);
+        if (!same && blockIdx.x == 0 && me == 0) defer(a.error, a.ranks, same, 0, nullptr);
+        const double count = *a.count < 1 ? 1 : *a.count;
+        for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
+            const Int c = first + i;
+            const double mean = a.mean[c], invstd = a.invstd[c];
+            const double sum = a.wire[CALL + c], sum_xhat = a.wire[CALL + a.shape.C + c];
+            const Value weight = fetch(a.weight, c);
+            round_to(&coefficients[0][i], mean);
+            round_to(&coefficients[1][i], -(invstd * sum_xhat / count));
+            round_to(&coefficients[2][i], sum / count);
+            round_to(&coefficients[3][i], same ? invstd * read(a.weight, weight, 1) : nan(""));
         }
+        __syncthreads();
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
+        for (int i = 0; i < 4 * Walk::CHANNELS; ++i) {
+            const int which = i / Walk::CHANNELS, j = i % Walk::CHANNELS;
+            k[which][j] = j < walk.used() ? coefficients[which][Walk::slot() + j] : 0;
+        }
+    };
+    const T* const tensors[] = {static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)};
+    T* grad_x = static_cast<T*>(a.grad_x);
+    in_batches<2, From::END>(walk, tensors, a.shape.width, prepare, [&](auto& batch) {
+#pragma unroll
+        for (int u = 0; u < batch.PACKS; ++u) {
             Pack<T> result;
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
                 const int j = i % Walk::CHANNELS;
-                const Number v = times(minus(widen(xs[u].at[i]), k[0][j]), k[1][j]);
-                narrow(times(minus(plus(v, widen(gs[u].at[i])), k[2][j]), k[3][j]), result.at + i);
+                const Number v = times(minus(widen(batch.packs[1][u].at[i]), k[0][j]), k[1][j]);
+                narrow(times(minus(plus(v, widen(batch.packs[0][u].at[i])), k[2][j]), k[3][j]), result.at + i);
             }
-            store<A>(grad_x + offsets[u], result, lengths[u]);
+            batch.write(grad_x, u, result);
         }
     });
 }

@@ -28,31 +28,25 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) ba
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
     Walk walk(a.shape, place);
-    const T *grad_y = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
+    const T* const tensors[] = {static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)};
     Sum<T> sums[2][Walk::CHANNELS];
     Number mean[Walk::CHANNELS];
+    const auto prepare = [&] {
 #pragma unroll
-    for (int i = 0; i < Walk::CHANNELS; ++i) mean[i] = CENTERED && i < walk.used() ? a.mean[walk.c + i] : 0;
-    in_batches<T, 2>(walk.steps, a.shape.width, [&](auto access, int step) {
-        typedef decltype(access) A;
-        constexpr int UNROLL = A::PACKS;
-        Pack<T> gs[UNROLL], xs[UNROLL];
+        for (int i = 0; i < Walk::CHANNELS; ++i) mean[i] = CENTERED && i < walk.used() ? a.mean[walk.c + i] : 0;
+    };
+    in_batches<2, From::START>(walk, tensors, a.shape.width, prepare, [&](auto& batch) {
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const int length = step + u < walk.steps ? walk.template length<A>() : 0;
-            gs[u] = load<A>(grad_y + walk.offset, length);
-            xs[u] = load<A>(x + walk.offset, length);
-            walk.next();
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
+        for (int u = 0; u < batch.PACKS; ++u) {
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {  // past the end grad_y is 0
-                const Number g = Sum<T>::number(gs[u].at[i]), v = Sum<T>::number(xs[u].at[i]);
+                const Number g = Sum<T>::number(batch.packs[0][u].at[i]), v = Sum<T>::number(batch.packs[1][u].at[i]);
                 const int j = i % Walk::CHANNELS;
                 sums[0][j].add(g);
                 sums[1][j].add_product(g, CENTERED ? v - mean[j] : v);
             }
+            batch.next();
+        }
     });
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_grad_y, double sum_product) {
         const double centered = CENTERED ? sum_product : sum_product - a.mean[c] * sum_grad_y;

@@ -25,6 +25,8 @@ FLOAT32_TO_FLOAT64 = 87
 EXPANSION_PAYS = 8
 """The ratio from which float32 expansions (13 to 22 operations) are used. It is 2 on A100, H100 and B200, 32 or 64 on
 GeForce, A10, L4 and L40."""
+TICKETS, STORED = 4096, 64
+"""The usual number of tickets, and how many captures get theirs without a fill."""
 REMEDY = "SYNCBN_KERNELS=torch runs torch's own operators instead."
 
 
@@ -77,6 +79,7 @@ class CupyLauncher(AbstractLauncher):
         self._functions: dict[tuple[str, int], int] = {}
         self._loaded: list[Any] = []  # keeps the functions of _functions loaded, even after cupy.clear_memo()
         self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+        self._store: dict[int, list[Tensor]] = {}
         self._deferred_errors: dict[int, DeferredErrors] = {}
         self._local = threading.local()  # forward and backward launch from different threads
 
@@ -85,7 +88,7 @@ class CupyLauncher(AbstractLauncher):
     ) -> None:
         """See :meth:`AbstractLauncher.launch`. The raw launch takes a fifth of the time of CuPy's own call."""
         device = x.get_device()
-        if device != torch.cuda.current_device():
+        if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self.launch(kernel, grid, block, layout, values, x)
         function = self._functions.get((kernel, device)) or self._compile(kernel, device)
@@ -107,14 +110,25 @@ class CupyLauncher(AbstractLauncher):
 
         A capture gets its own for each of its streams: a graph may run beside the stream, its branches in parallel.
         """
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        device = x.get_device()
+        stream = torch._C._cuda_getCurrentRawStream(device)
         capture = capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
-        key = (x.get_device(), stream, capture != 0)
+        key = (device, stream, capture != 0)
         found = self._tickets.get(key)
         if found is None or found[0] != capture or found[1].numel() < groups:
-            found = capture, torch.zeros(max(groups, 4096), dtype=torch.int32, device=x.device)
-            self._tickets[key] = found
+            found = self._tickets[key] = capture, self._zeros(x, groups, capture != 0)
         return found[1]
+
+    def _zeros(self, x: Tensor, groups: int, captured: bool) -> Tensor:
+        """Returns new tickets. A capture gets them from a store: filling them would be one more node of the graph."""
+        store = self._store.get(x.get_device())
+        if captured and store and groups <= TICKETS:
+            return store.pop()
+        zeros = torch.zeros(max(groups, TICKETS), dtype=torch.int32, device=x.device)
+        if store is None and not captured:
+            self._store[x.get_device()] = list(torch.zeros(STORED, TICKETS, dtype=torch.int32, device=x.device))
+            torch.cuda.current_stream(x.device).synchronize()  # a graph may be replayed on any stream
+        return zeros
 
     def deferred_errors(self, x: Tensor) -> DeferredErrors:
         """See :meth:`AbstractLauncher.deferred_errors`. Pinned memory has one address for host and device."""

@@ -25,26 +25,20 @@ __global__ void __launch_bounds__(MAX_THREADS, (RESIDENT<Layout<T>, Sum<T>>)) lo
     const Int C = a.shape.C;
     const Place place(a.shape, blockIdx.x);
     Walk walk(a.shape, place);
-    const T* x = static_cast<const T*>(a.x);
+    const T* const tensors[] = {static_cast<const T*>(a.x)};
     Sum<T> sums[2][Walk::CHANNELS];
-    in_batches<T, 4>(walk.steps, a.shape.width, [&](auto access, int step) {
-        typedef decltype(access) A;
-        constexpr int UNROLL = A::PACKS;
-        Pack<T> packs[UNROLL];
+    in_batches<4, From::START>(walk, tensors, a.shape.width, [] {}, [&](auto& batch) {
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            packs[u] = load<A>(x + walk.offset, step + u < walk.steps ? walk.template length<A>() : 0);
-            walk.next();
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
+        for (int u = 0; u < batch.PACKS; ++u) {
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
-                const auto v = Sum<T>::number(packs[u].at[i]);
+                const auto v = Sum<T>::number(batch.packs[0][u].at[i]);
                 const int j = i % Walk::CHANNELS;
                 sums[0][j].add(v);
                 sums[1][j].add_product(v, v);
             }
+            batch.next();
+        }
     });
     reduce(a.shape, place, walk, a.reduction, sums, [&](Int c, double sum_x, double sum_x2) {
         a.wire[SUMS + c] = sum_x;

@@ -94,56 +94,47 @@ __device__ inline void finalize(const Normalize& a, const Counters& counters) {
 }
 
 template <class T, template <class> class Layout>
-__global__ void __launch_bounds__(MAX_THREADS, Layout<T>::RESIDENT) normalize(const Normalize a) {
+__global__ void __launch_bounds__(MAX_THREADS, ELEMENTWISE_RESIDENT) normalize(const Normalize a) {
     typedef Layout<T> Walk;
     typedef typename Compute<T>::Type Number;
     __shared__ Number coefficients[3][MAX_THREADS];
-    const Counters counters(a);
-    if (blockIdx.x < a.stats_blocks) return finalize(a, counters);
+    if (blockIdx.x < a.stats_blocks) return finalize(a, Counters(a));
     const Place place(a.shape, gridDim.x - 1 - blockIdx.x);
-    const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
-    const Int first = place.group * Walk::channels();
-    for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
-        const Sums sums(a, first + i);
-        const Value weight = fetch(a.weight, first + i), bias = fetch(a.bias, first + i);
-        const Finalized f(sums, counters, a.eps);
-        round_to(&coefficients[0][i], f.mean);
-        round_to(&coefficients[1][i], f.invstd * read(a.weight, weight, 1));
-        round_to(&coefficients[2][i], read(a.bias, bias, 0));
-    }
-    __syncthreads();
     Walk walk(a.shape, place, From::END);
     Number mean[Walk::CHANNELS], scale[Walk::CHANNELS], bias[Walk::CHANNELS];
-#pragma unroll
-    for (int i = 0; i < Walk::CHANNELS; ++i) {
-        mean[i] = i < walk.used() ? coefficients[0][Walk::slot() + i] : 0;
-        scale[i] = i < walk.used() ? coefficients[1][Walk::slot() + i] : 0;
-        bias[i] = i < walk.used() ? coefficients[2][Walk::slot() + i] : 0;
-    }
-    const T* x = static_cast<const T*>(a.x);
-    T* y = static_cast<T*>(a.y);
-    in_batches<T, 4>(walk.steps, a.shape.width, [&](auto access, int step) {
-        typedef decltype(access) A;
-        constexpr int UNROLL = A::PACKS;
-        Pack<T> packs[UNROLL];
-        Int offsets[UNROLL];
-        int lengths[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            offsets[u] = walk.offset;
-            lengths[u] = step + u < walk.steps ? walk.template length<A>() : 0;
-            packs[u] = load<A>(x + offsets[u], lengths[u]);
-            walk.back();
+    const auto prepare = [&] {
+        const Counters counters(a);
+        const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
+        const int first = place.group * Walk::channels();
+        for (int i = me; i < Walk::channels() && first + i < a.shape.C; i += threads) {
+            const Sums sums(a, first + i);
+            const Value weight = fetch(a.weight, first + i), bias = fetch(a.bias, first + i);
+            const Finalized f(sums, counters, a.eps);
+            round_to(&coefficients[0][i], f.mean);
+            round_to(&coefficients[1][i], f.invstd * read(a.weight, weight, 1));
+            round_to(&coefficients[2][i], read(a.bias, bias, 0));
         }
+        __syncthreads();
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
+        for (int i = 0; i < Walk::CHANNELS; ++i) {
+            mean[i] = i < walk.used() ? coefficients[0][Walk::slot() + i] : 0;
+            scale[i] = i < walk.used() ? coefficients[1][Walk::slot() + i] : 0;
+            bias[i] = i < walk.used() ? coefficients[2][Walk::slot() + i] : 0;
+        }
+    };
+    const T* const tensors[] = {static_cast<const T*>(a.x)};
+    T* y = static_cast<T*>(a.y);
+    in_batches<4, From::END>(walk, tensors, a.shape.width, prepare, [&](auto& batch) {
+#pragma unroll
+        for (int u = 0; u < batch.PACKS; ++u) {
             Pack<T> result;
 #pragma unroll
             for (int i = 0; i < Walk::V; ++i) {
                 const int j = i % Walk::CHANNELS;
-                narrow(plus(times(minus(widen(packs[u].at[i]), mean[j]), scale[j]), bias[j]), result.at + i);
+                const Number centered = minus(widen(batch.packs[0][u].at[i]), mean[j]);
+                narrow(plus(times(centered, scale[j]), bias[j]), result.at + i);
             }
-            store<A>(y + offsets[u], result, lengths[u]);
+            batch.write(y, u, result);
         }
     });
 }

@@ -247,12 +247,13 @@ def _values(values: Tensor | None, x: Tensor) -> tuple[int, int, int]:
     """Returns the fields of Values for a vector on the device."""
     if values is None:
         return _ABSENT
-    if values.device != x.device or values.shape != x.shape[1:2] or values.dtype not in CODES:
+    code = CODES.get(values.dtype)
+    if code is None or values.device != x.device or values.dim() != 1 or len(values) != x.size(1):
         raise ValueError(
             f"weight, bias and running statistics must be floating-point of shape ({x.size(1)},) on {x.device}; "
             f"received {values.dtype} {tuple(values.shape)} on {values.device}. Move the layer with layer.to(x.device)."
         )
-    return values.data_ptr(), values.stride(0), CODES[values.dtype]
+    return values.data_ptr(), values.stride(0), code
 
 
 def _like(grad_y: Tensor, x: Tensor) -> Tensor:

@@ -58,18 +58,6 @@ template <int N, int M> struct Access {
     static constexpr int COUNT = N, PACKS = M;
 };
 
-template <class A, class Body> __device__ inline void each_batch(int steps, const Body& body) {
-    for (int step = 0; step < steps; step += A::PACKS) body(A{}, step);
-}
-
-// Calls body(Access, step) for every batch of packs. The access width is the same for the whole launch, so that the loop
-// has no branch. With single elements, which take a register each, a batch has half as many packs.
-template <class T, int PACKS, class Body> __device__ inline void in_batches(int steps, Int width, const Body& body) {
-    if (width == 16) return each_batch<Access<Pack<T>::V, PACKS>>(steps, body);
-    if (width == 8) return each_batch<Access<8 / sizeof(T), PACKS>>(steps, body);
-    each_batch<Access<1, PACKS / 2>>(steps, body);
-}
-
 // Reads `length` elements, a multiple of the access width, and fills the rest with zeros.
 template <class A, class T> __device__ inline Pack<T> load(const T* p, int length) {
     constexpr int V = Pack<T>::V, E = A::COUNT;

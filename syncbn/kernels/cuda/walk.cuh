@@ -16,7 +16,7 @@ struct Shape {
     Int groups;     // groups of channels
     Int blocks;     // blocks a group
     Int per_block;  // pieces a block
-    Int width;      // bytes an access, see with_access()
+    Int width;      // bytes an access, see in_batches()
 };
 
 // A block's place: groups run fastest, so that neighbouring blocks read neighbouring memory.
@@ -24,6 +24,10 @@ struct Place {
     int group, block;
     __device__ Place(const Shape& k, unsigned id) : group(id % unsigned(k.groups)), block(id / unsigned(k.groups)) {}
 };
+
+// How many blocks of an elementwise kernel a multiprocessor should hold: a fourth would leave too few registers for packs
+// that are loaded while the coefficients are formed.
+constexpr int ELEMENTWISE_RESIDENT = 3;
 
 // From which end a thread walks through its pieces.
 enum class From { START, END };
@@ -35,7 +39,7 @@ __device__ inline int count_steps(Int first, Int end, int lanes) {
 
 template <class T> struct Planes {
     static constexpr int V = Pack<T>::V, CHANNELS = 1;  // of a pack
-    static constexpr int RESIDENT = 4;                  // blocks that a multiprocessor should hold
+    static constexpr int RESIDENT = 4;                  // blocks of sums that a multiprocessor should hold
     Int offset = 0;                                     // of this thread's pack, in elements
     int c;                                              // its first channel
     int lane, lanes, apart;                             // apart: from one lane to the next, in threads of the block
@@ -59,17 +63,12 @@ template <class T> struct Planes {
     template <class A> __device__ int length() const {
         return A::COUNT == V || S - t * V > V ? V : S - t * V;
     }
-    __device__ void next() {
-        t += step_t;
-        const bool wraps = t >= tiles;
-        offset += wraps ? wrapping : stride;
-        if (wraps) t -= tiles;
-    }
-    __device__ void back() {
-        t -= step_t;
-        const bool wraps = t < 0;
-        offset -= wraps ? wrapping : stride;
-        if (wraps) t += tiles;
+    template <From FROM> __device__ void next() {
+        t += FROM == From::START ? step_t : -step_t;
+        const bool wraps = FROM == From::START ? t >= tiles : t < 0;
+        const Int by = wraps ? wrapping : stride;
+        offset += FROM == From::START ? by : -by;
+        if (wraps) t += FROM == From::START ? -tiles : tiles;
     }
 
 private:
@@ -97,10 +96,58 @@ template <class T> struct Rows {
     __device__ static int slot() { return threadIdx.x * V; }
     __device__ int used() const { return there; }
     template <class A> __device__ int length() const { return A::COUNT == V ? V : there; }
-    __device__ void next() { offset += stride; }
-    __device__ void back() { offset -= stride; }
+    template <From FROM> __device__ void next() { offset += FROM == From::START ? stride : -stride; }
 
 private:
     int there;
     Int stride;
 };
+
+// Packs of some tensors of one shape that a thread has loaded. The walk stays where they begin until each is used.
+template <class T, class A, From FROM, class Walk, int TENSORS> struct Batch {
+    static constexpr int PACKS = A::PACKS;
+    Pack<T> packs[TENSORS][PACKS];  // zeros past the end
+    Walk& walk;
+    int step = 0;
+
+    __device__ Batch(Walk& walk) : walk(walk) {}
+    __device__ int length(const Walk& at, int u) const { return step + u < at.steps ? at.template length<A>() : 0; }
+    __device__ void read(const T* const (&tensors)[TENSORS]) {
+        Walk ahead = walk;
+#pragma unroll
+        for (int u = 0; u < PACKS; ++u) {
+#pragma unroll
+            for (int i = 0; i < TENSORS; ++i) packs[i][u] = load<A>(tensors[i] + ahead.offset, length(ahead, u));
+            ahead.template next<FROM>();
+        }
+    }
+    // Store the result for pack u, and go on; u = 0, 1, ..., PACKS - 1.
+    __device__ void write(T* to, int u, const Pack<T>& pack) { store<A>(to + walk.offset, pack, length(walk, u)); next(); }
+    __device__ void next() { walk.template next<FROM>(); }
+};
+
+template <class A, From FROM, class T, int TENSORS, class Walk, class Prepare, class Use>
+__device__ inline void each_batch(Walk& walk, const T* const (&tensors)[TENSORS], const Prepare& prepare, const Use& use) {
+    Batch<T, A, FROM, Walk, TENSORS> batch(walk);
+    if (A::COUNT > 1) batch.read(tensors);
+    prepare();
+    if (A::COUNT == 1) batch.read(tensors);  // single elements would take too many registers beside prepare()
+    while (true) {
+        use(batch);
+        batch.step += A::PACKS;
+        if (batch.step >= walk.steps) return;
+        batch.read(tensors);
+    }
+}
+
+// Reads a thread's packs in batches of PACKS and calls use(Batch) for each. prepare(), which may have a barrier, runs
+// once, after the first loads: its own loads and those wait for memory together. The access width is the same for the
+// whole launch, so that the loop has no branch. With single elements, which take a register each, a batch has half as many
+// packs.
+template <int PACKS, From FROM, class T, int TENSORS, class Walk, class Prepare, class Use>
+__device__ inline void in_batches(Walk& walk, const T* const (&tensors)[TENSORS], Int width, const Prepare& prepare,
+                                  const Use& use) {
+    if (width == 16) return each_batch<Access<Pack<T>::V, PACKS>, FROM>(walk, tensors, prepare, use);
+    if (width == 8) return each_batch<Access<8 / sizeof(T), PACKS>, FROM>(walk, tensors, prepare, use);
+    each_batch<Access<1, PACKS / 2>, FROM>(walk, tensors, prepare, use);
+}

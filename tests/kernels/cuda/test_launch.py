@@ -63,6 +63,8 @@ def notes(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api", api)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: notes.capturing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: notes.stream, raising=False)
     monkeypatch.setattr(launch, "capture_id", lambda stream: notes.capture)
