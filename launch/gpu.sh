@@ -106,7 +106,7 @@ table() {
 }
 pack() { # tar's status 1 says that a log grew meanwhile
     table >"$RESULTS/table.txt"
-    tar -czf "$ARCHIVE.part" --exclude ./site --exclude '*.tgz*' --exclude '*.pid' -C "$RESULTS" . 2>/dev/null
+    tar -czf "$ARCHIVE.part" --exclude ./site --exclude "${ARCHIVE##*/}*" --exclude '*.pid' -C "$RESULTS" . 2>/dev/null
     [ $? -le 1 ] && mv -f "$ARCHIVE.part" "$ARCHIVE"
 }
 wait_for_jobs() { # a kill loses what is not packed: so after every job that ends, and every 10 seconds

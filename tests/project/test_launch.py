@@ -508,6 +508,17 @@ def test_gpu_ends_with_1_after_all_parts_where_a_job_fails(gpu, status, verdict)
     assert all(" passed " in line for name, line in table.items() if name != "alone")
 
 
+@pytest.mark.parametrize("slower", [1, 2])
+def test_gpu_ends_a_job_at_its_limit(gpu, slower):
+    tree = gpu("mpirun")
+    script = tree.folder / "launch/gpu.sh"
+    script.write_text(script.read_text().replace("145 alone", "1 alone"))
+    done = tree.run("contact", NAP=1000, SLOWER=slower)
+    assert done.returncode == 1
+    assert f" TIMEOUT after {slower} s " in gpu_tables(done.stdout)[-1]["alone"]
+    assert "tests/test_layer.py::test_a" in gpu_tables(done.stdout)[-1]["alone"]  # the test that ran
+
+
 def test_gpu_says_which_jobs_it_leaves_out_and_why(gpu):
     tree = gpu(pytest_mpi=1)
     done = tree.run(SYNCBN_TEST_DEVICE="cpu")
