@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The kernel contract: one test body for every implementation, against reference.py in float64."""
+"""The kernel contract: one test body for every implementation, against reference.py in float64.
+
+SYNCBN_TEST_DEVICE=cuda:0 python -m pytest tests/kernels/test_contract.py     the kernels of a GPU, on that GPU
+"""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from syncbn import kernels, moments, reference
+from syncbn.kernels import dispatch
 from syncbn.kernels.base import Parameters, split_stats
+from syncbn.kernels.cuda.launch import AbstractLauncher
 from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Message, Running, Status
+from tests.conftest import DEVICE
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.multiprocess.batches import LAYOUTS
 from tests.tolerances import FLOOR, error
@@ -22,10 +29,47 @@ SHAPES = [(5, 3), (4, 1, 7), (2, 5, 3, 4), (3, 17, 1, 1), (2, 64, 9, 5), (2, 3, 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["torch", "host", "cuda on cpu", "cuda on cpu, slow float64"])
+ON_CPU = ["torch", "host", "cuda on cpu", "cuda on cpu, slow float64"]
+ON_DEVICE = ["torch", "cupy", "cupy, slow float64"]
+
+
+class ArithmeticLauncher(AbstractLauncher):
+    """The launcher of a GPU, and a chosen arithmetic for the sums: any GPU runs both.
+
+    Args:
+        inner: launches.
+        slow: whether to say that float64 is slow here.
+    """
+
+    def __init__(self, inner, *, slow):
+        self.inner, self.slow = inner, slow
+
+    def launch(self, kernel, grid, block, layout, values, x):
+        self.inner.launch(kernel, grid, block, layout, values, x)
+
+    def slow_float64(self, x):
+        return self.slow
+
+    def tickets(self, x, groups):
+        return self.inner.tickets(x, groups)
+
+    def deferred_errors(self, x):
+        return self.inner.deferred_errors(x)
+
+
+def kernels_of_gpu(*, slow, host_synchronous):
+    """The kernels of a GPU in one arithmetic. Skips where CUDA tensors get other kernels."""
+    if kernels.explain_device().name != "cupy":
+        pytest.skip(kernels.explain_device().reason)
+    return CupyKernels(ArithmeticLauncher(dispatch.launcher(), slow=slow), host_synchronous=host_synchronous)
+
+
+@pytest.fixture(params=ON_CPU if DEVICE.type == "cpu" else ON_DEVICE)
 def implementation(request):
     if request.param == "torch":
         return TorchKernels()
+    if request.param.startswith("cupy"):
+        return kernels_of_gpu(slow="slow" in request.param, host_synchronous=True)
     if request.param.startswith("cuda on cpu"):
         return CupyKernels(EmulatedLauncher(slow="slow" in request.param), host_synchronous=True)
     pytest.importorskip("syncbn.kernels.host._host", reason="built without a compiler")
@@ -79,18 +123,96 @@ def test_steps_equal_the_reference(implementation, rng, shape, dtype, layout):
     x = LAYOUTS[layout]((torch.randn(shape, generator=rng) * 2 + 1).to(dtype))
     grad_y = torch.randn(shape, generator=rng).to(dtype)
     weight, bias = torch.rand(shape[1], generator=rng) + 0.5, torch.randn(shape[1], generator=rng)
+    check_steps(implementation, x, grad_y, weight, bias)
+
+
+def check_steps(implementation, x, grad_y, weight, bias):
+    """Compares the four steps, of this tensor alone, with the definition."""
     y, stats = normalized(implementation, x, weight=weight, bias=bias)
     grad_x = grad_of(implementation, grad_y, x, stats, weight=weight)
     exact_y, exact_grad_x = exact(x, grad_y, weight, bias)
-    assert error(y, exact_y) <= bound(dtype, exact_y.abs().max().item())
-    assert error(grad_x, exact_grad_x) <= bound(dtype, exact_grad_x.abs().max().item())
-    assert y.dtype == grad_x.dtype == dtype
+    assert error(y, exact_y) <= bound(x.dtype, exact_y.abs().max().item())
+    assert error(grad_x, exact_grad_x) <= bound(x.dtype, exact_grad_x.abs().max().item())
+    assert y.dtype == grad_x.dtype == x.dtype
     assert y.stride() == grad_x.stride() == torch.empty_like(x).stride()
     mean, invstd, count = split_stats(stats)
-    x64 = x.double().transpose(0, 1).reshape(shape[1], -1)
+    x64 = x.double().transpose(0, 1).reshape(x.size(1), -1)
     assert count.item() == x64.size(1)
     torch.testing.assert_close(mean, x64.mean(1))
     torch.testing.assert_close(invstd, (x64.var(1, correction=0) + EPS).rsqrt())
+
+
+def moved(x, offset):
+    """Copies a tensor, strides included, to a place that begins ``offset`` bytes behind a multiple of 16."""
+    first = offset // x.element_size()
+    memory = torch.empty(x.numel() + first, dtype=x.dtype, device=x.device)
+    copy = torch.as_strided(memory, x.shape, x.stride(), first).copy_(x)
+    assert copy.data_ptr() % 16 == offset
+    return copy
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("which", ["x", "grad_y"])
+@pytest.mark.parametrize("offset", [2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 4, 8), (2, 64, 9, 5), (3, 5, 7, 3)], ids=str)
+def test_a_view_may_begin_between_two_packs(implementation, rng, shape, dtype, offset, which, layout):
+    """Both widths of access, and single elements, whether or not a plane or a row is a multiple of a pack."""
+    if offset % dtype.itemsize:
+        pytest.skip("a tensor begins at a multiple of its element size")
+    x, grad_y = (LAYOUTS[layout](torch.randn(shape, generator=rng).to(dtype)) for _ in range(2))
+    weight, bias = torch.rand(shape[1], generator=rng) + 0.5, torch.randn(shape[1], generator=rng)
+    views = {"x": x, "grad_y": grad_y}
+    views[which] = moved(views[which], offset)
+    check_steps(implementation, views["x"], views["grad_y"], weight, bias)
+    if implementation.name == "torch":  # its sums on a GPU begin at a multiple of 16 bytes: another order
+        return
+    y, stats = normalized(implementation, x)
+    moved_y, moved_stats = normalized(implementation, views["x"])
+    assert torch.equal(moved_y, y), "the width of an access changes no bits"
+    grad_x = grad_of(implementation, grad_y, x, stats)
+    assert torch.equal(grad_of(implementation, views["grad_y"], views["x"], moved_stats), grad_x)
+
+
+ODD = {
+    "expanded over samples": lambda x: x[:1].expand(x.shape),
+    "expanded over places": lambda x: x[..., :1].expand(x.shape),
+    "expanded over channels": lambda x: x[:, :1].expand(x.shape),
+    "every other sample": lambda x: torch.cat((x, x + 1))[::2],
+    "every other channel": lambda x: torch.cat((x, x + 1), 1)[:, ::2],
+    "a part of each plane": lambda x: torch.cat((x, x + 1), -1)[..., 1 : 1 + x.size(-1)],
+    "some channels of channels_last": lambda x: LAYOUTS["channels_last"](torch.cat((x, x), 1))[:, 1 : 1 + x.size(1)],
+    "expanded over nothing": lambda x: x.unsqueeze(0).expand(1, *x.shape)[0],
+}
+
+
+@pytest.mark.parametrize("which", ["x", "grad_y", "both"])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_strides_are_read_right(implementation, rng, dtype, odd, which):
+    x, grad_y = (torch.randn(4, 3, 5, 6, generator=rng).to(dtype) for _ in range(2))
+    weight, bias = torch.rand(3, generator=rng) + 0.5, torch.randn(3, generator=rng)
+    x = ODD[odd](x) if which != "grad_y" else x
+    grad_y = ODD[odd](grad_y) if which != "x" else grad_y
+    check_steps(implementation, x, grad_y, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(13, 1), (1, 1, 19), (5, 1, 3, 3), (7, 2, 1, 5), (3, 9, 7), (23, 33)], ids=str)
+def test_one_channel_and_what_is_no_multiple_of_a_pack(implementation, rng, shape, dtype):
+    x, grad_y = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    weight, bias = torch.rand(shape[1], generator=rng) + 0.5, torch.randn(shape[1], generator=rng)
+    check_steps(implementation, x, grad_y, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (4, 0, 3), (0, 0, 3), (2, 0, 3, 3)], ids=str)
+def test_no_channels_are_no_work_for_a_gpu(implementation, shape):
+    if implementation.name != "cupy":
+        pytest.skip("refuses a tensor without channels, as torch's batch norm does")
+    x = torch.empty(shape)
+    y, stats = normalized(implementation, x)
+    assert y.shape == grad_of(implementation, x, x, stats).shape == shape
+    assert moments.count(moments_of(implementation, x)).item() == shape[0] * math.prod(shape[2:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -294,4 +416,4 @@ def test_inputs_are_left_alone(implementation, rng):
 
 
 def test_choose_gives_kernels_for_the_cpu():
-    assert isinstance(kernels.choose(torch.empty(0)), kernels.AbstractKernels)
+    assert isinstance(kernels.choose(torch.empty(0, device="cpu")), kernels.AbstractKernels)
