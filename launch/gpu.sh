@@ -200,11 +200,14 @@ contact() { # without CuPy the tests of the kernels would be skipped, so look at
     local explain='import sys; from syncbn import kernels; print(c := kernels.explain_device()); sys.exit(c.name != "cupy")'
     on_gpu syncbn 30 kernels "$PYTHON" -c "$explain"
     together
-    on_gpu tests/gpu/test_gpu.py 145 gpu "$PYTHON" "${tests[@]}" tests/gpu/test_gpu.py
-    on_gpu tests/gpu/test_nccl.py 145 nccl "$PYTHON" "${tests[@]}" tests/gpu/test_nccl.py
-    pytest 145 contract tests/kernels/test_contract.py
-    pytest 145 alone tests/test_{layer,convert,moments}.py tests/calls/test_derivatives.py
-    pytest 145 compile -k "not inductor" tests/calls/test_compile.py
+    # Every kernel once, compiled side by side; CuPy keeps them on disk for the jobs that follow.
+    on_gpu tests/gpu/stress.py 60 cases bash -c 'seq 0 7 | xargs -P 8 -I{} "$PYTHON" -m tests.gpu.stress --only {} --small'
+    wait_for_jobs
+    on_gpu tests/gpu/test_gpu.py 110 gpu "$PYTHON" "${tests[@]}" tests/gpu/test_gpu.py
+    on_gpu tests/gpu/test_nccl.py 110 nccl "$PYTHON" "${tests[@]}" tests/gpu/test_nccl.py
+    pytest 110 contract tests/kernels/test_contract.py
+    pytest 110 alone tests/test_{layer,convert,moments}.py tests/calls/test_derivatives.py
+    pytest 110 compile -k "not inductor" tests/calls/test_compile.py
     over torchrun 2 60 torchrun2-bits -m tests.gpu.ranks
     over mpirun 2 60 mpirun2-bits -m tests.gpu.ranks
     together
