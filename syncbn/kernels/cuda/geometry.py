@@ -14,17 +14,19 @@ from typing import NamedTuple
 
 THREADS = 256
 """The most threads in a block; MAX_THREADS in storage.cuh."""
-STEPS = 4
-"""How many packs a thread should have before a channel gets one more block."""
+STEPS, STEPS_OF_ROWS, STEPS_ALONE = 4, 2, 8
+"""How many packs a thread should have before a channel gets one more block; in elementwise kernels over rows; and how many
+it may have where one block can then add up a whole channel."""
 MOST = 2**31 - 16
 """The most values in a plane: a thread counts in 32 bits, up to the end of its last pack."""
-# 132 multiprocessors hold 4 blocks of planes each, or 3 of rows (walk.cuh). Planes get two rounds of blocks, rows one:
-# more blocks would spend more time on their starts and ends. Not tuned on a GPU yet.
-BLOCKS_OF_PLANES = 1056
-BLOCKS_OF_ROWS = 396
+# The most blocks of a launch. 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). A
+# block that adds up sums has a long end, so these get one or two rounds of blocks.
+BLOCKS_OF_PLANES, BLOCKS_OF_ROWS, BLOCKS_OF_SUMS_OF_PLANES, BLOCKS_OF_SUMS_OF_ROWS = 1584, 792, 1056, 396
 FILLED = 264
-ROUNDS = 3
-"""The most rounds in which the last block of a group of rows reads the partial sums; nothing else runs then."""
+DEPTH = 32
+"""How many partial sums a thread of the last block of a group may read; nothing else runs then."""
+COLUMNS, COLUMNS_OF_SUMS = 4, 2
+"""The fewest threads side by side in rows: 64 and 32 bytes."""
 
 
 class Geometry(NamedTuple):
@@ -62,7 +64,7 @@ def plan(
         strides: in elements.
         itemsize: bytes an element.
         threads: the largest block, a power of two.
-        sums: whether the blocks of a group add up sums. If not, blocks of rows may be wide.
+        sums: whether the blocks of a group add up sums.
 
     Returns:
         The geometry; None if the tensor is neither contiguous nor channels_last and needs a copy.
@@ -74,9 +76,9 @@ def plan(
     dims = range(len(shape))
     planes = _is_dense(shape, strides, [*dims])
     if planes and C == 1 and N * S <= MOST:
-        return _planes(1, 1, N * S, itemsize, threads)
+        return _planes(1, 1, N * S, itemsize, threads, sums)
     if planes and S > 1:
-        return _planes(N, C, S, itemsize, threads)
+        return _planes(N, C, S, itemsize, threads, sums)
     if _is_dense(shape, strides, [0, *dims[2:], 1]):
         return _rows(N * S, C, itemsize, threads, sums)
     return None
@@ -92,7 +94,7 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], order: list[int]
     return True
 
 
-def _planes(N: int, C: int, S: int, itemsize: int, threads: int) -> Geometry:
+def _planes(N: int, C: int, S: int, itemsize: int, threads: int, sums: bool) -> Geometry:
     V = 16 // itemsize
     pieces = N * _ceil(S, V)
     lanes = min(threads, max(min(32, threads), _power_of_two(_ceil(pieces, STEPS))))
@@ -100,26 +102,49 @@ def _planes(N: int, C: int, S: int, itemsize: int, threads: int) -> Geometry:
     while rows > 1 and _ceil(C, rows) < FILLED:
         rows //= 2
     groups = _ceil(C, rows)
-    blocks, per_block = _share(pieces, lanes, groups, BLOCKS_OF_PLANES)
+    most = BLOCKS_OF_SUMS_OF_PLANES if sums else BLOCKS_OF_PLANES
+    blocks, per_block = _share(pieces, lanes, STEPS, STEPS_ALONE if sums else 0, most // groups)
     return Geometry("Planes", N, C, S, groups, blocks, per_block, S * itemsize, (lanes, rows))
 
 
 def _rows(N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
+    """Takes as many columns as fill the GPU: a row is then read in long pieces.
+
+    Where a block can add up its channels alone, it does: waiting for other blocks would take longer.
+    """
     V = 16 // itemsize
-    columns = min(32, threads, _power_of_two(_ceil(C, V)))
-    while True:
-        lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS)))
-        groups = _ceil(C, columns * V)
-        blocks, per_block = _share(N, lanes, groups, BLOCKS_OF_ROWS)
-        fills = groups * blocks >= FILLED
-        if columns <= 4 or (fills and (blocks <= ROUNDS * lanes or not sums)):  # 4 columns: 64 bytes
-            return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
-        columns //= 2
+    widest, least = min(32, threads, _power_of_two(_ceil(C, V))), COLUMNS_OF_SUMS if sums else COLUMNS
+    widths = [widest >> i for i in range(6) if i == 0 or widest >> i >= least]
+    found = [_columns(columns, N, C, itemsize, threads, sums) for columns in widths]
+    alone = [each for each in found if sums and each.blocks == 1]
+    if alone:
+        return next((each for each in alone if each.grid >= FILLED), alone[-1])
+    best = found[0]
+    for narrow in found[1:]:
+        deep = sums and best.blocks * V > DEPTH * best.block[1]
+        if not deep and (best.grid >= FILLED or narrow.grid < 1.5 * best.grid):
+            break
+        best = narrow
+    return best
 
 
-def _share(pieces: int, lanes: int, groups: int, most: int) -> tuple[int, int]:
-    """Returns blocks per group and pieces per block: whole rounds of the lanes, at least STEPS of them if possible."""
-    wanted = max(1, min(most // groups, _ceil(pieces, lanes * STEPS)))
+def _columns(columns: int, N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
+    V = 16 // itemsize
+    lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS_OF_ROWS)))
+    groups = _ceil(C, columns * V)
+    if sums:
+        blocks, per_block = _share(N, lanes, STEPS, STEPS_ALONE, BLOCKS_OF_SUMS_OF_ROWS // groups)
+    else:
+        blocks, per_block = _share(N, lanes, STEPS_OF_ROWS, 0, BLOCKS_OF_ROWS // groups)
+    return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
+
+
+def _share(pieces: int, lanes: int, steps: int, alone: int, most: int) -> tuple[int, int]:
+    """Returns blocks per group and pieces per block: whole rounds of the lanes, at least ``steps`` of them if possible.
+
+    A block that can do it in ``alone`` rounds gets everything.
+    """
+    wanted = 1 if pieces <= alone * lanes else max(1, min(most, _ceil(pieces, lanes * steps)))
     per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
     return _ceil(pieces, per_block), per_block
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Two float64 sums a channel: over the lanes of a block, then over the blocks of a group, always in the same order.
 //
-// Over lanes: a binary tree in shared memory. Over blocks: each writes its sums to `partials`, float64
-// [blocks, 2, C], and takes a ticket; the block with the last ticket adds them up, lane l those of blocks l, l + lanes,
-// ..., and then the lanes as before. The result does not depend on which block is last. That block sets the ticket back to 0
+// Over lanes: every thread leaves its sums in shared memory. Part p of a channel then adds up lanes p, p + parts, ..., and one
+// thread the parts: two barriers, however many lanes there are. Over blocks: each writes its sums to `partials`, float64
+// [blocks, 2, C], and takes a ticket; in the block with the last ticket, part p adds up those of blocks p, p + parts,
+// ..., and one thread the parts. The result does not depend on which block is last. That block sets the ticket back to 0
 // for the next launch on the stream, or the next replay of a graph. No sum is atomic: deterministic.
 #pragma once
 #include "sum.cuh"
@@ -14,44 +15,64 @@ struct Reduction {
     unsigned* tickets;  // [groups], 0 before and after every launch
 };
 
-// Adds up the lanes; the sums of lane 0 are then complete. lanes is a power of two.
-template <class Walk> __device__ inline void over_lanes(const Walk& walk, double (&sums)[2][Walk::CHANNELS], double* shared) {
-    constexpr int threads = MAX_THREADS;  // a constant: one address for all channels
-    const int me = threadIdx.y * blockDim.x + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < 2 * Walk::CHANNELS; ++i) shared[i * threads + me] = sums[i / Walk::CHANNELS][i % Walk::CHANNELS];
-    for (int half = walk.lanes / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (walk.lane < half)
-#pragma unroll
-            for (int i = 0; i < 2 * Walk::CHANNELS; ++i)
-                shared[i * threads + me] += shared[i * threads + me + half * walk.apart];
+constexpr int MOST_PARTS = 32;
+
+// The sums of all parts of the channels of a block.
+struct Parts {
+    double* sums;  // shared, [2, parts, channels]
+    int parts, channels;
+    __device__ void set(int part, int channel, double first, double second) const {
+        sums[part * channels + channel] = first;
+        sums[(parts + part) * channels + channel] = second;
     }
-    // Lane 0 reads what it wrote itself.
-#pragma unroll
-    for (int i = 0; i < 2 * Walk::CHANNELS; ++i) sums[i / Walk::CHANNELS][i % Walk::CHANNELS] = shared[i * threads + me];
+    __device__ double total(int which, int channel) const {
+        double sum = 0;
+        for (int part = 0; part < parts; ++part) sum += sums[(which * parts + part) * channels + channel];
+        return sum;
+    }
+};
+
+// How many parts: about the square root of n, a power of two, and no more than there are threads for.
+__device__ inline int count_parts(int wanted, int threads, int channels) {
+    const int most = threads > channels ? threads / channels : 1;
+    const int parts = wanted < most ? wanted : most;
+    return parts < MOST_PARTS ? parts : MOST_PARTS;
 }
+__device__ inline int power_of_two(int n) { return n > 1 ? 1 << (32 - __clz(n - 1)) : 1; }  // the smallest >= n
 
 // Calls finish(c, first, second) once for each channel of the group, in the block that comes last.
 template <class Walk, class Sum, class Finish>
 __device__ inline void reduce(const Shape& k, const Place& place, const Walk& walk, const Reduction& r,
                               const Sum (&of_thread)[2][Walk::CHANNELS], Finish finish) {
-    __shared__ double shared[2 * Walk::CHANNELS * MAX_THREADS];
+    constexpr int CHANNELS = Walk::CHANNELS;
+    __shared__ double of_threads[2 * CHANNELS][MAX_THREADS];
+    __shared__ double of_parts[2 * MAX_THREADS];
     __shared__ bool last;
-    double sums[2][Walk::CHANNELS];
+    const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
+    const int channels = Walk::channels(), first = place.group * channels;
+    const int there = k.C - first < channels ? int(k.C - first) : channels;
 #pragma unroll
-    for (int i = 0; i < Walk::CHANNELS; ++i)
-        sums[0][i] = of_thread[0][i].value(), sums[1][i] = of_thread[1][i].value();
-    over_lanes(walk, sums, shared);
-    const bool leader = walk.lane == 0;
+    for (int i = 0; i < 2 * CHANNELS; ++i) of_threads[i][me] = of_thread[i / CHANNELS][i % CHANNELS].value();
+    __syncthreads();
+    const int root = 1 << ((32 - __clz(walk.lanes)) / 2);  // about: lanes is a power of two
+    Parts parts{of_parts, count_parts(root, threads, channels), channels};
+    for (int i = me; i < channels * parts.parts; i += threads) {
+        const int part = Walk::part(i, parts.parts), channel = Walk::channel(i, parts.parts);
+        double sums[2] = {0, 0};
+#pragma unroll 4
+        for (int lane = part; lane < walk.lanes; lane += parts.parts) {
+            const int thread = Walk::thread(channel, lane);
+            sums[0] += of_threads[channel % CHANNELS][thread];
+            sums[1] += of_threads[CHANNELS + channel % CHANNELS][thread];
+        }
+        parts.set(part, channel, sums[0], sums[1]);
+    }
+    __syncthreads();
     if (k.blocks > 1) {
-        double* mine = r.partials + place.block * 2 * k.C + walk.c;
-        if (leader)
-#pragma unroll
-            for (int i = 0; i < Walk::CHANNELS; ++i)
-                if (i < walk.used()) mine[i] = sums[0][i], mine[k.C + i] = sums[1][i];
+        double* mine = r.partials + place.block * 2 * k.C + first;
+        for (int c = me; c < there; c += threads) mine[c] = parts.total(0, c), mine[k.C + c] = parts.total(1, c);
         __syncthreads();
-        if (threadIdx.x == 0 && threadIdx.y == 0) {  // with the barriers, its fences hold for the whole block
+        if (me == 0) {  // with the barriers, its fences hold for the whole block
             __threadfence();  // the sums are in memory before the ticket
             const unsigned ticket = atomicAdd(r.tickets + place.group, 1u);
             last = ticket == unsigned(k.blocks - 1);
@@ -60,19 +81,20 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
         }
         __syncthreads();
         if (!last) return;
-#pragma unroll
-        for (int i = 0; i < Walk::CHANNELS; ++i) sums[0][i] = sums[1][i] = 0;
-#pragma unroll(Walk::CHANNELS > 1 ? 1 : 4)
-        for (Int b = walk.lane; b < k.blocks; b += walk.lanes) {  // the loads of all channels are issued together
-            const double* theirs = r.partials + b * 2 * k.C + walk.c;
-#pragma unroll
-            for (int i = 0; i < Walk::CHANNELS; ++i)
-                if (i < walk.used()) sums[0][i] += theirs[i], sums[1][i] += theirs[k.C + i];
+        parts.parts = count_parts(power_of_two(int(k.blocks)), threads, channels);
+        for (int i = me; i < channels * parts.parts; i += threads) {
+            const int channel = i % channels, part = i / channels;
+            const double* theirs = r.partials + first + channel;
+            double sums[2] = {0, 0};
+            if (channel < there)
+#pragma unroll 8
+                for (int b = part; b < k.blocks; b += parts.parts) {
+                    sums[0] += theirs[b * 2 * k.C];
+                    sums[1] += theirs[b * 2 * k.C + k.C];
+                }
+            parts.set(part, channel, sums[0], sums[1]);
         }
-        over_lanes(walk, sums, shared);
+        __syncthreads();
     }
-    if (leader)
-#pragma unroll
-        for (int i = 0; i < Walk::CHANNELS; ++i)
-            if (i < walk.used()) finish(walk.c + i, sums[0][i], sums[1][i]);
+    for (int c = me; c < there; c += threads) finish(first + c, parts.total(0, c), parts.total(1, c));
 }

@@ -42,10 +42,10 @@ template <class T> struct Planes {
     static constexpr int RESIDENT = 4;                  // blocks of sums that a multiprocessor should hold
     Int offset = 0;                                     // of this thread's pack, in elements
     int c;                                              // its first channel
-    int lane, lanes, apart;                             // apart: from one lane to the next, in threads of the block
+    int lane, lanes;
     int steps;                                          // packs it has
     __device__ Planes(const Shape& k, const Place& place, From from = From::START)
-        : c(place.group * blockDim.y + threadIdx.y), lane(threadIdx.x), lanes(blockDim.x), apart(1), S(int(k.S)),
+        : c(place.group * blockDim.y + threadIdx.y), lane(threadIdx.x), lanes(blockDim.x), S(int(k.S)),
           tiles((S + V - 1) / V), there(c < k.C) {
         const Int first = place.block * k.per_block + lane, behind = (place.block + 1) * k.per_block;
         const Int pieces = k.N * tiles, end = behind < pieces ? behind : pieces;
@@ -58,6 +58,10 @@ template <class T> struct Planes {
     }
     __device__ static int channels() { return blockDim.y; }  // of a block
     __device__ static int slot() { return threadIdx.y; }     // this thread's first among them
+    // To add up lanes in parts, item i of channels() * parts has a channel and a part; so neighbours read neighbouring memory.
+    __device__ static int channel(int i, int parts) { return i / parts; }
+    __device__ static int part(int i, int parts) { return i % parts; }
+    __device__ static int thread(int channel, int lane) { return channel * blockDim.x + lane; }  // of the block
     __device__ int used() const { return there; }            // how many of the pack's channels there are
     // Elements of the pack. All V, if whole packs can be accessed: S is then a multiple of V.
     template <class A> __device__ int length() const {
@@ -84,9 +88,9 @@ private:
 template <class T> struct Rows {
     static constexpr int V = Pack<T>::V, CHANNELS = V, RESIDENT = 3;
     Int offset;
-    int c, lane, lanes, apart, steps;
+    int c, lane, lanes, steps;
     __device__ Rows(const Shape& k, const Place& place, From from = From::START)
-        : c((place.group * blockDim.x + threadIdx.x) * V), lane(threadIdx.y), lanes(blockDim.y), apart(blockDim.x),
+        : c((place.group * blockDim.x + threadIdx.x) * V), lane(threadIdx.y), lanes(blockDim.y),
           there(c >= k.C ? 0 : k.C - c < V ? int(k.C - c) : V), stride(lanes * k.C) {
         const Int first = place.block * k.per_block + lane, behind = (place.block + 1) * k.per_block;
         steps = there > 0 ? count_steps(first, behind < k.N ? behind : k.N, lanes) : 0;
@@ -94,6 +98,9 @@ template <class T> struct Rows {
     }
     __device__ static int channels() { return blockDim.x * V; }
     __device__ static int slot() { return threadIdx.x * V; }
+    __device__ static int channel(int i, int parts) { return i % blockDim.x * V + i / (blockDim.x * parts); }
+    __device__ static int part(int i, int parts) { return i / blockDim.x % parts; }
+    __device__ static int thread(int channel, int lane) { return lane * blockDim.x + channel / V; }
     __device__ int used() const { return there; }
     template <class A> __device__ int length() const { return A::COUNT == V ? V : there; }
     template <From FROM> __device__ void next() { offset += FROM == From::START ? stride : -stride; }

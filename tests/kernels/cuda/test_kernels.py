@@ -223,12 +223,21 @@ def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shape", [*RESNET, (32, 256, 56, 56), (2, 256, 512, 512)], ids=str)
-def test_the_last_block_of_a_group_reads_partial_sums_in_a_few_rounds(shape, itemsize):
+def test_the_last_block_of_a_group_reads_a_few_partial_sums_a_thread(shape, itemsize):
     x = torch.empty(shape, device="meta")
     for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
         plan = geometry.plan(x.shape, strides, itemsize)
-        lanes = plan.block[0 if plan.layout == "Planes" else 1]
-        assert plan.blocks <= 4 * lanes, plan
+        channels = plan.block[1] if plan.layout == "Planes" else plan.block[0] * 16 // itemsize
+        assert plan.blocks * channels <= geometry.DEPTH * plan.block[0] * plan.block[1], plan
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shape", [(2, 256, 14, 14), (2, 512, 14, 14), (2, 512, 7, 7), (2, 2048, 7, 7), (64, 2048)])
+def test_a_block_adds_up_few_rows_alone(shape, itemsize):
+    x = torch.empty(shape, device="meta").movedim(1, -1).contiguous().movedim(-1, 1)
+    plan = geometry.plan(x.shape, x.stride(), itemsize)
+    assert (plan.layout, plan.blocks) == ("Rows", 1)
+    assert plan.per_block <= geometry.STEPS_ALONE * plan.block[1]
 
 
 def test_one_channel_is_one_plane_while_32_bits_can_count_it():
