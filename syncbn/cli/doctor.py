@@ -87,7 +87,6 @@ def to_text(report: Report) -> str:
         ("versions", "  ".join(f"{name} {version}" for name, version in report.versions.items())),
         ("launcher", _launcher(report)),
         ("MPI", _mpi(report.mpi)),
-        ("GPU pointers", f"MPI takes them: {'yes' if report.mpi.gpu_pointers else 'no'}"),
         ("NCCL", report.nccl or "none: this torch has no CUDA"),
         ("kernels", f"{report.kernels}: {report.kernels_reason}"),
         ("transport", f"{report.transport}: {report.reason}"),

@@ -99,13 +99,6 @@ class MPITransport(AbstractTransport):
                 _unsent.append((request, message))
         return notes
 
-    def all_reduce_pointer(self, wire: Tensor) -> Tensor:
-        """Sums a float64 or float32 tensor in place. Its memory must be accessible to this MPI."""
-        kind = {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}[wire.dtype]
-        memory = MPI.buffer.fromaddress(wire.data_ptr(), wire.numel() * wire.element_size())
-        self.comm.Allreduce(MPI.IN_PLACE, [memory, kind])
-        return wire
-
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that MPI need not know the dtype."""
         if tensor.device.type != "cpu":

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Finds out about the MPI library: its name, whether it starts, whether it takes GPU pointers. Never raises.
+"""Finds out about the MPI library: its name, whether it starts. Never raises.
 
 Only the standard library at the top: ``beside`` runs this file as a script.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import subprocess
@@ -15,8 +14,6 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CUDA = 0
-"""MPIX_GPU_SUPPORT_CUDA of MPICH."""
 _LIBRARY = re.compile(r"(/\S*/lib(?:mpi|mpich|mpi_abi|mpi_cray)\.so[.\d]*)$", re.MULTILINE)
 
 
@@ -30,8 +27,6 @@ class MPIFacts:
     """The file that was loaded."""
     size: int = 0
     """Processes that it joined; 0 before MPI_Init."""
-    gpu_pointers: bool = False
-    """True only if the library says so. Before MPI_Init, False."""
     error: str = ""
 
 
@@ -61,8 +56,7 @@ def join() -> MPIFacts:
         size = MPI.COMM_WORLD.Get_size()
     except Exception as error:
         return MPIFacts(facts.name, facts.version, facts.library, error=f"MPI_Init: {error}")
-    takes = any(takes_gpu_pointers(library) for library in loaded_libraries())
-    return MPIFacts(facts.name, facts.version, facts.library, size, takes)
+    return MPIFacts(facts.name, facts.version, facts.library, size)
 
 
 def beside(limit: float = 30.0) -> MPIFacts:
@@ -92,24 +86,6 @@ def loaded_libraries() -> list[str]:
             return list(dict.fromkeys(_LIBRARY.findall(maps.read())))
     except OSError:
         return []
-
-
-def takes_gpu_pointers(library: str) -> bool:
-    """Asks a loaded library whether it takes CUDA pointers. Any other answer than yes is False.
-
-    Args:
-        library: its file. Open MPI answers through MPIX_Query_cuda_support, MPICH through MPIX_GPU_query_support.
-    """
-    try:
-        symbols = ctypes.CDLL(library)
-    except OSError:
-        return False
-    ask_openmpi = getattr(symbols, "MPIX_Query_cuda_support", None)
-    if ask_openmpi is not None:
-        return bool(ask_openmpi() == 1)
-    ask_mpich = getattr(symbols, "MPIX_GPU_query_support", None)
-    answer = ctypes.c_int(0)
-    return ask_mpich is not None and ask_mpich(CUDA, ctypes.byref(answer)) == 0 and answer.value == 1
 
 
 def _load() -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MPI for GPU tensors: through pinned host memory, or by device pointer if MPI says that it takes one.
+"""MPI for GPU tensors, through pinned host memory.
 
 The host waits, by an event, for the stream that made the tensor, and then for MPI's sum. So a CUDA graph cannot hold
 this all-reduce.
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast, final
 import torch
 from torch import Tensor
 
-from syncbn.transports import mpi_probe
 from syncbn.transports.base import AbstractTransport
 
 if TYPE_CHECKING:
@@ -78,16 +77,12 @@ class StagedTransport(AbstractTransport):
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.group_id, self.spec = host.group_id, host.spec
         self._stage = PinnedStage() if stage is None else stage
-        self._direct = stage is None and takes_device_pointers()
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """See :meth:`AbstractTransport.all_reduce`."""
         if wire.device.type != self.device_type:
             return self.host.all_reduce(wire)
         _refuse_capture()
-        if self._direct:
-            torch.cuda.current_stream(wire.device).synchronize()
-            return self.host.all_reduce_pointer(wire)
         staged = self._stage.to_host(wire)
         self.host.all_reduce(staged)
         self._stage.to_device(staged, wire)
@@ -115,11 +110,6 @@ class StagedTransport(AbstractTransport):
     def barrier(self) -> None:
         """See :meth:`AbstractTransport.barrier`."""
         self.host.barrier()
-
-
-def takes_device_pointers() -> bool:
-    """Whether this MPI says that it reads GPU memory. A GPU pointer crashes any other MPI."""
-    return any(mpi_probe.takes_gpu_pointers(library) for library in mpi_probe.loaded_libraries())
 
 
 def _refuse_capture() -> None:

@@ -40,11 +40,11 @@ class NcclTransport(AbstractTransport):
         self.host, self._nccl = host, nccl
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.group_id, self.spec = host.group_id, host.spec
-        number = torch.zeros(ID_BYTES, dtype=torch.int16, device="cpu")
+        number = torch.zeros(ID_BYTES, dtype=torch.uint8, device="cpu")
         if self.rank == 0:
-            number = torch.tensor(list(nccl.get_unique_id()), dtype=torch.int16, device="cpu")
+            number = torch.tensor(list(nccl.get_unique_id()), dtype=torch.uint8, device="cpu")
         host.broadcast(number)
-        self._comm = _communicator(nccl, self.size, number.tolist(), self.rank)
+        self._comm = nccl.NcclCommunicator(self.size, bytes(number.tolist()), self.rank)
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
 
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -114,14 +114,6 @@ def problem() -> str:
         return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
     except (ImportError, OSError) as error:  # OSError: CuPy cannot make its cache folder
         return f"CuPy does not load: {error}"
-
-
-def _communicator(nccl: Any, size: int, number: list[int], rank: int) -> Any:
-    """Makes the communicator. CuPy 14 takes NCCL's id as bytes, CuPy 13 as a tuple of numbers."""
-    try:
-        return nccl.NcclCommunicator(size, bytes(value % 256 for value in number), rank)
-    except TypeError:
-        return nccl.NcclCommunicator(size, tuple(number), rank)
 
 
 def _nccl() -> Any:

@@ -59,7 +59,6 @@ def test_json_is_one_document_with_everything():
     assert done.returncode == 0
     assert set(report["versions"]) == {"syncbn", "python", "torch", "numpy", "mpi4py"}
     assert report["mpi"]["name"] in ("Open MPI", "MPICH")
-    assert report["mpi"]["gpu_pointers"] is False
     assert (report["kernels"], report["kernels_reason"]) == tuple(kernels.explain())
     assert report["all_reduce"] == "right"
     assert report["problems"] == []

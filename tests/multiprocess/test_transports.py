@@ -43,18 +43,6 @@ def staged(host):
     return StagedTransport(host, Copies(), "cpu")
 
 
-def test_mpi_sums_what_a_pointer_points_to(ranks):
-    if not launchers.detect().speaks_mpi:
-        pytest.skip("no MPI job")
-    from syncbn.transports import mpi
-
-    transport = mpi.MPITransport(mpi.world())
-    for dtype in (torch.float32, torch.float64):
-        wire = torch.arange(5, dtype=dtype) + ranks.rank
-        transport.all_reduce_pointer(wire)
-        ranks.check_equal(wire, torch.arange(5, dtype=dtype) * ranks.size + sum(range(ranks.size)))
-
-
 def test_it_knows_its_members(ranks, transport):
     alone = transport.name == "single"
     ranks.check(transport.size == (1 if alone else ranks.size), "size")

@@ -1,41 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-import ctypes
 import subprocess
 import sys
-from types import SimpleNamespace
-
-import pytest
 
 from syncbn.transports import mpi_probe
-
-
-def _mpich(status, flag):
-    def query(kind, answer):
-        assert kind == mpi_probe.CUDA
-        answer._obj.value = flag
-        return status
-
-    return SimpleNamespace(MPIX_GPU_query_support=query)
-
-
-@pytest.mark.parametrize(
-    ("library", "takes"),
-    [
-        (SimpleNamespace(MPIX_Query_cuda_support=lambda: 1), True),
-        (SimpleNamespace(MPIX_Query_cuda_support=lambda: 0), False),
-        (_mpich(0, 1), True),
-        (_mpich(0, 0), False),
-        (_mpich(1, 1), False),
-        (SimpleNamespace(), False),
-    ],
-)
-def test_gpu_pointers_need_a_clear_yes(monkeypatch, library, takes):
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    assert mpi_probe.takes_gpu_pointers("libmpi.so") is takes
-
-
-def test_a_library_that_is_gone_takes_no_gpu_pointers(tmp_path):
-    assert mpi_probe.takes_gpu_pointers(str(tmp_path / "libmpi.so.40")) is False
 
 
 def test_a_process_beside_finds_the_library_and_joins_it_alone():
@@ -44,7 +11,6 @@ def test_a_process_beside_finds_the_library_and_joins_it_alone():
     assert facts.name in ("Open MPI", "MPICH")
     assert "libmpi" in facts.library
     assert facts.size == 1
-    assert facts.gpu_pointers is False  # the wheels of the Python package index are built without CUDA
 
 
 def test_looking_beside_leaves_this_process_without_mpi():

@@ -15,8 +15,8 @@ from typing import NamedTuple
 THREADS = 256
 """The most threads in a block; MAX_THREADS in storage.cuh."""
 STEPS, STEPS_OF_ROWS, STEPS_ALONE = 4, 2, 8
-"""How many packs a thread should have before a channel gets one more block; in elementwise kernels over rows; and how many
-it may have where one block can then add up a whole channel."""
+"""How many packs a thread should have before a channel gets one more block; in elementwise kernels over rows; and how
+many it may have where one block can then add up a whole channel."""
 MOST = 2**31 - 16
 """The most values in a plane: a thread counts in 32 bits, up to the end of its last pack."""
 # The most blocks of a launch. 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). A
