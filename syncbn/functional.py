@@ -111,7 +111,7 @@ def forward(
     found = inputs.input_error(x, C) if mask is None and eps > 0 else inputs.call_error(x, mask, C, eps)
     error = error if found is None else found
     if error is not None:  # this rank joins the all-reduce without samples, then raises with the others
-        x, mask = torch.empty(0, C, device=device), None
+        x, mask = torch.empty(0, C or 1, device=device), None
     if mask is not None:
         mask = mask.detach().reshape(x.size(0), 1, *x.shape[2:])
     call = eager.begin(x, mask, weight, bias, running, layer, device, error)

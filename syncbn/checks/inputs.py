@@ -45,6 +45,11 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
             f"{NAME} needs an input whose values are in memory, one after another; received {received}. "
             "Call x.to_dense(), or make it on a device that holds data."
         )
+    if not x.size(1):
+        return ValueError(
+            f"{NAME} needs an input of at least 1 channel; received shape {tuple(x.shape)}. Leave the layer out where "
+            "nothing is left to normalise."
+        )
     if num_features is not None and x.size(1) != num_features:
         return ValueError(
             f"{NAME} needs input.size(1) == num_features; received {x.size(1)} channels, shape {tuple(x.shape)}, "

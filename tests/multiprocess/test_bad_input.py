@@ -15,6 +15,7 @@ pytestmark = pytest.mark.ranks(1)
 
 FAULTS = {
     "one dim": (lambda: torch.zeros(5), ValueError, ["input.dim() >= 2", "(5,)", "unsqueeze"]),
+    "no channel": (lambda: torch.zeros(5, 0), ValueError, ["at least 1 channel", "(5, 0)", "Leave the layer out"]),
     "wrong C": (lambda: torch.zeros(2, 7, 3), ValueError, ["input.size(1) == num_features", "7", "num_features=5"]),
     "integers": (lambda: torch.zeros(2, 5, dtype=torch.int64), TypeError, ["floating-point", "int64", "x.float()"]),
     "complex": (lambda: torch.zeros(2, 5, dtype=torch.complex64), TypeError, ["floating-point", "complex64"]),
