@@ -201,6 +201,7 @@ contact() { # without CuPy the tests of the kernels would be skipped, so look at
     on_gpu syncbn 30 kernels "$PYTHON" -c "$explain"
     together
     # Every kernel once, compiled side by side; CuPy keeps them on disk for the jobs that follow.
+    # shellcheck disable=SC2016 # the inner bash expands it
     on_gpu tests/gpu/stress.py 60 cases bash -c 'seq 0 7 | xargs -P 8 -I{} "$PYTHON" -m tests.gpu.stress --only {} --small'
     wait_for_jobs
     on_gpu tests/gpu/test_gpu.py 110 gpu "$PYTHON" "${tests[@]}" tests/gpu/test_gpu.py

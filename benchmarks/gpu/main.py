@@ -9,6 +9,7 @@ and then as CUDA graphs. Then everything is profiled. After a time limit or Ctrl
 
 from __future__ import annotations
 
+import gc
 import importlib
 import signal
 import sys
@@ -26,11 +27,11 @@ from tqdm import tqdm
 
 import syncbn
 from benchmarks.gpu import timing
-from benchmarks.gpu.contenders import Group, Step, contenders, process_groups
-from benchmarks.gpu.plan import Cell, Options, plan
+from benchmarks.gpu.methods import Group, Step, methods, process_groups
+from benchmarks.gpu.plan import Case, Options, eager_turn, plan, seconds_of_turns
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.targets import Measured, Row, derive
 from benchmarks.gpu.timing import Capturer
-from benchmarks.gpu.verdict import Measured, Row, derive
 from syncbn import kernels
 
 TIMING = 0.75
@@ -54,38 +55,43 @@ def run(options: Options, *, form: str) -> int:
     if not torch.cuda.is_available():
         problem = f"torch finds none (torch {torch.__version__}, CUDA {torch.version.cuda})"
         return _fail(f"it needs an NVIDIA GPU; {problem}. `syncbn bench` measures on the CPU.", 1)
-    cells = plan(options)
-    report = Report(describe_machine(options), len(cells))
+    cases = plan(options)
+    turns_s = seconds_of_turns(cases, options.repeats)
+    report = Report(describe_machine(options), len(cases), turns_s)
     try:
         _save(report, options)
     except OSError as error:
         return _fail(f"--output needs a file that can be written; received {error}. Name another.", 2)
     if form == "table":
-        print(tabulate(report.machine.items(), tablefmt="plain", disable_numparse=True), end="\n\n", flush=True)
+        print(tabulate(report.machine.items(), tablefmt="plain", disable_numparse=True), end="\n\n")
+        print(f"{len(cases)} shapes, dtypes and layouts; their turns alone take {turns_s:.0f} s.\n", flush=True)
     status = 0
     with process_groups() as (groups, problem), _signals() as received:  # the report comes before NCCL's end
         report.left_out += [f"NCCL: {problem}"] if problem else []
+        gc.freeze()  # timing collects garbage twice a case, which takes 0.1 s where it looks at every imported module
         try:
-            measure(cells, groups, options, report)
+            measure(cases, groups, options, report)
         except KeyboardInterrupt:
             status, report.ended = 128 + received[0], f"ended by {signal.Signals(received[0]).name}"
         except Exception as error:  # the GPU may be lost to this process: what was measured before is not
             traceback.print_exc()
             status, report.ended = 1, f"ended by an error: {_first_line(error)}"
+        finally:
+            gc.unfreeze()
         _save(report, options)
         print(report.as_json() if form == "json" else report.as_tables(), flush=True)
     return status
 
 
-def measure(cells: list[Cell], groups: list[Group], options: Options, report: Report) -> None:
+def measure(cases: list[Case], groups: list[Group], options: Options, report: Report) -> None:
     """Times and then profiles all steps of every case until the time limit, and adds to the report."""
     start = saved = time.monotonic()
-    found, derived = dict[Cell, list[Measured]](), dict[Cell, list[Row]]()
+    found, derived = dict[Case, list[Measured]](), dict[Case, list[Row]]()
     cache, capturer = _properties().L2_cache_size, Capturer()
 
-    def keep(cell: Cell, rows: list[Measured]) -> None:
+    def keep(case: Case, rows: list[Measured]) -> None:
         nonlocal saved
-        found[cell], derived[cell] = rows, derive(rows, cache)
+        found[case], derived[case] = rows, derive(rows, cache)
         report.rows = list(chain.from_iterable(derived.values()))
         if time.monotonic() - saved > SAVE_EVERY:
             _save(report, options)
@@ -97,49 +103,50 @@ def measure(cells: list[Cell], groups: list[Group], options: Options, report: Re
             return False
         return True
 
-    with tqdm(total=2 * len(cells), unit="step", disable=None, leave=False, file=sys.stderr) as bar:  # on a terminal
-        for cell in takewhile(lambda _: in_time(TIMING), cells):
-            keep(cell, _timed(cell, groups, capturer, options.repeats, report.left_out))
+    # disable=None: only on a terminal
+    with tqdm(total=2 * len(cases), unit="step", disable=None, leave=False, file=sys.stderr) as progress:
+        for case in takewhile(lambda _: in_time(TIMING), cases):
+            keep(case, _timed(case, groups, capturer, options.repeats, report.left_out))
             report.timed += 1
-            bar.update()
+            progress.update()
         report.left_out += [f"CUDA graph of {name}: {reason}" for name, reason in capturer.refused.items()]
-        for cell in takewhile(lambda _: in_time(1.0), list(found)):
-            rows = _profiled(cell, groups, found[cell])
-            if rows == found[cell] != []:
+        for case in takewhile(lambda _: in_time(1.0), list(found)):
+            rows = _profiled(case, groups, found[case])
+            if rows == found[case] != []:
                 report.left_out.append("GPU time, launches and host waits: torch's profiler sees no GPU")
                 break
-            keep(cell, rows)
+            keep(case, rows)
             report.profiled += 1
-            bar.update()
+            progress.update()
 
 
-def _timed(cell: Cell, groups: list[Group], capturer: Capturer, repeats: int, left_out: list[str]) -> list[Measured]:
+def _timed(case: Case, groups: list[Group], capturer: Capturer, repeats: int, left_out: list[str]) -> list[Measured]:
     """Times all steps of one case. Frees the graphs and their memory."""
     try:
-        x, grad_y = cell.tensors()
-        steps = contenders(x, grad_y, groups)
-        steps = {name: step for name, step in steps.items() if _runs(step, f"{name} at {cell}", left_out)}
-        eager = timing.in_turns(steps, repeats)
+        x, grad_y = case.tensors()
+        steps = methods(x, grad_y, groups)
+        steps = {name: step for name, step in steps.items() if _runs(step, f"{name} at {case}", left_out)}
+        eager = timing.in_turns(steps, repeats, eager_turn(case))
         graph = capturer.replays(steps, repeats)
     except torch.OutOfMemoryError as error:
-        left_out.append(f"{cell}: {_first_line(error)}")
+        left_out.append(f"{case}: {_first_line(error)}")
         return []
     finally:
         steps = {}
         torch.cuda.empty_cache()  # also frees the pool of the graphs
     return [
-        Measured(cell.shape, cell.dtype, cell.layout, name, x.element_size(), eager[name], graph.get(name))
+        Measured(case.shape, case.dtype, case.layout, name, x.element_size(), eager[name], graph.get(name, ()))
         for name in eager
     ]
 
 
-def _profiled(cell: Cell, groups: list[Group], rows: list[Measured]) -> list[Measured]:
+def _profiled(case: Case, groups: list[Group], rows: list[Measured]) -> list[Measured]:
     """Adds the profiler's counts for the steps that were timed."""
     if not rows:
         return []
-    steps = contenders(*cell.tensors(), groups)
-    counts = timing.profiled({row.contender: steps[row.contender] for row in rows})
-    return [replace(row, **vars(counts[row.contender])) if row.contender in counts else row for row in rows]
+    steps = methods(*case.tensors(), groups)
+    counts = timing.profiled({row.method: steps[row.method] for row in rows})
+    return [replace(row, **vars(counts[row.method])) if row.method in counts else row for row in rows]
 
 
 def _runs(step: Step, what: str, left_out: list[str]) -> bool:

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.verdict import LARGE, TWO_IMAGES, Shape
+from benchmarks.gpu.methods import METHODS
+from benchmarks.gpu.targets import MANY, TWO_IMAGES, Shape
+from benchmarks.gpu.timing import TURN
 from syncbn.cli.bench import report
 
+EAGER_TURN = 0.02
+"""Seconds of an eager turn at 2 images, where the host sets the time, which is noisy."""
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")
 SHAPES: tuple[Shape, ...] = (
@@ -40,7 +44,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """One case: the shape, dtype and layout of steps that take turns."""
 
     shape: Shape
@@ -59,13 +63,23 @@ class Cell:
         return x.requires_grad_(), grad_y
 
 
-def plan(options: Options) -> list[Cell]:
-    """Returns the cases, the most important first: 2 images, large shapes, both in float16, the rest."""
+def plan(options: Options) -> list[Case]:
+    """Returns the cases, the most important first: in each dtype 2 images and then large shapes; at last the rest."""
 
-    def rank(cell: Cell) -> int:
-        if cell.shape not in TWO_IMAGES and math.prod(cell.shape) < LARGE:
-            return 4
-        return (cell.shape not in TWO_IMAGES) + 2 * (cell.dtype == "float16")
+    def rank(case: Case) -> int:
+        if case.shape not in TWO_IMAGES and math.prod(case.shape) < MANY:
+            return 2 * len(DTYPES)
+        return (case.shape not in TWO_IMAGES) + 2 * DTYPES.index(case.dtype)
 
-    cells = [Cell(s, d, each) for d in options.dtypes for each in options.layouts for s in options.shapes]
-    return sorted((c for c in cells if len(c.shape) == 4 or c.layout == "contiguous"), key=rank)
+    cases = [Case(s, d, each) for d in options.dtypes for each in options.layouts for s in options.shapes]
+    return sorted((c for c in cases if len(c.shape) == 4 or c.layout == "contiguous"), key=rank)
+
+
+def eager_turn(case: Case) -> float:
+    """Returns the seconds of an eager turn."""
+    return EAGER_TURN if case.shape in TWO_IMAGES else TURN
+
+
+def seconds_of_turns(cases: Sequence[Case], repeats: int) -> float:
+    """Returns how long the turns of all cases take at least, eager and replayed. A turn has at most 500 steps."""
+    return len(METHODS) * repeats * sum(eager_turn(case) + TURN for case in cases)

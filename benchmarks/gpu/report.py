@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.gpu.verdict import Row, Verdict, judge
+from benchmarks.gpu.targets import Row, Target, judge
 
 COLUMNS = (
-    *("N,C,spatial", "dtype", "layout", "contender", "eager us", "graph us", "GPU us", "launches", "waits"),
+    *("N,C,spatial", "dtype", "layout", "method", "eager us", "graph us", "GPU us", "launches", "waits"),
     *("GB/s", "of copy", "eager x", "graph x", "GPU x"),
 )
 
@@ -25,6 +25,7 @@ class Report:
 
     machine: dict[str, str]
     planned: int
+    turns_s: float = 0.0
     rows: list[Row] = field(default_factory=list)
     timed: int = 0
     profiled: int = 0
@@ -44,19 +45,20 @@ class Report:
         document = {
             "machine": self.machine,
             "planned": self.planned,
+            "turns_s": self.turns_s,
             "timed": self.timed,
             "profiled": self.profiled,
             "ended": self.ended,
             "left_out": self.left_out,
             "rows": [row.as_dict() for row in self.rows],
-            "bars": [asdict(verdict) | {"verdict": verdict.met} for verdict in judge(self.rows)],
+            "targets": [asdict(target) | {"result": target.result} for target in judge(self.rows)],
         }
         return json.dumps(document, indent=1)
 
     def as_tables(self) -> str:
         """Renders the rows, the targets and the note."""
-        rows = tabulate([_cells(row) for row in self.rows], COLUMNS, disable_numparse=True, colalign=_aligned(4, 10))
-        return "\n\n".join((rows, verdict_table(judge(self.rows)), self.note))
+        rows = tabulate([_fields(row) for row in self.rows], COLUMNS, disable_numparse=True, colalign=_aligned(4, 10))
+        return "\n\n".join((rows, target_table(judge(self.rows)), self.note))
 
     def write(self, path: str) -> None:
         """Writes the JSON document atomically, so that a reader, also after a kill, gets a complete one."""
@@ -65,20 +67,20 @@ class Report:
         os.replace(part, path)
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
+def target_table(targets: Sequence[Target]) -> str:
     """Renders the targets."""
-    headers = ("bar", "verdict", "needed", "worst", "median", "rows", "short", "worst at")
-    cells = [
-        (v.bar, v.met, v.needed, _number(v.worst, 2), _number(v.median, 2), str(v.rows), str(v.short), v.where)
-        for v in verdicts
+    headers = ("target", "result", "needed", "worst", "median", "rows", "short", "worst at")
+    rows = [
+        (t.target, t.result, t.needed, _number(t.worst, 2), _number(t.median, 2), str(t.rows), str(t.short), t.where)
+        for t in targets
     ]
-    return tabulate(cells, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 5, "left"))
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 5, "left"))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _fields(row: Row) -> tuple[str, ...]:
     m = row.measured
     return (
-        *(",".join(map(str, m.shape)), m.dtype, m.layout, m.contender),
+        *(",".join(map(str, m.shape)), m.dtype, m.layout, m.method),
         *(_number(us, 1) for us in (m.eager_us, m.graph_us, m.gpu_us)),
         *(_number(count, 0) for count in (m.launches, m.host_waits)),
         _number(row.gb_per_s, 0),

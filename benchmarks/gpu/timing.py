@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from typing import Any, final
 
 import torch
 
-from benchmarks.gpu.contenders import Step
+from benchmarks.gpu.methods import Step
 
 TURN = 0.005
-"""Seconds of a turn. The host waits only for its last step."""
+"""Seconds of a turn, if nothing else is said. The host waits only for its last step."""
 PROFILED = 3
 GAP_US = 1000.0
 """A pause between the steps under the profiler, whose clocks of host and GPU differ by some microseconds."""
@@ -40,15 +39,19 @@ class Counts:
     host_waits: float
 
 
-def in_turns(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Returns the median microseconds of each step. Steps run back to back within a turn; turns are A B C A B C."""
-    counts = {name: _steps_in_a_turn(step) for name, step in steps.items()}
+def in_turns(steps: dict[str, Step], repeats: int, seconds: float = TURN) -> dict[str, tuple[float, ...]]:
+    """Returns the microseconds of a step in each turn.
+
+    Steps run back to back within a turn. Turns are A B C A B C, so turns of one index ran one right after the other,
+    and a slow moment of the machine affects them all.
+    """
+    counts = {name: _steps_in_a_turn(step, seconds) for name, step in steps.items()}
     turns: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
         for _ in range(repeats):
             for name, step in steps.items():
                 turns[name].append(wall(step, counts[name]))
-    return {name: statistics.median(each) for name, each in turns.items()}
+    return {name: tuple(each) for name, each in turns.items()}
 
 
 def wall(step: Step, count: int) -> float:
@@ -61,9 +64,9 @@ def wall(step: Step, count: int) -> float:
     return (time.perf_counter_ns() - start) / 1e3 / count
 
 
-def _steps_in_a_turn(step: Step) -> int:
+def _steps_in_a_turn(step: Step, seconds: float) -> int:
     wall(step, 3)  # warms the allocator up
-    return max(3, min(500, int(TURN * 1e6 / max(wall(step, 3), 1.0))))
+    return max(3, min(500, int(seconds * 1e6 / max(wall(step, 3), 1.0))))
 
 
 @contextmanager
@@ -92,8 +95,8 @@ class Capturer:
         self._pool: Any = None
         self.refused: dict[str, str] = {}
 
-    def replays(self, steps: dict[str, Step], repeats: int) -> dict[str, float]:
-        """Returns the median microseconds of a replay of each step that can be captured. Frees the graphs."""
+    def replays(self, steps: dict[str, Step], repeats: int) -> dict[str, tuple[float, ...]]:
+        """Returns the microseconds of a replay in each turn, of each step that can be captured. Frees the graphs."""
         graphs = {name: self._capture(name, step) for name, step in steps.items()}
         graphs = {name: graph for name, graph in graphs.items() if graph is not None}
         try:
@@ -148,7 +151,7 @@ def profiled(steps: dict[str, Step]) -> dict[str, Counts]:
     for step in steps.values():
         step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else it warns
         for name, step in steps.items():
             with torch.profiler.record_function(MARK + name):
                 for _ in range(PROFILED):

@@ -29,8 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.contenders import Step
-from benchmarks.gpu.plan import DTYPES, LAYOUTS, Cell
+from benchmarks.gpu.methods import COPY, Step
+from benchmarks.gpu.plan import DTYPES, LAYOUTS, Case
+from benchmarks.gpu.targets import Shape, median_ratio
 from syncbn import kernels
 from syncbn.cli.arguments import at_least, seconds, shape
 from syncbn.kernels.base import Parameters
@@ -39,7 +40,6 @@ from syncbn.kernels.cuda.launch import CupyLauncher
 from syncbn.kernels.cuda.ops import CupyKernels, kernel_name
 from syncbn.moments import DTYPE_VOTES, Message, Running, Status
 
-Shape = tuple[int, ...]
 STEPS = ("local_moments", "normalize", "backward_sums", "backward_input")
 SHAPES: tuple[Shape, ...] = ((2, 256, 14, 14), (2, 64, 112, 112), (32, 256, 56, 56), (2, 256, 512, 512))
 MESSAGE = Message((1, 3, 5, 7), 1, "'layer'", 0, 3)
@@ -62,14 +62,17 @@ class Variant:
         """What variants with the same compiled kernels share."""
         return self.words, self.folder
 
-    def text(self, step: str) -> str:
-        """Returns the changed source of a kernel."""
-        folder = self.folder or resources.files("syncbn.kernels.cuda")
-        with mock.patch.object(resources, "files", lambda package: folder):
-            text = launch.source(step)
+    def changed(self, text: str) -> str:
+        """Returns the text with the words replaced."""
         for old, new in self.words:
             text = text.replace(old, new)
         return text
+
+    def text(self, step: str) -> str:
+        """Returns the changed source of a kernel."""
+        folder = self.folder or resources.files("syncbn.kernels.cuda")
+        with mock.patch.object(resources, "files", return_value=folder):
+            return self.changed(launch.source(step))
 
 
 def _packs(now: int, packs: int, end: str) -> tuple[tuple[str, str], ...]:
@@ -95,7 +98,10 @@ VARIANTS = (
 
 @dataclass
 class Result:
-    """One variant at one shape: microseconds of a replay of the step, and of each kernel."""
+    """One variant at one shape: microseconds of a replay of the step, and of each kernel.
+
+    ``of_as_is`` is the time of the kernels as they are over its own, ``of_copy`` the copy's: 2 is twice as fast.
+    """
 
     shape: Shape
     dtype: str
@@ -127,9 +133,9 @@ def changed(variant: Variant) -> Iterator[None]:
         geometry.plan.cache_clear()
 
 
-def compile_all(variants: Sequence[Variant], launchers: dict[object, CupyLauncher], cells: Sequence[Cell]) -> None:
-    """Compiles every kernel that the cells need, several side by side."""
-    kinds = sorted({(cell.dtype, layout) for cell in cells for layout in ("Planes", "Rows")})
+def compile_all(variants: Sequence[Variant], launchers: dict[object, CupyLauncher], cases: Sequence[Case]) -> None:
+    """Compiles every kernel that the cases need, several side by side."""
+    kinds = sorted({(case.dtype, layout) for case in cases for layout in ("Planes", "Rows")})
     device = torch.cuda.current_device()
     for variant in {v.source: v for v in variants}.values():
         launcher = kernels_of(variant, launchers)._launcher
@@ -165,13 +171,13 @@ def step_of(found: CupyKernels, x: Tensor, grad_y: Tensor) -> Step:
 
 
 def measure(
-    cell: Cell, variants: Sequence[Variant], launchers: dict[object, CupyLauncher], repeats: int
+    case: Case, variants: Sequence[Variant], launchers: dict[object, CupyLauncher], repeats: int
 ) -> list[Result]:
     """Times all variants at one shape in turns, then profiles each."""
-    x, grad_y = cell.tensors()
+    x, grad_y = case.tensors()
     source = torch.empty(5 * x.numel() * x.element_size() // 2, dtype=torch.uint8, device=x.device)
     target = torch.empty_like(source)
-    capturer, graphs, steps = timing.Capturer(), dict[str, Any](), dict[str, Step]()
+    capturer, graphs = timing.Capturer(), dict[str, Any]()
     expected: list[Tensor] = []
     for variant in variants:
         with changed(variant):
@@ -180,22 +186,23 @@ def measure(
             expected = expected or results
             wrong = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected, strict=True))
             if not wrong < 1e-2:
-                raise RuntimeError(f"{variant.name} at {cell} computes something else: {wrong:g} off")
-            steps[variant.name] = step
+                raise RuntimeError(f"{variant.name} at {case} computes something else: {wrong:g} off")
             graphs[variant.name] = capturer.captured_step(step)
     del results, expected
-    graphs["copy"] = capturer.captured_step(lambda: target.copy_(source))
-    times = timing.in_turns({name: graph.replay for name, graph in graphs.items()}, repeats)
-    counted = {name: kernel_times(graph.replay) for name, graph in graphs.items() if name != "copy"}
+    replays = {name: graph.replay for name, graph in graphs.items()}
+    turns = timing.in_turns({**replays, COPY: lambda: target.copy_(source)}, repeats)
+    profiled = timing.profiled({COPY: lambda: target.copy_(source)})
+    copy_us = min([statistics.median(turns[COPY]), *(counts.gpu_us for counts in profiled.values())])
+    counted = {name: kernel_times(replay) for name, replay in replays.items()}
     for graph in graphs.values():
         graph.reset()
     torch.cuda.empty_cache()
     return [
         Result(
-            *(cell.shape, cell.dtype, cell.layout, name, times[name]),
-            *(times[AS_IS] / times[name], times["copy"] / times[name], counted[name]),
+            *(case.shape, case.dtype, case.layout, name, step_us := statistics.median(turns[name])),
+            *(median_ratio(turns[AS_IS], turns[name]), copy_us / step_us, counted[name]),
         )
-        for name in steps
+        for name in replays
     ]
 
 
@@ -203,7 +210,7 @@ def kernel_times(step: Step, count: int = 5) -> dict[str, float]:
     """Returns the mean microseconds of each kernel on the GPU, by torch's profiler."""
     step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(count):
             step()
         torch.cuda.synchronize()
@@ -235,6 +242,13 @@ def table(results: Sequence[Result]) -> str:
     return tabulate(rows, headers, disable_numparse=True) + "\n\n" + summary
 
 
+def write(results: Sequence[Result], path: str) -> None:
+    """Writes the results as JSON, atomically: a reader, also after a kill, gets a complete document."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0; 1 without a GPU that gets the kernels."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.variants", description=__doc__.partition("\n")[0])
@@ -251,20 +265,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     start = time.monotonic()
     variants = [*VARIANTS, *([Variant("before", folder=args.before)] if args.before else [])]
-    cells = [Cell(s, d, each) for s in args.shapes for d in args.dtypes for each in LAYOUTS]
+    cases = [Case(s, d, each) for s in args.shapes for d in args.dtypes for each in LAYOUTS]
     launchers: dict[object, CupyLauncher] = {}
-    compile_all(variants, launchers, cells)
+    compile_all(variants, launchers, cases)
     print(f"{torch.cuda.get_device_name()}, compiled in {time.monotonic() - start:.0f} s", flush=True)
     results: list[Result] = []
-    for cell in tqdm(cells, unit="shape", disable=None, leave=False):
+    for case in tqdm(cases, unit="shape", disable=None, leave=False):
         if time.monotonic() - start > args.time_limit:
-            print(f"Ended by the time limit before {cell}.")
+            print(f"Ended by the time limit before {case}.")
             break
-        results += measure(cell, variants, launchers, args.repeats)
+        results += measure(case, variants, launchers, args.repeats)
         if args.output:
-            part = Path(f"{args.output}.part")
-            part.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
-            part.replace(args.output)
+            write(results, args.output)
     print(table(results), flush=True)
     return 0
 

@@ -370,14 +370,17 @@ esac
 """
 TOOLS = (
     *("bash", "cat", "cut", "dirname", "env", "grep", "gzip", "head", "mkdir", "mv", "rm"),
-    *("sleep", "tail", "tar", "timeout"),
+    *("seq", "sleep", "tail", "tar", "timeout", "xargs"),
 )
 GPU_FILES = (
     *("syncbn/__init__.py", "benchmarks/gpu/__main__.py", "benchmarks/gpu/variants.py", "tests/gpu/stress.py"),
     *("tests/gpu/test_gpu.py", "tests/gpu/test_nccl.py", "tests/multiprocess/test_exactness.py"),
 )
 GPU_PARTS = {
-    "contact": ["kernels", "gpu", "nccl", "contract", "alone", "compile", "torchrun2-bits", "mpirun2-bits"],
+    "contact": [
+        *("kernels", "cases", "gpu", "nccl", "contract", "alone", "compile"),
+        *("torchrun2-bits", "mpirun2-bits"),
+    ],
     "bench": ["bench"],
     "ranks": [
         *("mpirun2", "mpirun3", "torchrun2", "torchrun3", "mpirun3-bits", "torchrun3-bits"),
@@ -497,7 +500,7 @@ def test_gpu_refuses_an_unknown_part_before_it_runs_any(gpu):
     assert not tree.results.exists()
 
 
-@pytest.mark.parametrize(("status", "verdict"), [(1, " FAILED "), (124, " TIMEOUT after 145 s "), (137, " FAILED ")])
+@pytest.mark.parametrize(("status", "verdict"), [(1, " FAILED "), (124, " TIMEOUT after 110 s "), (137, " FAILED ")])
 def test_gpu_ends_with_1_after_all_parts_where_a_job_fails(gpu, status, verdict):
     done = gpu("mpirun", layer=status).run("contact", "bench")
     table = gpu_tables(done.stdout)[-1]
@@ -512,7 +515,7 @@ def test_gpu_ends_with_1_after_all_parts_where_a_job_fails(gpu, status, verdict)
 def test_gpu_ends_a_job_at_its_limit(gpu, slower):
     tree = gpu("mpirun")
     script = tree.folder / "launch/gpu.sh"
-    script.write_text(script.read_text().replace("145 alone", "1 alone"))
+    script.write_text(script.read_text().replace("110 alone", "1 alone"))
     done = tree.run("contact", NAP=1000, SLOWER=slower)
     assert done.returncode == 1
     assert f" TIMEOUT after {slower} s " in gpu_tables(done.stdout)[-1]["alone"]

@@ -43,6 +43,7 @@ OURS = tuple(f"syncbn, {group}" for group in (FAKE_OF_8, NCCL_OF_1))
 THEIRS = tuple(f"torch SyncBatchNorm, {group}" for group in (FAKE_OF_8, NCCL_OF_1))
 PARTNERS = {ALONE: BATCH_NORM, **dict(zip(OURS, THEIRS, strict=True))}
 """The step that each of ours is compared with: the same work over the same group."""
+METHODS = (COPY, BATCH_NORM, ALONE, *OURS, *THEIRS)
 
 
 @final
@@ -147,7 +148,7 @@ def _gather_in_one_launch(fake: Any) -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def contenders(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step]:
+def methods(x: Tensor, grad_y: Tensor, groups: list[Group]) -> dict[str, Step]:
     """Returns the training steps by name: forward, backward, gradients of input, weight and bias.
 
     Args:
