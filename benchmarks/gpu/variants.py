@@ -81,17 +81,26 @@ def _packs(now: int, packs: int, end: str) -> tuple[tuple[str, str], ...]:
 
 _STREAMING = tuple((f"st.global.{width}", f"st.global.cs.{width}") for width in ("v4.b32", "v2.b32"))
 AS_IS = "as it is"
+_RESIDENT = (("ELEMENTWISE_RESIDENT = 3", "ELEMENTWISE_RESIDENT = 4"),)
 VARIANTS = (
     Variant(AS_IS),
     Variant("streaming stores", _STREAMING),
     Variant("elementwise, 2 packs", _packs(4, 2, "END")),
-    Variant("elementwise, 4 blocks resident", (("ELEMENTWISE_RESIDENT = 3", "ELEMENTWISE_RESIDENT = 4"),)),
+    Variant("elementwise, 2 packs, 4 blocks resident", _packs(4, 2, "END") + _RESIDENT),
     Variant("moments, 2 packs", _packs(4, 2, "START")),
-    Variant("1 step", constants={"STEPS": 1}),
     Variant("2 steps", constants={"STEPS": 2}),
     Variant("8 steps", constants={"STEPS": 8}),
-    Variant("half the blocks", constants={"BLOCKS_OF_PLANES": 528, "BLOCKS_OF_ROWS": 198}),
-    Variant("double blocks", constants={"BLOCKS_OF_PLANES": 2112, "BLOCKS_OF_ROWS": 792}),
+    Variant("elementwise rows, 1 step", constants={"STEPS_OF_ROWS": 1}),
+    Variant("elementwise rows, 4 steps", constants={"STEPS_OF_ROWS": 4}),
+    Variant("alone up to 4 steps", constants={"STEPS_ALONE": 4}),
+    Variant("alone up to 16 steps", constants={"STEPS_ALONE": 16}),
+    Variant("depth 16", constants={"DEPTH": 16}),
+    Variant("depth 64", constants={"DEPTH": 64}),
+    Variant("half the blocks of sums", constants={"BLOCKS_OF_SUMS_OF_PLANES": 528, "BLOCKS_OF_SUMS_OF_ROWS": 264}),
+    Variant("double blocks of sums", constants={"BLOCKS_OF_SUMS_OF_PLANES": 2112, "BLOCKS_OF_SUMS_OF_ROWS": 792}),
+    Variant("half the elementwise blocks", constants={"BLOCKS_OF_PLANES": 792, "BLOCKS_OF_ROWS": 396}),
+    Variant("double elementwise blocks", constants={"BLOCKS_OF_PLANES": 3168, "BLOCKS_OF_ROWS": 1584}),
+    Variant("sums, 4 columns", constants={"COLUMNS_OF_SUMS": 4}),
     Variant("blocks of 128", threads=128),
 )
 
