@@ -92,7 +92,10 @@ class CupyLauncher(AbstractLauncher):
             with torch.cuda.device(device):
                 return self.launch(kernel, grid, block, layout, values, x)
         function = self._functions.get((kernel, device)) or self._compile(kernel, device)
-        buffer, pointers = self._argument()
+        try:
+            buffer, pointers = self._local.argument
+        except AttributeError:
+            buffer, pointers = self._argument()
         layout.pack_into(buffer, 0, *values)
         stream = torch._C._cuda_getCurrentRawStream(device)
         self._driver.launchKernel(function, grid, 1, 1, *block, 1, 0, stream, pointers, 0)
@@ -140,16 +143,13 @@ class CupyLauncher(AbstractLauncher):
         return found
 
     def _argument(self) -> tuple[Any, int]:
-        """Returns this thread's memory for a kernel's argument, and the address of the array that points to it."""
-        try:
-            return self._local.argument  # type: ignore[no-any-return]
-        except AttributeError:
-            buffer = ctypes.create_string_buffer(512)
-            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-            self._local.keep = pointers
-            self._local.argument = buffer, ctypes.addressof(pointers)
-            self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver needs a context in this thread
-            return self._local.argument  # type: ignore[no-any-return]
+        """Makes this thread's memory for a kernel's argument, and the address of the array that points to it."""
+        buffer = ctypes.create_string_buffer(512)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver needs a context in this thread
+        self._local.keep = pointers
+        self._local.argument = argument = buffer, ctypes.addressof(pointers)
+        return argument
 
     def _compile(self, kernel: str, device: int) -> int:
         """Compiles one instance of a template, or takes it from CuPy's cache on disk."""
