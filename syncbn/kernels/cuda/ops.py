@@ -17,7 +17,7 @@ from torch import Tensor
 from syncbn import moments
 from syncbn.kernels.base import AbstractKernels, Parameters
 from syncbn.kernels.cuda.geometry import THREADS
-from syncbn.kernels.cuda.launch import AbstractLauncher
+from syncbn.kernels.cuda.launch import AbstractLauncher, Scratch
 from syncbn.kernels.cuda.prepared import Prepared, prepare
 from syncbn.moments import DTYPES, STATUS_SLOTS, Counters, Message, Numbers, Status
 
@@ -29,6 +29,7 @@ NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdd4ddQd")
 BACKWARD_SUMS = struct.Struct("=7qQQQQQ4dQqqQqqQQ")
 BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq4ddQd")
 _ABSENT = (0, 0, 0)
+_NO_SCRATCH = Scratch(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), (0, 0))
 _STAYS = (*_ABSENT, *_ABSENT, 0)
 REMEMBERED = 4096
 """How many kinds of inputs stay prepared. Beyond them all are forgotten and prepared again."""
@@ -59,10 +60,10 @@ class CupyKernels(AbstractKernels):
         name, grid, block, shapes = like.local_moments
         wire = x.new_empty(like.wire_length, dtype=torch.float64)
         pointer = x.data_ptr()
-        keep, scratch = self._scratch(x, like)
-        values = (*shapes[pointer & 15], pointer, wire.data_ptr(), *numbers, like.samples, *status, *scratch)
+        scratch = self._scratch(x, like)
+        values = (*shapes[pointer & 15], pointer, wire.data_ptr(), *numbers, like.samples, *status, *scratch.addresses)
         self._launcher.launch(name, grid, block, LOCAL_MOMENTS, values, x)
-        del keep  # torch reuses its memory only after this stream is done with it
+        del scratch  # only now may torch reuse it, after this launch
         return wire
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
@@ -125,17 +126,17 @@ class CupyKernels(AbstractKernels):
         grad_weight = None if weight is None else stats.new_empty(C, dtype=weight)
         grad_bias = None if bias is None else stats.new_empty(C, dtype=bias)
         g, pointer, mean = grad_y.data_ptr(), x.data_ptr(), stats.data_ptr()
-        keep, scratch = self._scratch(x, like)
+        scratch = self._scratch(x, like)
         values = (
             *shapes[(g | pointer) & 15],
             *(g, pointer, mean, mean + 8 * C, wire.data_ptr()),
             *numbers,
             *(_ABSENT if grad_weight is None else (grad_weight.data_ptr(), 1, CODES[grad_weight.dtype])),
             *(_ABSENT if grad_bias is None else (grad_bias.data_ptr(), 1, CODES[grad_bias.dtype])),
-            *scratch,
+            *scratch.addresses,
         )
         self._launcher.launch(name, grid, block, BACKWARD_SUMS, values, x)
-        del keep
+        del scratch
         return wire, grad_weight, grad_bias
 
     def check_sums(self, wire: Tensor, message: Message) -> bool:
@@ -187,12 +188,9 @@ class CupyKernels(AbstractKernels):
         self._prepared[key] = new
         return x, new
 
-    def _scratch(self, x: Tensor, like: Prepared) -> tuple[Tensor | None, tuple[int, int]]:
+    def _scratch(self, x: Tensor, like: Prepared) -> Scratch:
         """Returns memory for partial sums and tickets, which a reduction over several blocks needs."""
-        if not like.partials:
-            return None, (0, 0)
-        partials = x.new_empty(like.partials, dtype=torch.float64)
-        return partials, (partials.data_ptr(), self._launcher.tickets(x, like.groups).data_ptr())
+        return self._launcher.scratch(x, like.partials, like.groups) if like.partials else _NO_SCRATCH
 
     def _comparison(self, message: Message, like: Prepared) -> tuple[int | float, ...]:
         """Returns the fields for comparing the calls, and the address for a deferred error."""
