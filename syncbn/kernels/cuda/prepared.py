@@ -20,6 +20,8 @@ from syncbn.kernels.cuda.launch import AbstractLauncher
 from syncbn.moments import DTYPES
 
 NAMES = dict(zip(DTYPES, ("Float16", "BFloat16", "float", "double"), strict=True))
+WIDTHS = {0: 16, 8: 8}
+"""The access width by the last 4 bits of an address; 0 for all others, which are read one value at a time."""
 REDUCTIONS = ("local_moments", "backward_sums")
 
 
@@ -31,7 +33,7 @@ class Kernel(NamedTuple):
     grid: int
     block: tuple[int, int]
     shapes: tuple[tuple[int, ...], ...]
-    """The fields of Shape in ``walk.cuh``, for each of the 16 values of the last 4 bits of an address, see below."""
+    """The fields of Shape in ``walk.cuh``, at index i for addresses of packs whose last 4 bits, or-ed, are i."""
 
 
 class Prepared(NamedTuple):
@@ -71,11 +73,11 @@ def prepare(x: Tensor, launcher: AbstractLauncher, threads: int, *, deferred: bo
     if sums is None or elements is None:
         return None
     C, empty, slow = sums.C, not x.numel(), launcher.slow_float64(x)
+    shapes = {sums: _shapes(sums), elements: _shapes(elements)}
 
     def kernel(step: str, plan: Geometry) -> Kernel:
         grid = 0 if empty and step not in REDUCTIONS else plan.grid
-        name = kernel_name(step, x.dtype, plan.layout, slow)
-        return Kernel(name, grid, plan.block, tuple(_shape(plan, bits) for bits in range(16)))
+        return Kernel(kernel_name(step, x.dtype, plan.layout, slow), grid, plan.block, shapes[plan])
 
     return Prepared(
         C=C,
@@ -99,16 +101,10 @@ def prepare(x: Tensor, launcher: AbstractLauncher, threads: int, *, deferred: bo
     )
 
 
-def _shape(plan: Geometry, bits: int) -> tuple[int, ...]:
-    """Returns the fields of Shape. The access width is the largest that divides all addresses of packs.
-
-    Args:
-        plan: the geometry.
-        bits: the last 4 bits of the addresses of all tensors that are read or written in packs, or-ed.
-    """
-    together = bits | plan.unit
-    width = 16 if together % 16 == 0 else 8 if together % 8 == 0 else 0
-    return plan.N, plan.C, plan.S, plan.groups, plan.blocks, plan.per_block, width
+def _shapes(plan: Geometry) -> tuple[tuple[int, ...], ...]:
+    """Returns :attr:`Kernel.shapes`. The access width is the largest that divides all addresses of packs."""
+    fields = plan.N, plan.C, plan.S, plan.groups, plan.blocks, plan.per_block
+    return tuple((*fields, WIDTHS.get((bits | plan.unit) & 15, 0)) for bits in range(16))
 
 
 @cache
