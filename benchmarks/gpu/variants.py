@@ -37,7 +37,8 @@ from syncbn.cli.arguments import at_least, seconds, shape
 from syncbn.kernels.base import Parameters
 from syncbn.kernels.cuda import geometry, launch
 from syncbn.kernels.cuda.launch import CupyLauncher
-from syncbn.kernels.cuda.ops import CupyKernels, kernel_name
+from syncbn.kernels.cuda.ops import CupyKernels
+from syncbn.kernels.cuda.prepared import kernel_name
 from syncbn.moments import DTYPE_VOTES, Message, Running, Status
 
 STEPS = ("local_moments", "normalize", "backward_sums", "backward_input")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from syncbn.kernels.cuda.errors import DeferredErrors
-from syncbn.kernels.cuda.launch import AbstractLauncher
+from syncbn.kernels.cuda.launch import AbstractLauncher, Scratch
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent.parent / "syncbn" / "kernels" / "cuda"
@@ -67,9 +67,9 @@ class EmulatedLauncher(AbstractLauncher):
     def slow_float64(self, x):
         return self.slow
 
-    def tickets(self, x, groups):
+    def scratch(self, x, partials, groups):
         assert groups <= self.zeros.numel()
-        return self.zeros
+        return Scratch.make(x, partials, self.zeros)
 
     def deferred_errors(self, x):
         return self.errors

@@ -67,8 +67,8 @@ class CheckedLauncher(AbstractLauncher):
     def slow_float64(self, x):
         return self.emulated.slow_float64(x)
 
-    def tickets(self, x, groups):
-        return self.emulated.tickets(x, groups)
+    def scratch(self, x, partials, groups):
+        return self.emulated.scratch(x, partials, groups)
 
     def deferred_errors(self, x):
         return self.emulated.deferred_errors(x)

@@ -50,8 +50,8 @@ class ArithmeticLauncher(AbstractLauncher):
     def slow_float64(self, x):
         return self.slow
 
-    def tickets(self, x, groups):
-        return self.inner.tickets(x, groups)
+    def scratch(self, x, partials, groups):
+        return self.inner.scratch(x, partials, groups)
 
     def deferred_errors(self, x):
         return self.inner.deferred_errors(x)

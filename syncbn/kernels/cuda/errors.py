@@ -44,11 +44,11 @@ class DeferredErrors:
         self._numbers = itertools.count(1)  # thread-safe: forward and backward run in different threads
         self._calls: list[tuple[int, Message, torch.dtype, torch.Size] | None] = [None] * REMEMBERED
 
-    def number(self, message: Message, x: Tensor) -> float:
-        """Numbers a launch and remembers its call and input."""
+    def number(self, message: Message, dtype: torch.dtype, shape: torch.Size) -> int:
+        """Numbers a launch and remembers its call, and dtype and shape of its input."""
         number = next(self._numbers)
-        self._calls[number % REMEMBERED] = number, message, x.dtype, x.shape
-        return float(number)
+        self._calls[number % REMEMBERED] = number, message, dtype, shape
+        return number
 
     def look(self) -> None:
         """Raises the error that the device has found, once. Does not wait: an error not written yet is raised later.

@@ -12,7 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from functools import cache
 from importlib import resources
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -28,6 +28,22 @@ GeForce, A10, L4 and L40."""
 TICKETS, STORED = 4096, 64
 """The usual number of tickets, and how many captures get theirs without a fill."""
 REMEDY = "SYNCBN_KERNELS=torch runs torch's own operators instead."
+
+
+class Scratch(NamedTuple):
+    """Memory of a sum over several blocks, see ``reduce.cuh``. Whoever launches holds it until then."""
+
+    partials: Tensor
+    """float64, of any values."""
+    tickets: Tensor
+    """uint32, zeros between launches."""
+    addresses: tuple[int, int]
+
+    @classmethod
+    def make(cls, x: Tensor, partials: int, tickets: Tensor) -> Scratch:
+        """Allocates partial sums beside tickets."""
+        memory = x.new_empty(partials, dtype=torch.float64)
+        return cls(memory, tickets, (memory.data_ptr(), tickets.data_ptr()))
 
 
 class AbstractLauncher(ABC):
@@ -53,8 +69,8 @@ class AbstractLauncher(ABC):
         """Whether float64 additions are so slow on the device of x that float32 expansions are faster (``sum.cuh``)."""
 
     @abstractmethod
-    def tickets(self, x: Tensor, groups: int) -> Tensor:
-        """Returns uint32 (>= groups,), zeros between launches. No other stream and no other graph uses it."""
+    def scratch(self, x: Tensor, partials: int, groups: int) -> Scratch:
+        """Returns memory for partial sums and tickets. No other stream and no other graph uses it at the same time."""
 
     @abstractmethod
     def deferred_errors(self, x: Tensor) -> DeferredErrors:
@@ -78,8 +94,10 @@ class CupyLauncher(AbstractLauncher):
         self._slow: dict[int, bool] = {}
         self._functions: dict[tuple[str, int], int] = {}
         self._loaded: list[Any] = []  # keeps the functions of _functions loaded, even after cupy.clear_memo()
-        self._tickets: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+        self._scratch: dict[tuple[int, int], Scratch] = {}
+        self._captured: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._store: dict[int, list[Tensor]] = {}
+        self._stored: list[Tensor] = []
         self._deferred_errors: dict[int, DeferredErrors] = {}
         self._local = threading.local()  # forward and backward launch from different threads
 
@@ -92,10 +110,14 @@ class CupyLauncher(AbstractLauncher):
             with torch.cuda.device(device):
                 return self.launch(kernel, grid, block, layout, values, x)
         function = self._functions.get((kernel, device)) or self._compile(kernel, device)
-        buffer, pointers = self._argument()
+        try:
+            buffer, pointers = self._local.argument
+        except AttributeError:
+            buffer, pointers = self._argument()
         layout.pack_into(buffer, 0, *values)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        self._driver.launchKernel(function, grid, 1, 1, *block, 1, 0, stream, pointers, 0)
+        width, height = block
+        self._driver.launchKernel(function, grid, 1, 1, width, height, 1, 0, stream, pointers, 0)
 
     def slow_float64(self, x: Tensor) -> bool:
         """See :meth:`AbstractLauncher.slow_float64`. Asks the driver."""
@@ -105,30 +127,47 @@ class CupyLauncher(AbstractLauncher):
             self._slow[device] = ratio > EXPANSION_PAYS
         return self._slow[device]
 
-    def tickets(self, x: Tensor, groups: int) -> Tensor:
-        """See :meth:`AbstractLauncher.tickets`.
+    def scratch(self, x: Tensor, partials: int, groups: int) -> Scratch:
+        """See :meth:`AbstractLauncher.scratch`. A stream keeps its own, and a launch there waits for the one before.
 
         A capture gets its own for each of its streams: a graph may run beside the stream, its branches in parallel.
         """
         device = x.get_device()
         stream = torch._C._cuda_getCurrentRawStream(device)
-        capture = capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
-        key = (device, stream, capture != 0)
-        found = self._tickets.get(key)
-        if found is None or found[0] != capture or found[1].numel() < groups:
-            found = self._tickets[key] = capture, self._zeros(x, groups, capture != 0)
-        return found[1]
+        if torch.cuda.is_current_stream_capturing():
+            return Scratch.make(x, partials, self._captured_tickets(x, stream, groups))
+        found = self._scratch.get((device, stream))
+        if found is None or found.tickets.numel() < groups:
+            found = Scratch.make(x, partials, self._zeros(x, groups))
+        elif found.partials.numel() < partials:
+            found = Scratch.make(x, partials, found.tickets)
+        else:
+            return found
+        self._scratch[device, stream] = found
+        return found
 
-    def _zeros(self, x: Tensor, groups: int, captured: bool) -> Tensor:
-        """Returns new tickets. A capture gets them from a store: filling them would be one more node of the graph."""
-        store = self._store.get(x.get_device())
-        if captured and store and groups <= TICKETS:
-            return store.pop()
-        zeros = torch.zeros(max(groups, TICKETS), dtype=torch.int32, device=x.device)
-        if store is None and not captured:
-            self._store[x.get_device()] = list(torch.zeros(STORED, TICKETS, dtype=torch.int32, device=x.device))
+    def _zeros(self, x: Tensor, groups: int) -> Tensor:
+        """Returns new tickets. The first ones of a device also fill the store for captures."""
+        device = x.get_device()
+        if device not in self._store:
+            stored = torch.zeros(STORED, TICKETS, dtype=torch.int32, device=x.device)
             torch.cuda.current_stream(x.device).synchronize()  # a graph may be replayed on any stream
-        return zeros
+            self._stored.append(stored)  # never freed: graphs that are replayed use it
+            self._store[device] = list(stored)
+        return torch.zeros(max(groups, TICKETS), dtype=torch.int32, device=x.device)
+
+    def _captured_tickets(self, x: Tensor, stream: int, groups: int) -> Tensor:
+        """Returns the tickets of a capture, from the store: filling them would be one more node of the graph."""
+        key, capture = (x.get_device(), stream), capture_id(stream)
+        found = self._captured.get(key)
+        if found is None or found[0] != capture or found[1].numel() < groups:
+            store = self._store.get(x.get_device())
+            if store and groups <= TICKETS:
+                tickets = store.pop()
+            else:
+                tickets = torch.zeros(max(groups, TICKETS), dtype=torch.int32, device=x.device)
+            found = self._captured[key] = capture, tickets
+        return found[1]
 
     def deferred_errors(self, x: Tensor) -> DeferredErrors:
         """See :meth:`AbstractLauncher.deferred_errors`. Pinned memory has one address for host and device."""
@@ -140,16 +179,13 @@ class CupyLauncher(AbstractLauncher):
         return found
 
     def _argument(self) -> tuple[Any, int]:
-        """Returns this thread's memory for a kernel's argument, and the address of the array that points to it."""
-        try:
-            return self._local.argument  # type: ignore[no-any-return]
-        except AttributeError:
-            buffer = ctypes.create_string_buffer(512)
-            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-            self._local.keep = pointers
-            self._local.argument = buffer, ctypes.addressof(pointers)
-            self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver needs a context in this thread
-            return self._local.argument  # type: ignore[no-any-return]
+        """Makes this thread's memory for a kernel's argument, and the address of the array that points to it."""
+        buffer = ctypes.create_string_buffer(512)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        self._cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # the driver needs a context in this thread
+        self._local.keep = pointers
+        self._local.argument = argument = buffer, ctypes.addressof(pointers)
+        return argument
 
     def _compile(self, kernel: str, device: int) -> int:
         """Compiles one instance of a template, or takes it from CuPy's cache on disk."""

@@ -9,21 +9,18 @@ once a step. These kernels take no mask.
 from __future__ import annotations
 
 import struct
-from functools import cache
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from syncbn import moments
 from syncbn.kernels.base import AbstractKernels, Parameters
-from syncbn.kernels.cuda import geometry
-from syncbn.kernels.cuda.geometry import THREADS, Geometry
-from syncbn.kernels.cuda.launch import AbstractLauncher
+from syncbn.kernels.cuda.geometry import THREADS
+from syncbn.kernels.cuda.launch import AbstractLauncher, Scratch
+from syncbn.kernels.cuda.prepared import Prepared, prepare
 from syncbn.moments import DTYPES, STATUS_SLOTS, Counters, Message, Numbers, Status
 
-NAMES = dict(zip(DTYPES, ("Float16", "BFloat16", "float", "double"), strict=True))
-REDUCTIONS = ("local_moments", "backward_sums")
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 # The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq, Numbers 4d, Reduction QQ,
 # DeferredError Qd.
@@ -32,6 +29,10 @@ NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdd4ddQd")
 BACKWARD_SUMS = struct.Struct("=7qQQQQQ4dQqqQqqQQ")
 BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq4ddQd")
 _ABSENT = (0, 0, 0)
+_NO_SCRATCH = Scratch(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), (0, 0))
+_STAYS = (*_ABSENT, *_ABSENT, 0)
+REMEMBERED = 4096
+"""How many kinds of inputs stay prepared. Beyond them all are forgotten and prepared again."""
 
 
 @final
@@ -50,22 +51,19 @@ class CupyKernels(AbstractKernels):
     def __init__(self, launcher: AbstractLauncher, *, host_synchronous: bool = False, threads: int = THREADS) -> None:
         self._launcher, self._threads = launcher, threads
         self.deferred = not host_synchronous
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
         """See :meth:`AbstractKernels.local_moments`."""
         assert mask is None
-        x, plan = self._laid_out(x, sums=True)
-        wire = x.new_empty(moments.wire_length(plan.C), dtype=torch.float64)
+        x, like = self._prepare(x)
+        name, grid, block, shapes = like.local_moments
+        wire = x.new_empty(like.wire_length, dtype=torch.float64)
         pointer = x.data_ptr()
-        keep, scratch = self._scratch(x, plan)
-        self._run(
-            "local_moments",
-            x,
-            plan,
-            LOCAL_MOMENTS,
-            (*_shape(plan, pointer), pointer, wire.data_ptr(), *numbers, float(plan.N * plan.S), *status, *scratch),
-        )
-        del keep  # torch reuses its memory only after this stream is done with it
+        scratch = self._scratch(x, like)
+        values = (*shapes[pointer & 15], pointer, wire.data_ptr(), *numbers, like.samples, *status, *scratch.addresses)
+        self._launcher.launch(name, grid, block, LOCAL_MOMENTS, values, x)
+        del scratch  # only now may torch reuse it, after this launch
         return wire
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
@@ -82,42 +80,29 @@ class CupyKernels(AbstractKernels):
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
         """See :meth:`AbstractKernels.normalize`."""
         weight, bias, eps, running = parameters
-        dense, plan = self._laid_out(x, sums=False)
-        C = plan.C
+        dense, like = self._prepare(x)
+        name, grid, block, shapes = like.normalize
+        C, stats_blocks = like.C, like.stats_blocks
         y = torch.empty_like(dense)
         stats = wire.new_empty(2 * C + 1)
         first, pointer, out = stats.data_ptr(), dense.data_ptr(), y.data_ptr()
-        threads = plan.block[0] * plan.block[1]
-        stats_blocks = max(1, -(-C // threads))  # blocks with the numbers per channel
-        moves = (*_ABSENT, *_ABSENT, 0, stats_blocks, 0.0)
+        moves, momentum = _STAYS, 0.0
         if running is not None:
-            tracked = running.num_batches_tracked
-            momentum = -1.0 if running.momentum is None else running.momentum
-            if tracked is not None and (tracked.device != x.device or tracked.dtype != torch.int64):
-                raise ValueError(
-                    f"num_batches_tracked must be int64 on {x.device}; received {tracked.dtype} on {tracked.device}. "
-                    "Move the layer with layer.to(x.device)."
-                )
-            counter = 0 if tracked is None else tracked.data_ptr()
-            stats_blocks = 1 if running.momentum is None else stats_blocks  # a single block counts the batches: no race
-            moves = (*_values(running.mean, x), *_values(running.var, x), counter, stats_blocks, momentum)
-        self._run(
-            "normalize",
-            dense,
-            plan,
-            NORMALIZE,
-            (
-                *_shape(plan, pointer | out),
-                *(pointer, out, wire.data_ptr()),
-                *_values(weight, x),
-                *_values(bias, x),
-                *(first, first + 8 * C, first + 16 * C),
-                *moves,
-                eps,
-                *self._comparison(message, x),
-            ),
-            more=stats_blocks,
+            mean, var, tracked, factor = running
+            momentum = -1.0 if factor is None else factor
+            stats_blocks = 1 if factor is None else stats_blocks  # a single block counts the batches: no race
+            counter = _counter(tracked, like)
+            moves = (*_values(mean, like), *_values(var, like), counter)
+        values = (
+            *shapes[(pointer | out) & 15],
+            *(pointer, out, wire.data_ptr()),
+            *_values(weight, like),
+            *_values(bias, like),
+            *(first, first + 8 * C, first + 16 * C),
+            *(*moves, stats_blocks, momentum, eps),
+            *self._comparison(message, like),
         )
+        self._launcher.launch(name, stats_blocks + grid, block, NORMALIZE, values, x)
         if dense is not x:
             y = torch.empty_like(x).copy_(y)
         if running is not None:
@@ -134,28 +119,24 @@ class CupyKernels(AbstractKernels):
         bias: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :meth:`AbstractKernels.backward_sums`. One launch."""
-        x, plan = self._laid_out(x, sums=True)
-        grad_y = _like(grad_y, x)
-        wire = stats.new_empty(moments.sums_length(plan.C))
-        grad_weight = None if weight is None else stats.new_empty(plan.C, dtype=weight)
-        grad_bias = None if bias is None else stats.new_empty(plan.C, dtype=bias)
+        x, like = self._prepare(x)
+        name, grid, block, shapes = like.backward_sums
+        C, grad_y = like.C, _like(grad_y, x, like)
+        wire = stats.new_empty(like.sums_length)
+        grad_weight = None if weight is None else stats.new_empty(C, dtype=weight)
+        grad_bias = None if bias is None else stats.new_empty(C, dtype=bias)
         g, pointer, mean = grad_y.data_ptr(), x.data_ptr(), stats.data_ptr()
-        keep, scratch = self._scratch(x, plan)
-        self._run(
-            "backward_sums",
-            x,
-            plan,
-            BACKWARD_SUMS,
-            (
-                *_shape(plan, g | pointer),
-                *(g, pointer, mean, mean + 8 * plan.C, wire.data_ptr()),
-                *numbers,
-                *_values(grad_weight, x),
-                *_values(grad_bias, x),
-                *scratch,
-            ),
+        scratch = self._scratch(x, like)
+        values = (
+            *shapes[(g | pointer) & 15],
+            *(g, pointer, mean, mean + 8 * C, wire.data_ptr()),
+            *numbers,
+            *(_ABSENT if grad_weight is None else (grad_weight.data_ptr(), 1, CODES[grad_weight.dtype])),
+            *(_ABSENT if grad_bias is None else (grad_bias.data_ptr(), 1, CODES[grad_bias.dtype])),
+            *scratch.addresses,
         )
-        del keep
+        self._launcher.launch(name, grid, block, BACKWARD_SUMS, values, x)
+        del scratch
         return wire, grad_weight, grad_bias
 
     def check_sums(self, wire: Tensor, message: Message) -> bool:
@@ -177,87 +158,75 @@ class CupyKernels(AbstractKernels):
     ) -> Tensor:
         """See :meth:`AbstractKernels.backward_input`. If x is empty, one block still compares the calls."""
         assert mask is None
-        dense, plan = self._laid_out(x, sums=False)
+        dense, like = self._prepare(x)
+        name, grid, block, shapes = like.backward_input
         grad_x = torch.empty_like(dense)
-        if self.deferred or dense.numel():
-            grad_y = _like(grad_y, dense)
+        if self.deferred or not like.empty:
+            grad_y = _like(grad_y, dense, like)
             g, pointer, out = grad_y.data_ptr(), dense.data_ptr(), grad_x.data_ptr()
             mean = stats.data_ptr()  # invstd and the count lie behind it, see normalize
-            self._run(
-                "backward_input",
-                dense,
-                plan,
-                BACKWARD_INPUT,
-                (
-                    *_shape(plan, g | pointer | out),
-                    *(g, pointer, out, wire.data_ptr(), mean, mean + 8 * plan.C, mean + 16 * plan.C),
-                    *_values(weight, x),
-                    *self._comparison(message, x),
-                ),
+            values = (
+                *shapes[(g | pointer | out) & 15],
+                *(g, pointer, out, wire.data_ptr(), mean, mean + 8 * like.C, mean + 16 * like.C),
+                *_values(weight, like),
+                *self._comparison(message, like),
             )
+            self._launcher.launch(name, grid or 1, block, BACKWARD_INPUT, values, x)
         return grad_x if dense is x else torch.empty_like(x).copy_(grad_x)
 
-    def _laid_out(self, x: Tensor, *, sums: bool) -> tuple[Tensor, Geometry]:
-        """Returns x, or a contiguous copy of it, and its geometry."""
-        plan = geometry.plan(x.shape, x.stride(), x.element_size(), self._threads, sums=sums)
-        return self._laid_out(x.contiguous(), sums=sums) if plan is None else (x, plan)
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Prepared]:
+        """Returns x, or a contiguous copy of it, and its launches."""
+        key = x.shape, x.stride(), x.dtype, x.get_device()
+        found = self._prepared.get(key)
+        if found is not None:
+            return x, found
+        new = prepare(x, self._launcher, self._threads, deferred=self.deferred)
+        if new is None:
+            return self._prepare(x.contiguous())
+        if len(self._prepared) >= REMEMBERED:
+            self._prepared.clear()
+        self._prepared[key] = new
+        return x, new
 
-    def _scratch(self, x: Tensor, plan: Geometry) -> tuple[Tensor | None, tuple[int, int]]:
+    def _scratch(self, x: Tensor, like: Prepared) -> Scratch:
         """Returns memory for partial sums and tickets, which a reduction over several blocks needs."""
-        if plan.blocks == 1:
-            return None, (0, 0)
-        partials = x.new_empty(2 * plan.blocks * plan.C, dtype=torch.float64)
-        return partials, (partials.data_ptr(), self._launcher.tickets(x, plan.groups).data_ptr())
+        return self._launcher.scratch(x, like.partials, like.groups) if like.partials else _NO_SCRATCH
 
-    def _comparison(self, message: Message, x: Tensor) -> tuple[int | float, ...]:
+    def _comparison(self, message: Message, like: Prepared) -> tuple[int | float, ...]:
         """Returns the fields for comparing the calls, and the address for a deferred error."""
-        numbers, ranks, *_ = message
-        if not self.deferred:
-            return *numbers, ranks, 0, 0.0
-        errors = self._launcher.deferred_errors(x)
-        return *numbers, ranks, errors.address, errors.number(message, x)
-
-    def _run(
-        self, step: str, x: Tensor, plan: Geometry, layout: struct.Struct, values: tuple[Any, ...], more: int = 0
-    ) -> None:
-        kernel = kernel_name(step, x.dtype, plan.layout, self._launcher.slow_float64(x))
-        grid = more + plan.grid
-        if not x.numel() and step not in REDUCTIONS:  # only numbers per channel are written
-            grid = more or 1
-        self._launcher.launch(kernel, grid, plan.block, layout, values, x)
+        errors = like.errors
+        if errors is None:
+            return *message.numbers, message.ranks, 0, 0.0
+        return *message.numbers, message.ranks, errors.address, errors.number(message, like.dtype, like.shape)
 
 
-@cache
-def kernel_name(step: str, dtype: torch.dtype, layout: str, slow_float64: bool) -> str:
-    """Returns the name of a template instance, as the launcher compiles it."""
-    if step not in REDUCTIONS:
-        return f"{step}<{NAMES[dtype]}, {layout}>"
-    arithmetic = "Expansion" if slow_float64 and dtype != torch.float64 else "Float64"
-    return f"{step}<{NAMES[dtype]}, {layout}, {arithmetic}>"
-
-
-def _shape(plan: Geometry, pointers: int) -> tuple[int, ...]:
-    """Returns the fields of Shape. The access width is the largest that divides all addresses of packs."""
-    together = pointers | plan.unit
-    width = 16 if together % 16 == 0 else 8 if together % 8 == 0 else 0
-    return plan.N, plan.C, plan.S, plan.groups, plan.blocks, plan.per_block, width
-
-
-def _values(values: Tensor | None, x: Tensor) -> tuple[int, int, int]:
+def _values(values: Tensor | None, like: Prepared) -> tuple[int, int, int]:
     """Returns the fields of Values for a vector on the device."""
     if values is None:
         return _ABSENT
     code = CODES.get(values.dtype)
-    if code is None or values.device != x.device or values.dim() != 1 or len(values) != x.size(1):
+    if code is None or values.shape != like.per_channel or values.device != like.device:
         raise ValueError(
-            f"weight, bias and running statistics must be floating-point of shape ({x.size(1)},) on {x.device}; "
+            f"weight, bias and running statistics must be floating-point of shape ({like.C},) on {like.device}; "
             f"received {values.dtype} {tuple(values.shape)} on {values.device}. Move the layer with layer.to(x.device)."
         )
-    return values.data_ptr(), values.stride(0), code
+    return values.data_ptr(), 1 if values.is_contiguous() else values.stride(0), code
 
 
-def _like(grad_y: Tensor, x: Tensor) -> Tensor:
+def _counter(tracked: Tensor | None, like: Prepared) -> int:
+    """Returns the address of num_batches_tracked, or 0."""
+    if tracked is None:
+        return 0
+    if tracked.dtype != torch.int64 or tracked.device != like.device:
+        raise ValueError(
+            f"num_batches_tracked must be int64 on {like.device}; received {tracked.dtype} on {tracked.device}. "
+            "Move the layer with layer.to(x.device)."
+        )
+    return tracked.data_ptr()
+
+
+def _like(grad_y: Tensor, x: Tensor, like: Prepared) -> Tensor:
     """Returns grad_y in the dtype and layout of x; grad_y itself if it has them."""
-    if grad_y.dtype == x.dtype and not grad_y.is_neg() and (grad_y.stride() == x.stride() or not x.numel()):
+    if grad_y.dtype == like.dtype and not grad_y.is_neg() and (like.empty or grad_y.stride() == like.strides):
         return grad_y
     return torch.empty_like(x).copy_(grad_y)

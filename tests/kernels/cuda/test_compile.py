@@ -6,7 +6,7 @@ import re
 import pytest
 
 from syncbn.kernels.cuda.launch import source
-from syncbn.kernels.cuda.ops import kernel_name
+from syncbn.kernels.cuda.prepared import kernel_name
 from syncbn.moments import DTYPES
 from tests.nvrtc import compile_for, ptx_of
 

@@ -417,9 +417,9 @@ def test_where_the_host_waits_anyway_it_compares_there():
 
 def test_a_call_long_gone_is_not_named():
     memory = torch.zeros(DeferredErrors.SIZE, dtype=torch.float64)
-    errors, x = DeferredErrors(memory), torch.zeros(3)
+    errors = DeferredErrors(memory)
     for _ in range(600):
-        errors.number(MESSAGE, x)
+        errors.number(MESSAGE, torch.float32, torch.Size((3,)))
     memory[:4] = torch.tensor([1.0, 2.0, 1.0, 1.0])
     with pytest.raises(
         ValueError, match=r"at least 2 values.* in a call too long ago to be named.* Found at a later call"

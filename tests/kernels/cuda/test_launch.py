@@ -147,20 +147,52 @@ def test_a_capture_that_holds_a_first_use_is_refused(notes):
 
 def test_no_two_streams_and_no_two_captures_share_tickets(notes):
     launcher = CupyLauncher()
-    first = launcher.tickets(X, 10)
-    assert launcher.tickets(X, 10) is first
+
+    def tickets(groups=10):
+        return launcher.scratch(X, 100, groups).tickets
+
+    first = tickets()
+    assert tickets() is first
     notes.stream = 78
-    assert launcher.tickets(X, 10) is not first
+    assert tickets() is not first
     notes.capturing = True
-    captured = launcher.tickets(X, 10)
-    assert launcher.tickets(X, 20) is captured
+    captured = tickets()
+    assert tickets(20) is captured
     notes.stream = 79
-    assert launcher.tickets(X, 10) is not captured, "a branch of the same graph may run beside it"
+    assert tickets() is not captured, "a branch of the same graph may run beside it"
     notes.stream, notes.capture = 78, 6
-    assert launcher.tickets(X, 10) is not captured
+    assert tickets() is not captured
     notes.capturing, notes.stream = False, 77
-    assert launcher.tickets(X, 10) is first
-    assert launcher.tickets(X, 5000).numel() >= 5000
+    assert tickets() is first
+    assert tickets(5000).numel() >= 5000
+
+
+def test_a_stream_keeps_its_partial_sums_and_a_capture_has_new_ones_for_each_launch(notes):
+    launcher = CupyLauncher()
+    first = launcher.scratch(X, 100, 10)
+    assert first.addresses == (first.partials.data_ptr(), first.tickets.data_ptr())
+    assert launcher.scratch(X, 50, 10) is first
+    larger = launcher.scratch(X, 200, 10)
+    assert (larger.partials.numel(), larger.tickets is first.tickets) == (200, True)
+    assert launcher.scratch(X, 100, 10) is larger
+    notes.stream = 78
+    assert launcher.scratch(X, 100, 10).partials is not larger.partials
+    notes.stream, notes.capturing = 77, True
+    captured = [launcher.scratch(X, 100, 10).partials.data_ptr() for _ in range(2)]
+    assert larger.addresses[0] not in captured
+
+
+def test_the_tickets_of_a_graph_are_never_given_to_another_and_never_freed(notes):
+    launcher, found = CupyLauncher(), []
+    launcher.scratch(X, 100, 10)
+    notes.capturing = True
+    for notes.capture in range(launch.STORED + 5):
+        found.append(launcher.scratch(X, 100, 10).tickets)
+    assert len({tickets.data_ptr() for tickets in found}) == launch.STORED + 5
+    stored = weakref.ref(found[0].untyped_storage())
+    del found
+    gc.collect()
+    assert stored() is not None, "graphs that are still replayed use it"
 
 
 def test_the_deferred_errors_of_a_device_are_in_one_place(notes, monkeypatch):
