@@ -56,7 +56,7 @@ def test_a_variant_changes_something(variant):
 def test_a_change_ends_with_its_context():
     before, x = dict(vars(geometry)), torch.empty(2, 64, 56, 56)
     plans = []
-    for variant in (Variant("other", (("grad_y", "grad"),), {"STEPS": 1}), Variant(AS_IS)):
+    for variant in (Variant("other", (("grad_y", "grad"),), {"STEPS": 1, "STEPS_ALONE": 0}), Variant(AS_IS)):
         with changed(variant):
             plans.append(geometry.plan(x.shape, x.stride(), 4))
             assert ("grad_y" in launch.source("backward_input")) == (variant.name == AS_IS)
