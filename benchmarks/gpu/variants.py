@@ -54,7 +54,7 @@ class Variant:
 
     name: str
     words: tuple[tuple[str, str], ...] = ()
-    constants: dict[str, int] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     threads: int = geometry.THREADS
     folder: Path | None = None
 
@@ -91,16 +91,16 @@ VARIANTS = (
     Variant("moments, 2 packs", _packs(4, 2, "START")),
     Variant("2 steps", constants={"STEPS": 2}),
     Variant("8 steps", constants={"STEPS": 8}),
-    Variant("elementwise rows, 1 step", constants={"STEPS_OF_ROWS": 1}),
-    Variant("elementwise rows, 4 steps", constants={"STEPS_OF_ROWS": 4}),
     Variant("alone up to 4 steps", constants={"STEPS_ALONE": 4}),
     Variant("alone up to 16 steps", constants={"STEPS_ALONE": 16}),
+    Variant("depth 4", constants={"DEPTH": 4}),
     Variant("depth 16", constants={"DEPTH": 16}),
-    Variant("depth 64", constants={"DEPTH": 64}),
-    Variant("half the blocks of sums", constants={"BLOCKS_OF_SUMS_OF_PLANES": 528, "BLOCKS_OF_SUMS_OF_ROWS": 264}),
-    Variant("double blocks of sums", constants={"BLOCKS_OF_SUMS_OF_PLANES": 2112, "BLOCKS_OF_SUMS_OF_ROWS": 792}),
+    Variant("depth by half the packs", constants={"DEPTH_OF_STEPS": 2}),
+    Variant("half the blocks of sums", constants={"BLOCKS_OF_SUMS_OF_PLANES": 264, "BLOCKS_OF_SUMS_OF_ROWS": 264}),
+    Variant("double blocks of sums", constants={"BLOCKS_OF_SUMS_OF_PLANES": 1056, "BLOCKS_OF_SUMS_OF_ROWS": 792}),
     Variant("half the elementwise blocks", constants={"BLOCKS_OF_PLANES": 792, "BLOCKS_OF_ROWS": 396}),
     Variant("double elementwise blocks", constants={"BLOCKS_OF_PLANES": 3168, "BLOCKS_OF_ROWS": 1584}),
+    Variant("one round of blocks", constants={"SHORT": ((2, 132), (4, 264), (8, 264))}),
     Variant("sums, 4 columns", constants={"COLUMNS_OF_SUMS": 4}),
     Variant("blocks of 128", threads=128),
 )

@@ -14,17 +14,22 @@ from typing import NamedTuple
 
 THREADS = 256
 """The most threads in a block; MAX_THREADS in storage.cuh."""
-STEPS, STEPS_OF_ROWS, STEPS_ALONE = 4, 2, 8
-"""How many packs a thread should have before a channel gets one more block; in elementwise kernels over rows; and how
-many it may have where one block can then add up a whole channel."""
+STEPS, STEPS_ALONE = 4, 8
+"""How many packs a thread should have before a channel gets one more block, and how many it may have where one block can
+then add up a channel alone."""
 MOST = 2**31 - 16
 """The most values in a plane: a thread counts in 32 bits, up to the end of its last pack."""
-# The most blocks of a launch. 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). A
-# block that adds up sums has a long end, so these get one or two rounds of blocks.
-BLOCKS_OF_PLANES, BLOCKS_OF_ROWS, BLOCKS_OF_SUMS_OF_PLANES, BLOCKS_OF_SUMS_OF_ROWS = 1584, 792, 1056, 396
+# 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). Sums get one round of blocks, as
+# a block of them has a long end. Elementwise blocks form coefficients first: they get more packs before a second round.
+ROUND = 396
+SHORT = ((2, 132), (4, ROUND), (8, ROUND))
+"""(packs a thread, blocks): an elementwise kernel has no more blocks than the first that gives its threads no more packs
+than that, else BLOCKS_OF_PLANES or BLOCKS_OF_ROWS."""
+BLOCKS_OF_PLANES, BLOCKS_OF_ROWS, BLOCKS_OF_SUMS_OF_PLANES, BLOCKS_OF_SUMS_OF_ROWS = 1584, 792, 528, 396
 FILLED = 264
-DEPTH = 32
-"""How many partial sums a thread of the last block of a group may read; nothing else runs then."""
+DEPTH, DEPTH_OF_STEPS = 8, 4
+"""How many partial sums a thread of the last block of a group may read; nothing else runs then. More, if it has had more
+than DEPTH_OF_STEPS as many packs."""
 COLUMNS, COLUMNS_OF_SUMS = 4, 2
 """The fewest threads side by side in rows: 64 and 32 bytes."""
 
@@ -103,7 +108,7 @@ def _planes(N: int, C: int, S: int, itemsize: int, threads: int, sums: bool) -> 
         rows //= 2
     groups = _ceil(C, rows)
     most = BLOCKS_OF_SUMS_OF_PLANES if sums else BLOCKS_OF_PLANES
-    blocks, per_block = _share(pieces, lanes, STEPS, STEPS_ALONE if sums else 0, most // groups)
+    blocks, per_block = _share(pieces, lanes, groups, most, sums)
     return Geometry("Planes", N, C, S, groups, blocks, per_block, S * itemsize, (lanes, rows))
 
 
@@ -121,7 +126,8 @@ def _rows(N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
         return next((each for each in alone if each.grid >= FILLED), alone[-1])
     best = found[0]
     for narrow in found[1:]:
-        deep = sums and best.blocks * V > DEPTH * best.block[1]
+        lanes = best.block[1]
+        deep = sums and best.blocks * V > max(DEPTH * lanes, best.per_block // DEPTH_OF_STEPS)
         if not deep and (best.grid >= FILLED or narrow.grid < 1.5 * best.grid):
             break
         best = narrow
@@ -130,22 +136,23 @@ def _rows(N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
 
 def _columns(columns: int, N: int, C: int, itemsize: int, threads: int, sums: bool) -> Geometry:
     V = 16 // itemsize
-    lanes = min(threads // columns, _power_of_two(_ceil(N, STEPS_OF_ROWS)))
+    lanes = min(threads // columns, _power_of_two(_ceil(N, 2)))
     groups = _ceil(C, columns * V)
-    if sums:
-        blocks, per_block = _share(N, lanes, STEPS, STEPS_ALONE, BLOCKS_OF_SUMS_OF_ROWS // groups)
-    else:
-        blocks, per_block = _share(N, lanes, STEPS_OF_ROWS, 0, BLOCKS_OF_ROWS // groups)
+    most = BLOCKS_OF_SUMS_OF_ROWS if sums else BLOCKS_OF_ROWS
+    blocks, per_block = _share(N, lanes, groups, most, sums)
     return Geometry("Rows", N, C, 1, groups, blocks, per_block, C * itemsize, (columns, lanes))
 
 
-def _share(pieces: int, lanes: int, steps: int, alone: int, most: int) -> tuple[int, int]:
-    """Returns blocks per group and pieces per block: whole rounds of the lanes, at least ``steps`` of them if possible.
-
-    A block that can do it in ``alone`` rounds gets everything.
-    """
-    wanted = 1 if pieces <= alone * lanes else max(1, min(most, _ceil(pieces, lanes * steps)))
-    per_block = _ceil(_ceil(pieces, wanted), lanes) * lanes
+def _share(pieces: int, lanes: int, groups: int, most: int, sums: bool) -> tuple[int, int]:
+    """Returns blocks per group and pieces per block, whole rounds of the lanes."""
+    rounds = _ceil(pieces, lanes)
+    if sums:
+        wanted = 1 if rounds <= STEPS_ALONE else min(most // groups, _ceil(rounds, STEPS))
+    else:
+        short = next((each for each in SHORT if groups * _ceil(rounds, each[0]) <= each[1]), None)
+        steps, most = (STEPS, most) if short is None else (short[0] // 2 + 1, short[1])
+        wanted = min(most // groups, _ceil(rounds, steps))
+    per_block = _ceil(rounds, max(1, wanted)) * lanes
     return _ceil(pieces, per_block), per_block
 
 

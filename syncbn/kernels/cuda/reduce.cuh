@@ -17,18 +17,37 @@ struct Reduction {
 
 constexpr int MOST_PARTS = 32;
 
+struct Pair {
+    double first = 0, second = 0;
+    __device__ void add(const Pair& other) { first += other.first, second += other.second; }
+};
+
+// Adds up get(i) for i = first, first + step, ... below end, in four sums that take turns: no addition waits for the last.
+template <class Get> __device__ inline Pair add_up(int first, int end, int step, const Get& get) {
+    Pair sums[4];
+    int i = first;
+#pragma unroll 2
+    for (; i + 3 * step < end; i += 4 * step)
+#pragma unroll
+        for (int turn = 0; turn < 4; ++turn) sums[turn].add(get(i + turn * step));
+    for (; i < end; i += step) sums[0].add(get(i));
+    sums[0].add(sums[1]);
+    sums[2].add(sums[3]);
+    sums[0].add(sums[2]);
+    return sums[0];
+}
+
 // The sums of all parts of the channels of a block.
 struct Parts {
     double* sums;  // shared, [2, parts, channels]
     int parts, channels;
-    __device__ void set(int part, int channel, double first, double second) const {
-        sums[part * channels + channel] = first;
-        sums[(parts + part) * channels + channel] = second;
+    __device__ void set(int part, int channel, const Pair& pair) const {
+        sums[part * channels + channel] = pair.first;
+        sums[(parts + part) * channels + channel] = pair.second;
     }
-    __device__ double total(int which, int channel) const {
-        double sum = 0;
-        for (int part = 0; part < parts; ++part) sum += sums[(which * parts + part) * channels + channel];
-        return sum;
+    __device__ Pair total(int channel) const {
+        const double *firsts = sums + channel, *seconds = firsts + parts * channels;
+        return add_up(0, parts, 1, [&](int part) { return Pair{firsts[part * channels], seconds[part * channels]}; });
     }
 };
 
@@ -58,19 +77,18 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
     Parts parts{of_parts, count_parts(root, threads, channels), channels};
     for (int i = me; i < channels * parts.parts; i += threads) {
         const int part = Walk::part(i, parts.parts), channel = Walk::channel(i, parts.parts);
-        double sums[2] = {0, 0};
-#pragma unroll 4
-        for (int lane = part; lane < walk.lanes; lane += parts.parts) {
-            const int thread = Walk::thread(channel, lane);
-            sums[0] += of_threads[channel % CHANNELS][thread];
-            sums[1] += of_threads[CHANNELS + channel % CHANNELS][thread];
-        }
-        parts.set(part, channel, sums[0], sums[1]);
+        parts.set(part, channel, add_up(part, walk.lanes, parts.parts, [&](int lane) {
+                      const int thread = Walk::thread(channel, lane), i = channel % CHANNELS;
+                      return Pair{of_threads[i][thread], of_threads[CHANNELS + i][thread]};
+                  }));
     }
     __syncthreads();
     if (k.blocks > 1) {
         double* mine = r.partials + place.block * 2 * k.C + first;
-        for (int c = me; c < there; c += threads) mine[c] = parts.total(0, c), mine[k.C + c] = parts.total(1, c);
+        for (int c = me; c < there; c += threads) {
+            const Pair sums = parts.total(c);
+            mine[c] = sums.first, mine[k.C + c] = sums.second;
+        }
         __syncthreads();
         if (me == 0) {  // with the barriers, its fences hold for the whole block
             __threadfence();  // the sums are in memory before the ticket
@@ -85,16 +103,15 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
         for (int i = me; i < channels * parts.parts; i += threads) {
             const int channel = i % channels, part = i / channels;
             const double* theirs = r.partials + first + channel;
-            double sums[2] = {0, 0};
-            if (channel < there)
-#pragma unroll 8
-                for (int b = part; b < k.blocks; b += parts.parts) {
-                    sums[0] += theirs[b * 2 * k.C];
-                    sums[1] += theirs[b * 2 * k.C + k.C];
-                }
-            parts.set(part, channel, sums[0], sums[1]);
+            parts.set(part, channel, add_up(part, channel < there ? int(k.blocks) : 0, parts.parts, [&](int b) {
+                          const double* sums = theirs + b * 2 * k.C;
+                          return Pair{sums[0], sums[k.C]};
+                      }));
         }
         __syncthreads();
     }
-    for (int c = me; c < there; c += threads) finish(first + c, parts.total(0, c), parts.total(1, c));
+    for (int c = me; c < there; c += threads) {
+        const Pair sums = parts.total(c);
+        finish(first + c, sums.first, sums.second);
+    }
 }
