@@ -197,6 +197,11 @@ def pack(numbers: Numbers, count: float | Tensor, sum_x: Tensor, sum_x2: Tensor,
     Returns:
         float64 (2C + 15,), on the device of ``sum_x``.
     """
+    if torch.compiler.is_compiling() and not isinstance(
+        count, Tensor
+    ):  # new_tensor: a graph for each, before torch 2.13
+        count, faults = sum_x.new_full((), count), sum_x.new_full((), status[0])
+        status = Status(faults, *status[1:])  # type: ignore[arg-type]
     if isinstance(count, Tensor):
         rest = sum_x.new_tensor((*head(numbers), *status[1:]))
         return torch.cat((rest[:CALL], count.view(1), sum_x, sum_x2, status[0].view(1), rest[CALL:]))  # type: ignore[attr-defined]

@@ -15,21 +15,21 @@ from typing import NamedTuple
 THREADS = 256
 """The most threads in a block; MAX_THREADS in storage.cuh."""
 STEPS, STEPS_ALONE = 4, 8
-"""How many packs a thread should have before a channel gets one more block, and how many it may have where one block can
-then add up a channel alone."""
+"""How many packs a thread should have before a channel gets one more block, and how many it may have where one block
+can then add up a channel alone."""
 MOST = 2**31 - 16
 """The most values in a plane: a thread counts in 32 bits, up to the end of its last pack."""
 # 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). Sums get one round of blocks, as
-# a block of them has a long end. Elementwise blocks form coefficients first: they get more packs before a second round.
+# their blocks have a long end. Elementwise blocks form coefficients first: they get more packs before a second round.
 ROUND = 396
 SHORT = ((2, 132), (4, ROUND), (8, ROUND))
-"""(packs a thread, blocks): an elementwise kernel has no more blocks than the first that gives its threads no more packs
-than that, else BLOCKS_OF_PLANES or BLOCKS_OF_ROWS."""
+"""(packs a thread, blocks): an elementwise kernel has no more blocks than the first that gives its threads no more
+packs than that, else BLOCKS_OF_PLANES or BLOCKS_OF_ROWS."""
 BLOCKS_OF_PLANES, BLOCKS_OF_ROWS, BLOCKS_OF_SUMS_OF_PLANES, BLOCKS_OF_SUMS_OF_ROWS = 1584, 792, 528, 396
 FILLED = 264
 DEPTH, DEPTH_OF_STEPS = 8, 4
-"""How many partial sums a thread of the last block of a group may read; nothing else runs then. More, if it has had more
-than DEPTH_OF_STEPS as many packs."""
+"""How many partial sums a thread of the last block of a group may read, as nothing else runs then; more, if that is
+less than a DEPTH_OF_STEPS-th of the packs that it has read."""
 COLUMNS, COLUMNS_OF_SUMS = 4, 2
 """The fewest threads side by side in rows: 64 and 32 bytes."""
 

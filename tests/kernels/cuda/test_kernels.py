@@ -485,7 +485,7 @@ def test_the_sanitizers_find_nothing(kind):
 BROKEN = {
     "a barrier": ("thread", "reduce.cuh", "        __syncthreads();\n        if (!last)", "        if (!last)"),
     "a fence": ("thread", "reduce.cuh", "            __threadfence();  // the sums", "            // the sums"),
-    "an alignment": ("address", "storage.cuh", "if (width == 16) return", "if (width >= 0) return"),
+    "an alignment": ("address", "walk.cuh", "if (width == 16) return", "if (width >= 0) return"),
     "a bound": ("address", "storage.cuh", "if (i < length) pack.at", "pack.at"),
 }
 
