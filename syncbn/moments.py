@@ -197,9 +197,8 @@ def pack(numbers: Numbers, count: float | Tensor, sum_x: Tensor, sum_x2: Tensor,
     Returns:
         float64 (2C + 15,), on the device of ``sum_x``.
     """
-    if torch.compiler.is_compiling() and not isinstance(
-        count, Tensor
-    ):  # new_tensor: a graph for each, before torch 2.13
+    if torch.compiler.is_compiling() and not isinstance(count, Tensor):
+        # Before torch 2.13, new_tensor with a symbolic count would compile a graph for each number of samples.
         count, faults = sum_x.new_full((), count), sum_x.new_full((), status[0])
         status = Status(faults, *status[1:])  # type: ignore[arg-type]
     if isinstance(count, Tensor):

@@ -20,8 +20,9 @@ from benchmarks.gpu.targets import LARGE, TWO_IMAGES
 
 COLOURS = {"float32": "#4269d0", "bfloat16": "#efb118", "float16": "#ff725c"}
 MARKS = {"contiguous": "o", "channels_last": "s"}
-LARGEST = 8
+LEAST = 16
 """Megabytes of x from which bandwidth is drawn: smaller ones are bound by launches."""
+TICKS = (32, 64, 128, 256, 512)
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -63,7 +64,7 @@ def _bandwidth(axes: Any, rows: list[dict[str, Any]]) -> None:
     seen = set()
     for row in rows:
         size = math.prod(row["shape"]) * row["itemsize"] / 1e6
-        if row["of_copy"] is None or size < LARGEST or row["method"] != rows[-1]["method"]:
+        if row["of_copy"] is None or size < LEAST or row["method"] != rows[-1]["method"]:
             continue
         kind = row["dtype"], row["layout"]
         label = None if kind in seen else f"{kind[0]}, {kind[1]}"
@@ -71,6 +72,8 @@ def _bandwidth(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.plot(size, row["of_copy"], MARKS[kind[1]], ms=5, color=COLOURS[kind[0]], alpha=0.8, label=label)
     axes.plot([LARGE / 1e6, 700], [0.85, 0.85], color="black", lw=1)
     axes.set_xscale("log")
+    axes.set_xticks(TICKS, map(str, TICKS))
+    axes.minorticks_off()
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("megabytes of x")
     axes.set_ylabel("share of the copy's bandwidth")

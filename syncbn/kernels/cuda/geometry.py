@@ -19,8 +19,8 @@ STEPS, STEPS_ALONE = 4, 8
 can then add up a channel alone."""
 MOST = 2**31 - 16
 """The most values in a plane: a thread counts in 32 bits, up to the end of its last pack."""
-# 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). Sums get one round of blocks, as
-# their blocks have a long end. Elementwise blocks form coefficients first: they get more packs before a second round.
+# 132 multiprocessors hold 4 blocks of sums over planes, and 3 of the others (walk.cuh). Sums get one round, as their
+# blocks have a long end. Elementwise blocks form coefficients first: they get more packs before a second round.
 ROUND = 396
 SHORT = ((2, 132), (4, ROUND), (8, ROUND))
 """(packs a thread, blocks): an elementwise kernel has no more blocks than the first that gives its threads no more
