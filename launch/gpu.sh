@@ -18,13 +18,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 [ $# -gt 0 ] || set -- contact bench ranks sanitize variants
 for part in "$@"; do
-    case $part in
-        contact | bench | ranks | sanitize | variants) ;;
-        *)
-            echo "launch/gpu.sh takes contact, bench, ranks, sanitize and variants, or nothing for all; received $part." >&2
-            exit 2
-            ;;
-    esac
+    if [[ ! $part =~ ^(contact|bench|ranks|sanitize|variants)$ ]]; then
+        echo "launch/gpu.sh takes contact, bench, ranks, sanitize and variants, or nothing for all; received $part." >&2
+        exit 2
+    fi
 done
 export PYTHON=${PYTHON:-python3} SYNCBN_TEST_DEVICE=${SYNCBN_TEST_DEVICE:-cuda:0} PYTHONUNBUFFERED=1
 export COLUMNS=200 # pytest cuts its lines there
@@ -43,40 +40,39 @@ check='import sys, torch; torch.cuda.is_available() or sys.exit("launch/gpu.sh n
 if $real; then "$PYTHON" -c "$check" || exit 1; fi
 
 # Jobs: a command with a limit, a log and a result.
+declare -A pids=()
 names=() failed=0
 start() { # start SECONDS NAME COMMAND...: runs it beside the others; together waits for them
     names+=("$2")
     job "$@" &
+    pids[$2]=$!
 }
 left_out() { # left_out NAME REASON
     names+=("$1")
     echo "$1|left out|0|$2" >"$RESULTS/$1.result"
 }
 job() { # a signal for the whole process group must not end it before it has written its result
-    local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS verdict=FAILED status=0 pid seconds
+    local limit=$(($1 * SLOWER)) name=$2 began=$SECONDS result=FAILED status=0 seconds
     shift 2
     trap : INT TERM
     if [ ! -e "$RESULTS/stopped" ]; then
-        timeout -k 5 "$limit" "$@" >"$RESULTS/$name.log" 2>&1 </dev/null &
-        pid=$!
-        echo $pid >"$RESULTS/$name.pid"
-        wait $pid
+        (
+            echo $BASHPID >"$RESULTS/$name.pid"
+            exec timeout -k 5 "$limit" "$@" >"$RESULTS/$name.log" 2>&1 </dev/null
+        )
         status=$?
-        while kill -0 $pid 2>/dev/null; do
-            wait $pid
-            status=$?
-        done
         rm -f "$RESULTS/$name.pid"
     fi
+    trap '' INT TERM
     seconds=$((SECONDS - began))
     if [ -e "$RESULTS/stopped" ]; then
-        verdict=stopped
+        result=stopped
     elif [ $status = 0 ]; then
-        verdict=passed
+        result=passed
     elif [ $status = 124 ] || { [ $status = 137 ] && [ $seconds -ge $limit ]; }; then
-        verdict="TIMEOUT after $limit s"
+        result="TIMEOUT after $limit s"
     fi
-    printf '%s\n' "$name|$verdict|$seconds|$(last_words "$RESULTS/$name.log")" "$(failures "$RESULTS/$name.log")" >"$RESULTS/$name.result"
+    printf '%s\n' "$name|$result|$seconds|$(last_words "$RESULTS/$name.log")" "$(failures "$RESULTS/$name.log")" >"$RESULTS/$name.result"
 }
 last_words() { # pytest's summary, else the last test that it named, else the last line
     {
@@ -88,20 +84,21 @@ failures() { # the first five tests that failed, and why
     { grep -aE '^(FAILED|ERROR) ' "$1" || grep -aE '^tests/.*::.* (FAILED|ERROR)' "$1"; } 2>/dev/null | head -n 5 | cut -c 1-200
 }
 table() {
-    local name verdict seconds said line
+    local name result seconds said line
     failed=0
-    printf '\n%-16s %-20s %8s  %s\n' job verdict seconds "what it said, all of it in $RESULTS and $ARCHIVE"
+    printf '\n%-16s %-20s %8s  %s\n' job result seconds "what it said, all of it in $RESULTS and $ARCHIVE"
     for name in "${names[@]}"; do
-        if [ ! -e "$RESULTS/$name.result" ]; then
+        if [ ! -s "$RESULTS/$name.result" ]; then
             printf '%-16s %s\n' "$name" "has not ended"
+            failed=1
             continue
         fi
         {
-            IFS='|' read -r _ verdict seconds said
-            printf '%-16s %-20s %8s  %s\n' "$name" "$verdict" "$seconds" "$said"
+            IFS='|' read -r _ result seconds said
+            printf '%-16s %-20s %8s  %s\n' "$name" "$result" "$seconds" "$said"
             while IFS= read -r line; do [ -z "$line" ] || printf '    %s\n' "$line"; done
         } <"$RESULTS/$name.result"
-        [[ $verdict == passed || $verdict == "left out" ]] || failed=1
+        [[ $result == passed || $result == "left out" ]] || failed=1
     done
 }
 pack() { # tar's status 1 says that a log grew meanwhile
@@ -109,39 +106,47 @@ pack() { # tar's status 1 says that a log grew meanwhile
     tar -czf "$ARCHIVE.part" --exclude ./site --exclude "${ARCHIVE##*/}*" --exclude '*.pid' -C "$RESULTS" . 2>/dev/null
     [ $? -le 1 ] && mv -f "$ARCHIVE.part" "$ARCHIVE"
 }
+# Sets left: how many jobs have no result yet. Neither jobs nor wait is asked: where a signal interrupts wait just as a
+# child ends, bash 5.2 forgets the end and shows the child as running for ever.
+count() {
+    local name
+    left=0
+    for name in "${names[@]}"; do
+        [ -s "$RESULTS/$name.result" ] || ! kill -0 "${pids[$name]}" 2>/dev/null || left=$((left + 1))
+    done
+}
 wait_for_jobs() { # a kill loses what is not packed: so after every job that ends, and every 10 seconds
-    while [ -n "$(jobs -pr)" ]; do
-        sleep 10 &
-        tick=$!
-        wait -n
-        kill $tick 2>/dev/null
-        wait $tick 2>/dev/null
-        pack
+    local file before=0 packed=$SECONDS
+    while count && [ $left -gt 0 ]; do
+        if [ -n "$asked" ]; then
+            trap '' INT TERM
+            : >"$RESULTS/stopped"
+            for file in "$RESULTS"/*.pid; do # each is told once: a second signal would disturb torchrun while it ends its ranks
+                [ -s "$file" ] && kill "$(<"$file")" 2>/dev/null && rm -f "$file"
+            done
+        elif [ $left -lt $before ] || [ $((SECONDS - packed)) -ge 10 ]; then
+            pack
+            packed=$SECONDS
+        fi
+        before=$left
+        sleep 0.2
     done
     pack
+    if [ -n "$asked" ]; then
+        trap '' INT TERM
+        pack # again: the signal may have ended the last tar
+        cat "$RESULTS/table.txt"
+        exit "$asked"
+    fi
 }
 together() { # together [LOG]: the end of a part, or of one step of it
     wait_for_jobs
     [ ! -e "$RESULTS/${1:-}.log" ] || cat "$RESULTS/$1.log"
     cat "$RESULTS/table.txt"
 }
-# shellcheck disable=SC2329 # the traps call it
-stop() { # stop STATUS: ends all jobs, and keeps what they said
-    trap '' INT TERM
-    : >"$RESULTS/stopped"
-    kill "$tick" 2>/dev/null
-    while [ -n "$(jobs -pr)" ]; do
-        for file in "$RESULTS"/*.pid; do # each is told once: a second signal would disturb torchrun while it ends its ranks
-            [ -s "$file" ] && kill "$(<"$file")" 2>/dev/null && rm -f "$file"
-        done
-        sleep 0.1
-    done
-    together
-    exit "$1"
-}
-tick=
-trap 'stop 130' INT
-trap 'stop 143' TERM
+asked= # the status to end with, once a signal asks for it
+trap 'asked=130' INT
+trap 'asked=143' TERM
 
 if [ -n "$WHEELS" ]; then
     install=(-m pip install -q --no-index --no-deps --no-compile --no-cache-dir --ignore-installed --prefix "$RESULTS/site")
@@ -218,18 +223,16 @@ bench() {
         --repeats 5 --time-limit $((140 * SLOWER)) --output "$RESULTS/bench.json"
     together bench
 }
-ranks() { # what compiles for long is a job of its own
-    local file quick=() slow=(tests/multiprocess/test_{compile,combinations}.py)
-    for file in tests/multiprocess/test_*.py; do
-        [[ " ${slow[*]} " == *" $file "* ]] || quick+=("$file")
-    done
-    over mpirun 2 170 mpirun2 "${tests[@]}" "${with_mpi[@]}" "${quick[@]}"
-    over mpirun 3 170 mpirun3 "${tests[@]}" "${with_mpi[@]}" "${quick[@]}"
-    over torchrun 2 170 torchrun2 "${tests[@]}" "${quick[@]}"
-    over torchrun 3 170 torchrun3 "${tests[@]}" "${quick[@]}"
+ranks() { # not the tests that start programs; what compiles for seconds is a job of its own
+    local brief=(-m "not program and not slow" tests/multiprocess)
+    over mpirun 2 170 mpirun2 "${tests[@]}" "${with_mpi[@]}" "${brief[@]}"
+    over mpirun 3 170 mpirun3 "${tests[@]}" "${with_mpi[@]}" "${brief[@]}"
+    over torchrun 2 170 torchrun2 "${tests[@]}" "${brief[@]}"
+    over torchrun 3 170 torchrun3 "${tests[@]}" "${brief[@]}"
     over mpirun 3 60 mpirun3-bits -m tests.gpu.ranks
     over torchrun 3 60 torchrun3-bits -m tests.gpu.ranks
-    over mpirun 2 170 mpirun2-compiled "${tests[@]}" "${with_mpi[@]}" -k "not inductor" "${slow[@]}"
+    over mpirun 2 170 mpirun2-compiled "${tests[@]}" "${with_mpi[@]}" \
+        -m slow -k "not inductor" tests/multiprocess/test_{compile,combinations}.py
     together
 }
 sanitize() {
@@ -248,12 +251,6 @@ variants() {
 
 for part in "$@"; do
     printf '\n%s\n' "$part"
-    case $part in
-        contact) contact ;;
-        bench) bench ;;
-        ranks) ranks ;;
-        sanitize) sanitize ;;
-        variants) variants ;;
-    esac
+    case $part in contact) contact ;; bench) bench ;; ranks) ranks ;; sanitize) sanitize ;; variants) variants ;; esac
 done
 exit $failed
