@@ -34,14 +34,14 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     ratios, bandwidth = figure.subplots(1, 2, width_ratios=(3, 2))
     rows = [row for row in document["rows"] if row["method"] in OURS]
-    _ratios(ratios, [row for row in rows if tuple(row["shape"]) in TWO_IMAGES])
-    _bandwidth(bandwidth, rows)
+    ratios_at_2_images(ratios, [row for row in rows if tuple(row["shape"]) in TWO_IMAGES])
+    bandwidth_of_large(bandwidth, rows)
     machine = document["machine"]
     figure.suptitle(f"{machine['gpu']}, torch {machine['torch']}, CuPy {machine['cupy']}: a training step")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
+def ratios_at_2_images(axes: Any, rows: list[dict[str, Any]]) -> None:
     groups = [(kind, method) for kind in ("eager_ratio", "graph_ratio") for method in OURS]
     for i, (kind, method) in enumerate(groups):
         mine = [row for row in rows if row["method"] == method and row[kind] is not None]
@@ -60,7 +60,7 @@ def _ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_title("2 images of a ResNet-50 (line: target)")
 
 
-def _bandwidth(axes: Any, rows: list[dict[str, Any]]) -> None:
+def bandwidth_of_large(axes: Any, rows: list[dict[str, Any]]) -> None:
     seen = set()
     for row in rows:
         size = math.prod(row["shape"]) * row["itemsize"] / 1e6
