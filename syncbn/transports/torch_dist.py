@@ -19,6 +19,7 @@ from syncbn.transports.groups import GroupSpec
 _SUM = dist.AllreduceOptions()
 _SUM.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
 _SUM.asyncOp = False
+"""Read by all calls, never written."""
 
 
 @final

@@ -27,6 +27,7 @@ SHORT = ((2, 132), (4, ROUND), (8, ROUND))
 packs than that, else BLOCKS_OF_PLANES or BLOCKS_OF_ROWS."""
 BLOCKS_OF_PLANES, BLOCKS_OF_ROWS, BLOCKS_OF_SUMS_OF_PLANES, BLOCKS_OF_SUMS_OF_ROWS = 1584, 792, 528, 396
 FILLED = 264
+"""From how many blocks on a GPU counts as filled: two a multiprocessor."""
 DEPTH, DEPTH_OF_STEPS = 8, 4
 """How many partial sums a thread of the last block of a group may read, as nothing else runs then; more, if that is
 less than a DEPTH_OF_STEPS-th of the packs that it has read."""

@@ -42,12 +42,12 @@ template <class T> struct Planes {
     static constexpr int RESIDENT = 4;                  // blocks of sums that a multiprocessor should hold
     Int offset = 0;                                     // of this thread's pack, in elements
     int c;                                              // its first channel
-    int lane, lanes;
+    int lanes;
     int steps;                                          // packs it has
     __device__ Planes(const Shape& k, const Place& place, From from = From::START)
-        : c(place.group * blockDim.y + threadIdx.y), lane(threadIdx.x), lanes(blockDim.x), S(int(k.S)),
+        : c(place.group * blockDim.y + threadIdx.y), lanes(blockDim.x), S(int(k.S)),
           tiles((S + V - 1) / V), there(c < k.C) {
-        const Int first = place.block * k.per_block + lane, behind = (place.block + 1) * k.per_block;
+        const Int first = place.block * k.per_block + threadIdx.x, behind = (place.block + 1) * k.per_block;
         const Int pieces = k.N * tiles, end = behind < pieces ? behind : pieces;
         steps = there ? count_steps(first, end, lanes) : 0;
         const unsigned planes = lanes < tiles ? 0 : unsigned(lanes) / unsigned(tiles);  // from a piece to the next
@@ -88,11 +88,11 @@ private:
 template <class T> struct Rows {
     static constexpr int V = Pack<T>::V, CHANNELS = V, RESIDENT = 3;
     Int offset;
-    int c, lane, lanes, steps;
+    int c, lanes, steps;
     __device__ Rows(const Shape& k, const Place& place, From from = From::START)
-        : c((place.group * blockDim.x + threadIdx.x) * V), lane(threadIdx.y), lanes(blockDim.y),
+        : c((place.group * blockDim.x + threadIdx.x) * V), lanes(blockDim.y),
           there(c >= k.C ? 0 : k.C - c < V ? int(k.C - c) : V), stride(lanes * k.C) {
-        const Int first = place.block * k.per_block + lane, behind = (place.block + 1) * k.per_block;
+        const Int first = place.block * k.per_block + threadIdx.y, behind = (place.block + 1) * k.per_block;
         steps = there > 0 ? count_steps(first, behind < k.N ? behind : k.N, lanes) : 0;
         offset = (from == From::START ? first : first + Int(steps - 1) * lanes) * k.C + c;
     }

@@ -209,16 +209,23 @@ def test_a_step_is_two_launches_forward_and_two_backward():
 RESNET = [(2, 64, 112, 112), (2, 256, 56, 56), (2, 2048, 7, 7), (32, 64, 112, 112), (1, 64, 512, 512), (64, 2048)]
 
 
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "elementwise"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("shape", RESNET, ids=str)
-def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize):
+@pytest.mark.parametrize("shape", [*RESNET, (32, 256, 56, 56), (2, 256, 512, 512)], ids=str)
+def test_blocks_fill_a_gpu_where_there_is_work_for_it(shape, itemsize, sums):
+    most = {
+        ("Planes", True): geometry.BLOCKS_OF_SUMS_OF_PLANES,
+        ("Rows", True): geometry.BLOCKS_OF_SUMS_OF_ROWS,
+        ("Planes", False): geometry.BLOCKS_OF_PLANES,
+        ("Rows", False): geometry.BLOCKS_OF_ROWS,
+    }
     x = torch.empty(shape, device="meta")
     for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
-        plan = geometry.plan(x.shape, strides, itemsize)
+        plan = geometry.plan(x.shape, strides, itemsize, sums=sums)
         work = x.numel() * itemsize / (16 * 32 * geometry.STEPS)  # warps with a few packs a thread
         assert plan.grid >= min(132, work / 8), plan
         assert plan.block[0] * plan.block[1] <= geometry.THREADS
-        assert plan.grid <= 2 * geometry.BLOCKS_OF_PLANES
+        assert plan.grid <= max(most[plan.layout, sums], plan.groups), plan
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -239,6 +246,29 @@ def test_a_block_adds_up_few_rows_alone(shape, itemsize):
     plan = geometry.plan(x.shape, x.stride(), itemsize)
     assert (plan.layout, plan.blocks) == ("Rows", 1)
     assert plan.per_block <= geometry.STEPS_ALONE * plan.block[1]
+
+
+def test_a_few_packs_a_thread_are_one_round_of_elementwise_blocks():
+    """Each forms coefficients first, so a second round of few packs would take longer."""
+    for shape in [(2, 256, 56, 56), (2, 64, 112, 112), (2, 128, 56, 56)]:
+        x = torch.empty(shape, device="meta")
+        for strides in {x.stride(), x.movedim(1, -1).contiguous().movedim(-1, 1).stride()}:
+            assert geometry.plan(x.shape, strides, 4, sums=False).grid <= geometry.ROUND
+
+
+def test_launches_are_prepared_once_for_each_kind_of_input_and_a_few_kinds_are_kept(monkeypatch):
+    made, prepare = [], ops.prepare
+    monkeypatch.setattr(ops, "REMEMBERED", 3)
+    monkeypatch.setattr(ops, "prepare", lambda x, *more, **options: made.append(x) or prepare(x, *more, **options))
+    k = CupyKernels(EmulatedLauncher(), host_synchronous=True)
+    x = torch.randn(2, 3, 4, 5)
+    kinds = [x, x.double(), x.to(memory_format=torch.channels_last)]
+    for each in [*kinds, *kinds]:
+        k.local_moments(each, None, NUMBERS, STATUS)
+    assert len(made) == 3
+    k.local_moments(x[:1], None, NUMBERS, STATUS)  # one kind too many: all others are forgotten
+    k.local_moments(x, None, NUMBERS, STATUS)
+    assert len(made) == 5
 
 
 def test_one_channel_is_one_plane_while_32_bits_can_count_it():
