@@ -51,7 +51,7 @@ struct Parts {
     }
 };
 
-// How many parts: about the square root of n, a power of two, and no more than there are threads for.
+// As many parts as wanted, a power of two, but no more than there are threads for, nor than one thread should add up.
 __device__ inline int count_parts(int wanted, int threads, int channels) {
     const int most = threads > channels ? threads / channels : 1;
     const int parts = wanted < most ? wanted : most;
@@ -73,7 +73,7 @@ __device__ inline void reduce(const Shape& k, const Place& place, const Walk& wa
 #pragma unroll
     for (int i = 0; i < 2 * CHANNELS; ++i) of_threads[i][me] = of_thread[i / CHANNELS][i % CHANNELS].value();
     __syncthreads();
-    const int root = 1 << ((32 - __clz(walk.lanes)) / 2);  // about: lanes is a power of two
+    const int root = 1 << ((32 - __clz(walk.lanes)) / 2);  // about the square root of the lanes, a power of two
     Parts parts{of_parts, count_parts(root, threads, channels), channels};
     for (int i = me; i < channels * parts.parts; i += threads) {
         const int part = Walk::part(i, parts.parts), channel = Walk::channel(i, parts.parts);
