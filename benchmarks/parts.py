@@ -28,13 +28,15 @@ from tqdm import tqdm
 import syncbn
 from benchmarks import memory
 from syncbn import kernels, moments
+from syncbn.calls.eager import Call
+from syncbn.calls.sites import Site
 from syncbn.cli.arguments import at_least, shape
 from syncbn.cli.bench import cpu, report
 from syncbn.cli.bench.report import Machine, Options, Shape
 from syncbn.kernels import AbstractKernels
 from syncbn.kernels.base import Parameters
 from syncbn.layer import SyncBatchNorm
-from syncbn.moments import Message, Status
+from syncbn.moments import FORWARD, LIMIT, Message, Status, record
 from syncbn.transports import launchers
 from syncbn.transports.single import SingleTransport
 
@@ -105,8 +107,8 @@ class _Nothing(torch.autograd.Function):
 def overhead_rows(repeats: int) -> dict[str, float]:
     """Times a whole step at (2,8,2,2) and its parts, in microseconds.
 
-    The layer has a group of one process. The rest is the module call, the choice of transport and kernels, the checks,
-    and the identity of the call.
+    The layer has a group of one process. The rest is the module call, the choice of transport and kernels, and the
+    checks.
     """
     layer, torchs = SyncBatchNorm(TINY[1]), nn.BatchNorm2d(TINY[1])
     x, grad_y = torch.randn(TINY).requires_grad_(), torch.randn(TINY)
@@ -122,10 +124,25 @@ def overhead_rows(repeats: int) -> dict[str, float]:
         "read_counters": partial(steps.read_counters, wire, MESSAGE),
         "check_sums": partial(steps.check_sums, sums, MESSAGE),
         "two all-reduces of one process": lambda: (transport.all_reduce(wire), transport.all_reduce(sums)),
+        "messages": _identity(layer, transport),
     }
     times = dict(zip(calls, _in_turn(list(calls.values()), 100 * repeats), strict=True))
     parts = [us for name, us in times.items() if name not in ("whole step", "torch.nn.BatchNorm2d")]
     return times | {"rest": times["whole step"] - sum(parts)}
+
+
+def _identity(layer: SyncBatchNorm, transport: SingleTransport) -> Callable[[], object]:
+    """Returns what makes the messages of a step: numbers and message of the forward, message of the backward."""
+    site, settings = Site("SyncBatchNorm"), layer.settings()
+    call = object.__new__(Call)
+
+    def messages() -> Message:
+        serial = transport.serial
+        a, b = site.hash(settings, transport.group_id)
+        call.message = record(Message, ((1, serial % LIMIT, a, b), transport.size, site.label, FORWARD, serial))
+        return call.sums_message()
+
+    return messages
 
 
 def _in_turn(calls: list[Callable[[], object]], repeats: int) -> list[float]:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.calls import eager
+from syncbn.calls import compiled, eager
 from syncbn.calls.operators import FUNCTION
+from syncbn.calls.sites import Layer
 from syncbn.checks import inputs, placement
 from syncbn.kernels.base import Parameters
 from syncbn.moments import Running, record
@@ -81,7 +82,7 @@ def sync_batch_norm(
     tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     owner = next((t for t in (running_mean, weight, bias) if t is not None), None)
     settings = (C, eps, momentum, running_mean is not None and running_var is not None, None)
-    layer = eager.Layer(FUNCTION, settings, specify(process_group), owner)
+    layer = Layer(FUNCTION, settings, specify(process_group), owner)
     return forward(x, mask, tensors, layer, placement.device(x, *parameters.values()), error)
 
 
@@ -89,7 +90,7 @@ def forward(
     x: Tensor,
     mask: Tensor | None,
     tensors: tuple[Tensor | None, ...],
-    layer: eager.Layer,
+    layer: Layer,
     device: torch.device,
     error: Exception | None = None,
 ) -> Tensor:
@@ -114,7 +115,11 @@ def forward(
         x, mask = torch.empty(0, C or 1, device=device), None
     if mask is not None:
         mask = mask.detach().reshape(x.size(0), 1, *x.shape[2:])
-    call = eager.begin(x, mask, weight, bias, running, layer, device, error)
+    call: eager.Call | compiled.CompiledCall
+    if torch.compiler.is_compiling():
+        call = compiled.begin(x, mask, running, layer, device, error)
+    else:
+        call = eager.begin(x, mask, weight, bias, running, layer, device, error)
     if call.hidden is None:
         return batch_norm(x, mask, weight, bias, call)
     with call.hidden:

@@ -17,9 +17,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from syncbn import functional, transports
 from syncbn.calls import renorm
-from syncbn.calls.eager import Layer
 from syncbn.calls.renorm import RenormLimits
-from syncbn.calls.sites import Settings, Site
+from syncbn.calls.sites import Layer, Settings, Site
 from syncbn.checks import inputs, placement
 from syncbn.moments import record
 from syncbn.transports import gather

@@ -153,12 +153,6 @@ def numbers(serial: int, hash: tuple[int, int], direction: int) -> Numbers:
     return 1, serial % LIMIT, (hash[0] + direction) % LIMIT, hash[1]
 
 
-def in_direction(forward: Numbers, direction: int) -> Numbers:
-    """Returns the numbers of a later message of a forward. A rank that abstained in the forward abstains again."""
-    speaks, serial, a, b = forward
-    return (speaks, serial, (a + direction) % LIMIT, b) if speaks else forward
-
-
 def text_hash(text: str) -> tuple[int, int]:
     """Returns a 36-bit hash of a text. It is the same in every process."""
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=5).digest(), "big")

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import functional
-from syncbn.calls.eager import Call, Layer
-from syncbn.calls.sites import Site
+from syncbn.calls.eager import Call
+from syncbn.calls.sites import Layer, Site
 from syncbn.moments import Running
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport

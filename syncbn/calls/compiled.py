@@ -16,7 +16,7 @@ from torch import Tensor
 from syncbn import moments
 from syncbn.calls import operators, renorm, sites
 from syncbn.calls.operators import ANCHOR
-from syncbn.calls.sites import Settings, Site
+from syncbn.calls.sites import Layer, Settings, Site
 from syncbn.checks import problems
 from syncbn.kernels.torch_ops import TorchKernels, local_sums
 from syncbn.moments import ABSTAINS, BACKWARD, Message, Running, status_of
@@ -25,6 +25,15 @@ from syncbn.transports.base import AbstractTransport
 STEPS = TorchKernels()
 UNKNOWN = Message(ABSTAINS, 0, "", 0, 0)
 """Stands for an identity that an operator fills in when it runs."""
+
+
+def begin(
+    x: Tensor, mask: Tensor | None, running: Running | None, layer: Layer, device: torch.device, error: Exception | None
+) -> CompiledCall:
+    """Returns the call of a forward inside torch.compile. See :func:`syncbn.calls.eager.begin`."""
+    number = layer.site.number if layer.site.compares else None
+    key = operators.key_of_spec(layer.group, device.type)
+    return CompiledCall(x, mask, number, layer.settings, key, running, error)
 
 
 class _Operators:

@@ -11,39 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from syncbn import kernels, transports
-from syncbn.calls import checkpointing, operators
-from syncbn.calls.compiled import CompiledCall, DifferentiableCall
+from syncbn.calls import checkpointing
+from syncbn.calls.compiled import DifferentiableCall
 from syncbn.calls.operators import ANCHOR
 from syncbn.calls.renorm import Renormalize, RenormLimits
-from syncbn.calls.sites import Settings, Site, agree_once
+from syncbn.calls.sites import Layer, agree_once
 from syncbn.checks import inputs, problems
 from syncbn.kernels.base import NEEDED, PROBLEM, RECORDS
-from syncbn.moments import BACKWARD, FORWARD, LIMIT, Message, Numbers, Running, in_direction, record, status_of
+from syncbn.moments import ABSTAINS, BACKWARD, FORWARD, LIMIT, Message, Numbers, Running, record, status_of
 from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport, MismatchError
-from syncbn.transports.groups import GroupSpec
 
 Pair = tuple[Tensor | None, Tensor | None]
 _status = cache(status_of)
 Adjust = Callable[[Tensor, Running | None, float, Tensor | None, Tensor | None], Pair]
 """Takes (wire, running, eps, weight, bias) and returns weight and bias. Runs before the running statistics move."""
-
-
-class Layer(NamedTuple):
-    """What a call needs to know of its layer."""
-
-    site: Site
-    settings: Settings
-    group: GroupSpec | None
-    """The ranks to synchronise over."""
-    owner: Any = None
-    """The layer, or a tensor of it, under which first calls are kept for activation checkpointing; or None."""
 
 
 def begin(
@@ -55,18 +43,14 @@ def begin(
     layer: Layer,
     device: torch.device,
     error: Exception | None,
-) -> Call | CompiledCall:
-    """Returns the call of a forward: compiled inside torch.compile, else eager.
+) -> Call:
+    """Returns the call of a forward.
 
     Communication:
         One comparison of the settings, the first time that a layer is used in a group.
     """
     site, settings, group, owner = layer
     owner = checkpointing.NOBODY if owner is None else owner
-    if torch.compiler.is_compiling():
-        number = site.number if site.compares else None
-        key = operators.key_of_spec(group, device.type)
-        return CompiledCall(x, mask, number, settings, key, running, error)
     transport = transports.choose(group, device.type)
     grad_enabled = torch.is_grad_enabled()
     checkpointed = site.replays and checkpointing.concerns(grad_enabled)
@@ -126,7 +110,8 @@ class Call:
         self._mask = mask
         self.status = _status(error is not None, grad_enabled, needs_grad, x.dtype if x.numel() else None)
         serial = transport.serial
-        self.numbers: Numbers = (1, serial % LIMIT, *site.hash(settings, transport.group_id))
+        a, b = site.hash(settings, transport.group_id)
+        self.numbers: Numbers = (1, serial % LIMIT, a, b)
         self.message = record(Message, (self.numbers, transport.size, site.label, FORWARD, serial))
         self.joins = True
         self.hidden: AbstractContextManager[Any] | None = None
@@ -188,8 +173,10 @@ class Call:
 
     def sums_message(self) -> Message:
         """Returns the identity of the backward."""
-        own, W, label, _, serial = self.message  # as in the forward, even if the layer has another group by now
-        return record(Message, (in_direction(own, BACKWARD), W, label, BACKWARD, serial))
+        # As in the forward, even if the layer has another group by now. Who abstained there abstains again.
+        (speaks, serial, a, b), W, label, _, number = self.message
+        numbers = (speaks, serial, (a + BACKWARD) % LIMIT, b) if speaks else ABSTAINS
+        return record(Message, (numbers, W, label, BACKWARD, number))
 
     def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
         """Sums a backward wire over the ranks.

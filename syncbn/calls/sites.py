@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 
@@ -100,6 +100,17 @@ class Site:
         order = self.orders.get(group_id, 0)
         values = zip(SETTINGS, as_floats(settings), strict=True)
         return f"layer {order} of the group", ", ".join(f"{name}={value:g}" for name, value in values)
+
+
+class Layer(NamedTuple):
+    """What a call needs to know of its layer."""
+
+    site: Site
+    settings: Settings
+    group: GroupSpec | None
+    """The ranks to synchronise over."""
+    owner: Any = None
+    """The layer, or a tensor of it, under which first calls are kept for activation checkpointing; or None."""
 
 
 def as_floats(settings: Settings) -> tuple[float, ...]:

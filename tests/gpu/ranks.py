@@ -11,8 +11,8 @@ import torch
 
 import syncbn
 from syncbn import functional
-from syncbn.calls.eager import Call, Layer
-from syncbn.calls.sites import Site
+from syncbn.calls.eager import Call
+from syncbn.calls.sites import Layer, Site
 from syncbn.moments import Running
 from syncbn.transports import launchers
 from syncbn.transports.single import SingleTransport
