@@ -124,25 +124,25 @@ def overhead_rows(repeats: int) -> dict[str, float]:
         "read_counters": partial(steps.read_counters, wire, MESSAGE),
         "check_sums": partial(steps.check_sums, sums, MESSAGE),
         "two all-reduces of one process": lambda: (transport.all_reduce(wire), transport.all_reduce(sums)),
-        "messages": _identity(layer, transport),
+        "messages": messages(layer, transport),
     }
     times = dict(zip(calls, _in_turn(list(calls.values()), 100 * repeats), strict=True))
     parts = [us for name, us in times.items() if name not in ("whole step", "torch.nn.BatchNorm2d")]
     return times | {"rest": times["whole step"] - sum(parts)}
 
 
-def _identity(layer: SyncBatchNorm, transport: SingleTransport) -> Callable[[], object]:
+def messages(layer: SyncBatchNorm, transport: SingleTransport) -> Callable[[], object]:
     """Returns what makes the messages of a step: numbers and message of the forward, message of the backward."""
     site, settings = Site("SyncBatchNorm"), layer.settings()
     call = object.__new__(Call)
 
-    def messages() -> Message:
+    def of_a_step() -> Message:
         serial = transport.serial
         a, b = site.hash(settings, transport.group_id)
         call.message = record(Message, ((1, serial % LIMIT, a, b), transport.size, site.label, FORWARD, serial))
         return call.sums_message()
 
-    return messages
+    return of_a_step
 
 
 def _in_turn(calls: list[Callable[[], object]], repeats: int) -> list[float]:
