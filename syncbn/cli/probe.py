@@ -21,7 +21,7 @@ import torch
 import syncbn
 from syncbn import kernels, moments, transports
 from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe
-from syncbn.transports.dispatch import OVERRIDE
+from syncbn.transports.choices import OVERRIDE
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
 

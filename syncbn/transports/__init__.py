@@ -5,6 +5,7 @@ A library is imported when it is chosen, never before: importing ``mpi4py.MPI`` 
 """
 
 from syncbn.transports.base import AbstractTransport
-from syncbn.transports.dispatch import CHOICES, Choice, adopt, choose, discard, explain, over_mpi
+from syncbn.transports.choices import CHOICES, Choice, explain
+from syncbn.transports.dispatch import adopt, choose, discard, over_mpi
 
 __all__ = ["CHOICES", "AbstractTransport", "Choice", "adopt", "choose", "discard", "explain", "over_mpi"]

@@ -243,7 +243,7 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
 def test_an_unconnected_job_warns_once(ranks, monkeypatch):
     """Silently unsynchronised is the worst outcome: the layer says so, once."""
     monkeypatch.setattr("syncbn.transports.dispatch.made", {})
-    monkeypatch.setattr("syncbn.transports.dispatch.world_of_torch", lambda: None)
+    monkeypatch.setattr("syncbn.transports.choices.world_of_torch", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     layer = syncbn.SyncBatchNorm(4)
     with warnings.catch_warnings(record=True) as caught:

@@ -23,7 +23,7 @@ def _fresh(monkeypatch):
 def pretend(monkeypatch, environ, *, torch_world=None, mpi4py=True):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("syncbn.transports.dispatch.world_of_torch", lambda: torch_world)
+    monkeypatch.setattr("syncbn.transports.choices.world_of_torch", lambda: torch_world)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if mpi4py else None)
 
 

@@ -208,7 +208,7 @@ def test_cuda_tensors_under_mpi_ask_for_nccl_where_there_is_cupy(monkeypatch):
     assert transports.explain("cpu").name == "mpi"
     sys.modules["cupy"].__spec__ = None
     monkeypatch.setattr(
-        transports.dispatch.importlib.util, "find_spec", lambda name: None if name == "cupy" else object()
+        transports.choices.importlib.util, "find_spec", lambda name: None if name == "cupy" else object()
     )
     assert transports.explain("cuda").name == "mpi"
 
