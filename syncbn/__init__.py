@@ -31,7 +31,8 @@ from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
 from syncbn.training.recalibration import recalibrate
 from syncbn.transports.groups import GroupSpec
-from syncbn.world.init import World, init
+from syncbn.world.init import init
+from syncbn.world.world import World
 
 __version__ = "0.1.0"
 

@@ -6,6 +6,6 @@ A library is imported when it is chosen, never before: importing ``mpi4py.MPI`` 
 
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.choices import CHOICES, Choice, explain
-from syncbn.transports.dispatch import adopt, choose, discard, over_mpi
+from syncbn.transports.dispatch import adopt, choose, discard, free, over_mpi
 
-__all__ = ["CHOICES", "AbstractTransport", "Choice", "adopt", "choose", "discard", "explain", "over_mpi"]
+__all__ = ["CHOICES", "AbstractTransport", "Choice", "adopt", "choose", "discard", "explain", "free", "over_mpi"]

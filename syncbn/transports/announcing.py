@@ -19,7 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound="Connected")
 
-OPERATIONS = ("forward", "backward", "average_gradients", "loss_scale", "raise_together")
+OPERATIONS = ("forward", "backward", "average_gradients", "loss_scale", "average", "raise_together")
 _N = len(OPERATIONS)
 
 
@@ -55,7 +55,7 @@ def announce(said: Announcement, transport: AbstractTransport) -> Outcome:
     """Announces the next operation of this rank to the others, and returns the common outcome.
 
     Communication:
-        One all-reduce of 13 float64 values; one more of texts if there is an error.
+        One all-reduce of 14 float64 values; one more of texts if there is an error.
 
     Raises:
         RuntimeError, ValueError, TypeError: on every rank, if any rank announces an error or ranks announce

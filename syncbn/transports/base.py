@@ -90,3 +90,6 @@ class AbstractTransport(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Waits until every rank has called this, without keeping a core busy."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Gives back what the group holds: files or a communicator. By every rank of it."""

@@ -35,9 +35,10 @@ def connect_subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
         if choices.world_of_torch() is None:
             over_torch(None, device_type)  # raises
         _check_ranks(spec, dist.get_rank(), dist.get_world_size())
-        from syncbn.transports.torch_dist import group_of
+        from syncbn.transports.torch_dist import group_of, limit_of
 
-        made = over_torch(group_of(spec.ranks), device_type)
+        limit = limit_of(choices.world_of_torch(), device_type)
+        made = over_torch(group_of(spec.ranks, limit), device_type)
         _require_same_label(spec, made)
         return made
     return over_torch(handle, device_type)
@@ -59,10 +60,11 @@ def over_torch(group: Any, device_type: str) -> AbstractTransport:
             "The torch transport needs an initialised torch.distributed; it is not. "
             "Call syncbn.init() or torch.distributed.init_process_group() before the first training step."
         )
-    from syncbn.transports.torch_dist import TorchTransport
+    from syncbn.transports.torch_dist import TorchTransport, group_of_everyone
 
     if group is None:  # gloo matches messages by order: in one group, DDP's buckets would meet ours
-        group = dist.new_group() if device_type == "cpu" or _goes_over_gloo(device_type) else dist.group.WORLD
+        apart = device_type == "cpu" or _goes_over_gloo(device_type)
+        group = group_of_everyone(device_type) if apart else dist.group.WORLD
     return TorchTransport(group, device_type)
 
 

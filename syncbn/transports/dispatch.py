@@ -28,6 +28,7 @@ class _Live(NamedTuple):
 made: dict[tuple[GroupSpec | None, str], _Live] = {}
 _locks: dict[tuple[GroupSpec | None, str], threading.Lock] = {}
 _locking = threading.Lock()
+_adopted: set[GroupSpec | None] = set()
 
 
 def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTransport:
@@ -86,12 +87,26 @@ def over_mpi(device_type: str = "cpu") -> AbstractTransport:
 def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
     """Keeps a transport that ``split`` made. Returns the specification by which ``choose`` finds it."""
     made[transport.spec, device_type] = _Live(_epoch(transport.spec), transport)
+    _adopted.add(transport.spec)
     return transport.spec
 
 
 def discard(transport: AbstractTransport, device_type: str) -> None:
     """Forgets a transport that :func:`adopt` kept."""
     made.pop((transport.spec, device_type), None)
+    _adopted.discard(transport.spec)
+
+
+def free(spec: GroupSpec) -> bool:
+    """Closes a group that :func:`adopt` kept. Returns whether there was one. By every rank of the group."""
+    if spec not in _adopted:
+        return False
+    _adopted.discard(spec)
+    live = [made.pop(key) for key in list(made) if key[0] == spec]
+    for each in live:
+        if _holds(each):
+            each.transport.close()
+    return True
 
 
 def _lock_of(spec: GroupSpec | None, device_type: str) -> threading.Lock:

@@ -122,6 +122,11 @@ class MPITransport(AbstractTransport):
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
 
+    def close(self) -> None:
+        """See :meth:`AbstractTransport.close`."""
+        self.comm.Free()
+        self._aside.Free()
+
 
 def world_ranks(comm: Any) -> tuple[int, ...]:
     """Returns the members of a communicator by their rank in COMM_WORLD."""

@@ -111,6 +111,10 @@ class StagedTransport(AbstractTransport):
         """See :meth:`AbstractTransport.barrier`."""
         self.host.barrier()
 
+    def close(self) -> None:
+        """See :meth:`AbstractTransport.close`."""
+        self.host.close()
+
 
 def _refuse_capture() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -77,6 +77,10 @@ class NcclTransport(AbstractTransport):
         """See :meth:`AbstractTransport.barrier`."""
         self.host.barrier()
 
+    def close(self) -> None:
+        """See :meth:`AbstractTransport.close`. CuPy ends NCCL's communicator when nothing refers to this object."""
+        self.host.close()
+
 
 def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
     """Chooses for GPU tensors of an MPI group: NCCL if every rank can load it and has its own GPU, else host memory.

@@ -103,14 +103,19 @@ class TorchTransport(AbstractTransport):
         mine[self.rank] = color
         colors = self.all_reduce(mine).tolist()
         members = {c: [r for r, each in zip(self.ranks, colors, strict=True) if each == c] for c in sorted(set(colors))}
+        limit = limit_of(self.group, self.device_type)
         if self.size < dist.get_world_size():
-            return TorchTransport(group_of(tuple(members[color])), self.device_type)
-        made = {c: dist.new_group(ranks) for c, ranks in members.items()}  # everyone makes every group
+            return TorchTransport(group_of(tuple(members[color]), limit), self.device_type)
+        made = {c: dist.new_group(ranks, timeout=limit) for c, ranks in members.items()}  # everyone makes every group
         return TorchTransport(made[color], self.device_type)
 
     def barrier(self) -> None:
         """See :meth:`AbstractTransport.barrier`."""
         self.all_reduce(torch.zeros(1, dtype=torch.float64, device=self.device_type))
+
+    def close(self) -> None:
+        """See :meth:`AbstractTransport.close`."""
+        dist.destroy_process_group(self.group)
 
 
 def sum_in_place(wire: Tensor, group: Any) -> None:
@@ -120,13 +125,30 @@ def sum_in_place(wire: Tensor, group: Any) -> None:
         work.wait()  # over NCCL, by the current stream; the host goes on
 
 
-def group_of(ranks: tuple[int, ...]) -> Any:
+def limit_of(group: Any, device_type: str) -> timedelta | None:
+    """Returns how long a collective of a process group may take, or None if its backend does not say.
+
+    A group that is made without a limit gets torch's default, whatever the user gave to the one that it comes from.
+    """
+    try:
+        backend = group._get_backend(torch.device(device_type))
+    except RuntimeError:  # it has none for this device, which the new group's first use says
+        return None
+    return getattr(getattr(backend, "options", None), "_timeout", None)
+
+
+def group_of_everyone(device_type: str) -> Any:
+    """Makes a process group of all ranks of the job, beside the one that the user has. Collective over all ranks."""
+    return dist.new_group(timeout=limit_of(dist.group.WORLD, device_type))
+
+
+def group_of(ranks: tuple[int, ...], limit: timedelta | None) -> Any:
     """Makes the process group of some ranks of the job. Collective over those ranks alone.
 
     torch names such a group by the number of groups that a process has made. Members with different numbers would wait
     for each other. ``split`` avoids this if all ranks take part.
     """
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    return dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
 
 
 def _check_backend(group: Any, device_type: str) -> None:

@@ -8,6 +8,7 @@ import itertools
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from syncbn.transports.launchers import Launch
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)
-# The agent's store outlives a process group: a second group needs a new prefix, or it gets the first one's addresses.
+# The agent's store outlives a process group, and with --max-restarts the processes too: a second group, or a second
+# round of processes, needs a new prefix, or it gets the addresses of the first.
 _connections = itertools.count()
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 def connect_torch(launch: Launch) -> None:
@@ -33,7 +36,7 @@ def connect_torch(launch: Launch) -> None:
         from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
         store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        store = PrefixStore(f"syncbn/{next(_connections)}", store)
+        store = PrefixStore(f"syncbn/{os.environ.get(RESTARTS, '0')}/{next(_connections)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         return
     address, store = _store(launch)
@@ -46,6 +49,35 @@ def shares_gpus(launch: Launch) -> bool:
     """Whether a host has more processes than GPUs. A launcher may assign one visible GPU to each process."""
     handed_out = torch.cuda.device_count() == 1 and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
     return launch.local_size > torch.cuda.device_count() and not handed_out
+
+
+def placed(launch: Launch) -> Launch:
+    """Returns a launch with the place of this process in torch.distributed, if no launcher told it.
+
+    torch.multiprocessing.spawn, or a fork, and init_process_group(rank=...) leave no variables. The ranks of one host
+    then count themselves.
+
+    Communication:
+        In the case above each rank writes the name of its host to torch's store, and reads those of the others.
+    """
+    import torch.distributed as dist
+
+    if launch.name != "none" or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return launch
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
+    store.set(f"syncbn/host/{rank}", host())
+    hosts = [store.get(f"syncbn/host/{other}").decode() for other in range(size)]
+    mine = [other for other in range(size) if hosts[other] == hosts[rank]]
+    return launch._replace(
+        rank=rank, size=size, local_rank=mine.index(rank), local_size=len(mine), evidence="init_process_group"
+    )
+
+
+def host() -> str:
+    """Returns a name of this host that no other has. Containers with a name of their own count as hosts."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _disconnect_torch() -> None:

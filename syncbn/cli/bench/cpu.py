@@ -30,7 +30,7 @@ from syncbn.cli.bench import report
 from syncbn.cli.bench.baseline import BaselineBatchNorm
 from syncbn.cli.bench.report import Machine, Options, Row, Shape
 from syncbn.transports import gather, launchers
-from syncbn.world.init import World
+from syncbn.world.world import World
 
 
 def measure(shape: Shape, options: Options, world: World, tick: Callable[[], object] = lambda: None) -> Row:

@@ -28,7 +28,7 @@ from syncbn.training.join.optimizer_state import Source
 from syncbn.transports import announcing, gather, groups
 from syncbn.transports.announcing import Announcement, Hook, Outcome
 from syncbn.transports.base import AbstractTransport
-from syncbn.world.init import World
+from syncbn.world.world import World
 
 KEPT = 64
 """How many forwards of a finished rank are kept for their backward."""
@@ -40,8 +40,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     Put it around the loop. A rank that leaves the loop runs the model on an empty local batch (N = 0) for every forward
     that others still make, its backward with zero gradients, and its part of ``World.average_gradients``,
-    ``World.loss_scale`` and ``World.raise_together``, until all have left. Then parameters, buffers and the state of
-    the optimizer are copied from a rank that made the most forwards.
+    ``World.loss_scale``, ``World.average`` and ``World.raise_together``, until all have left. Then parameters, buffers
+    and the state of the optimizer are copied from a rank that made the most forwards.
 
     Args:
         model: the model whose forward is called in the loop, plain or in DistributedDataParallel.
@@ -54,7 +54,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     Communication:
         Entering: two comparisons, of 4 and of 2 values a rank; at a process's first, one group of everyone is made.
-        In training, each forward, backward and each of the three calls of World: one all-reduce of 13 float64
+        In training, each forward, backward and each of the four calls of World: one all-reduce of 14 float64
         values more, whether or not a rank has finished. Leaving: the same for every call that others still make,
         and at the end one all-reduce of W values. If numbers of steps differed, also one ``World.broadcast``, one
         comparison and one broadcast for every 64 MB of the optimizers, and four of short texts.
@@ -234,6 +234,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
                 world.average_gradients(self._inner)
             elif heard.operation == "loss_scale":
                 world.loss_scale(0)
+            elif heard.operation == "average":
+                world.average(0.0, weight=0.0)
             elif heard.operation == "raise_together":
                 world.raise_together(None)
             else:

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The World: rank, device and transport of this process, and what training needs without DDP."""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from syncbn import kernels, transports
+from syncbn.transports import gather, groups
+from syncbn.transports.announcing import announced
+from syncbn.transports.base import AbstractTransport
+from syncbn.transports.groups import GroupSpec
+from syncbn.transports.specify import specify
+from syncbn.world import packs
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of the job."""
+
+    __module__ = "syncbn"
+
+    rank: int
+    size: int
+    local_rank: int
+    """Rank on this host."""
+    device: torch.device
+    launcher: str
+    """torchrun, openmpi, mpich, slurm, env or none."""
+    transport: AbstractTransport
+    """Connects all ranks. ``transport.name`` is single, mpi, nccl or torch."""
+
+    def broadcast(self, module: nn.Module, root: int = 0) -> None:
+        """Copies parameters and buffers of ``module`` from rank ``root`` to every rank.
+
+        Communication:
+            One comparison of the layout, then one broadcast per dtype, by every rank.
+
+        Raises:
+            ValueError: on every rank, if the models differ in names, shapes or dtypes.
+        """
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self._require_same_layout(tensors, "World.broadcast")
+        with torch.no_grad():
+            for pack in packs.by_dtype(tensors.values(), lambda t: t.dtype):
+                flat = torch.cat([t.detach().reshape(-1) for t in pack])
+                self.transport.broadcast(flat, root)
+                for tensor, values in zip(pack, torch.split(flat, [t.numel() for t in pack]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
+    @announced
+    def average_gradients(self, module: nn.Module) -> None:
+        """Replaces every gradient of ``module`` by its mean over the ranks, as DistributedDataParallel does.
+
+        A parameter without a gradient on this rank counts as zero. One that has a gradient on no rank gets none. A
+        frozen one is left alone. With local batches of different sizes, scale the loss first, see
+        :meth:`loss_scale`.
+
+        Args:
+            module: the model. Names, shapes and dtypes are equal on every rank.
+
+        Communication:
+            One comparison of the layout, then one all-reduce per dtype of gradient: float64 for float64,
+            float32 for all others. By every rank.
+
+        Raises:
+            ValueError: on every rank, if the models differ, or a gradient of any rank is sparse.
+        """
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._require_same_layout(parameters, "World.average_gradients", packs.sparse_error(parameters))
+        for pack in packs.by_dtype(parameters.values(), packs.wire_dtype):
+            self._average(pack)
+
+    @announced
+    def loss_scale(self, count: int) -> float:
+        """Returns the factor for a mean loss, before backward, if local batches differ in size.
+
+        scale = count * size / sum(count over the ranks)
+
+        The gradient that is averaged over the ranks is then that of the mean loss of the global batch. Scale the loss,
+        not the gradients: the layers exchange gradients inside backward, so scaling afterwards is too late.
+
+        Args:
+            count: the number of samples that this rank's mean loss is over; 0 for an empty local batch.
+
+        Communication:
+            One all-reduce of one value, by every rank.
+
+        Raises:
+            ValueError: on every rank, if a count is negative or all are 0.
+        """
+        usable = isinstance(count, SupportsIndex) and operator.index(count) >= 0
+        error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
+        gather.raise_together(None if usable else error, self.transport, "World.loss_scale")
+        mine = torch.tensor([float(count)], dtype=torch.float64, device="cpu")
+        total = gather.exchange(mine, self.transport, "World.loss_scale").item()
+        if total == 0:
+            raise ValueError(
+                f"World.loss_scale needs a sample on some rank; received 0 on all {self.size}. Skip the step."
+            )
+        return count * self.size / total
+
+    @announced
+    def average(self, value: float | Tensor, weight: float = 1.0) -> float:
+        """Returns the mean of a number over the ranks, the same on every rank.
+
+        mean = sum(weight * value) / sum(weight), in float64
+
+        For what a program logs, and for what all ranks must decide alike: the loss that L-BFGS or a scheduler sees, or
+        when to stop early. It carries no gradient.
+
+        Args:
+            value: a number, or a tensor of one element. NaN and infinity count as they are.
+            weight: what this rank counts, for example its number of samples; finite and >= 0. With 0 its value is left
+                out.
+
+        Communication:
+            One all-reduce of 10 float64 values, by every rank; one more of texts if there is an error.
+
+        Raises:
+            ValueError, TypeError: on every rank, if a value is not one number, a weight is not one >= 0, or all are 0.
+        """
+        error, number = _number_error(value, weight), 0.0
+        if error is None and weight:
+            number = (value.item() if isinstance(value, Tensor) else float(value)) * weight
+        own = (number, float(weight), 0.0) if error is None else (0.0, 0.0, 1.0)
+        mine = torch.tensor(own, dtype=torch.float64, device="cpu")
+        summed, total, errors = gather.exchange(mine, self.transport, "World.average").tolist()
+        if errors:
+            gather.raise_gathered(error, self.transport)
+        if total == 0:
+            raise ValueError(
+                f"World.average needs a weight above 0 on some rank; received 0 on all {self.size}. Skip the call."
+            )
+        return float(summed / total)
+
+    def within(self, process_group: Any) -> World:
+        """Returns the World of a group: its ranks average gradients, and share numbers, among themselves.
+
+        So several models train in one job, each on some of its ranks. Give its layers the same group:
+        ``syncbn.convert_sync_batchnorm(model, process_group)``.
+
+        Args:
+            process_group: a torch ProcessGroup, an mpi4py communicator, or what :meth:`subgroup` returned. This process
+                is in it.
+
+        Communication:
+            At the first use of the group: a communicator is made, by every rank of the group.
+        """
+        transport = transports.choose(specify(process_group), self.device.type)
+        return replace(self, rank=transport.rank, size=transport.size, transport=transport)
+
+    def free(self, process_group: GroupSpec | None) -> None:
+        """Closes a group that :meth:`subgroup` made: over gloo it holds some 4 open files.
+
+        A layer that still has the group makes another one at its next forward.
+
+        Communication:
+            By every rank of the group, at the same time.
+
+        Raises:
+            ValueError: if the group is not one that :meth:`subgroup` made, or is closed already.
+        """
+        if self.size > 1 and (process_group is None or not transports.free(process_group)):
+            raise ValueError(
+                "World.free needs a group that World.subgroup made and that is still open; received "
+                f"{process_group or 'None'}. A group of your own is closed by the library that made it."
+            )
+
+    def subgroup(self, size: int) -> GroupSpec | None:
+        """Divides the ranks into consecutive groups of ``size`` and returns this process's, for ``process_group``.
+
+        Each call makes new groups, so that two threads which train at the same time can have one each. Call it once and
+        keep the result, or close the group with :meth:`free`.
+
+        Communication:
+            Collective over all ranks: one communicator is made for each group. Call it on one thread.
+
+        Raises:
+            ValueError: on every rank, if ``size`` does not divide the number of ranks.
+        """
+        groups.require_divisor(size, self.size, "World.subgroup(size)")
+        return transports.adopt(self.transport.split(self.rank // size), self.device.type)
+
+    def barrier(self) -> None:
+        """Waits until every rank has called this, without keeping a core busy."""
+        self.transport.barrier()
+
+    def check(self) -> None:
+        """Waits for this process's GPU and raises the deferred error of its layers, if there is one.
+
+        A step does not wait for the GPU, so its layers raise errors at least one call late. After this call no error is
+        outstanding. On a CPU errors are never deferred.
+
+        Raises:
+            ValueError, TypeError: as the layer's forward does on a CPU. On every rank that shares the layer's group.
+        """
+        kernels.check(self.device)
+
+    @announced
+    def raise_together(self, error: Exception | None) -> None:
+        """Raises on every rank if any rank passes an error, so that no rank waits for one that has stopped.
+
+        Args:
+            error: this rank's ValueError, TypeError or other exception, or None.
+
+        Communication:
+            One all-reduce of one value; one more of texts if there is an error.
+
+        Raises:
+            ValueError, TypeError or RuntimeError: on every rank, naming the ranks that passed it.
+        """
+        gather.raise_together(error, self.transport, "World.raise_together")
+
+    def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
+        # torch.compile adds _orig_mod to the names; a compiled model is the same model.
+        text = repr([(name.replace("_orig_mod.", ""), tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
+        layout = {
+            "number of tensors": len(tensors),
+            "number of values": sum(t.numel() for t in tensors.values()),
+            "checksum of names, shapes and dtypes": zlib.crc32(text.encode()),
+        }
+        gather.require_equal(layout, self.transport, what, "Build the same model on every rank.", *errors)
+
+    def _average(self, pack: list[nn.Parameter]) -> None:
+        """All-reduces one pack: the gradients, and for each parameter a flag for whether it has one."""
+        dtype = packs.wire_dtype(pack[0])
+        flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
+        parts = [packs.real(torch.zeros_like(p) if p.grad is None else p.grad) for p in pack]
+        wire = torch.cat([*[part.to(dtype).reshape(-1) for part in parts], flags])
+        self.transport.all_reduce(wire)
+        *summed, flags = torch.split(wire, [*[part.numel() for part in parts], len(pack)])
+        for parameter, part, gradient, found in zip(pack, parts, summed, flags.tolist(), strict=True):
+            if found:
+                mean = (gradient / self.size).view_as(part).to(part.dtype)
+                mean = torch.view_as_complex(mean) if parameter.is_complex() else mean
+                parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
+
+
+def _number_error(value: object, weight: object) -> Exception | None:
+    """Returns what is wrong with the arguments of :meth:`World.average`, or None."""
+    single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    if not single:
+        received = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        return TypeError(f"World.average needs one real number; received {received}. Pass loss.item(), for example.")
+    if not isinstance(weight, Real) or not 0 <= float(weight) < float("inf"):
+        return ValueError(f"World.average needs a finite weight >= 0; received {weight!r}. Pass len(x), for example.")
+    return None
