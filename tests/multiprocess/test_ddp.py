@@ -129,3 +129,20 @@ def test_no_bucket_of_ddp_meets_a_wire_of_ours(ranks, torch_world):
         ranks.world.average_gradients(plain)
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             ranks.check_close(ours.grad, theirs.grad, 1e-6, f"{name}, step {step}")
+
+
+@pytest.mark.parametrize("broadcast_buffers", [True, False])
+def test_blocks_keep_their_running_statistics_if_ddp_leaves_buffers_alone(ranks, torch_world, broadcast_buffers):
+    """DDP's default copies the buffers of rank 0 to all ranks, and so to other blocks, as the pages say."""
+    layer = syncbn.SyncBatchNorm(3, momentum=1.0, group_size=1)
+    wrapped = DistributedDataParallel(layer, broadcast_buffers=broadcast_buffers)
+    x = torch.randn(4, 3) + 10 * ranks.rank
+    wrapped(x)
+    own = x.mean(0)
+    ranks.check_close(layer.running_mean, own, 1e-5, "after the first forward")
+    with torch.no_grad():
+        wrapped.eval(), wrapped.train()
+    layer.momentum = 0.0
+    wrapped(x)
+    kept = bool((layer.running_mean - own).abs().max() < 1e-5)
+    ranks.check(kept == (not broadcast_buffers or ranks.rank == 0), f"kept: {kept}")

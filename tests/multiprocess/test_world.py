@@ -225,3 +225,22 @@ def test_freed_groups_leave_no_open_file(ranks):
     ranks.raises(ValueError, lambda: ranks.world.free(None), "received None")
     use(groups[0])  # makes another one
     ranks.check_close(layer.running_mean, torch.full((3,), layer.running_mean[0].item()), 1e-6)
+
+
+def test_a_grad_scaler_leaves_out_the_same_step_on_every_rank(ranks):
+    """As the documentation says: gradients are averaged before the scaler looks at them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), syncbn.SyncBatchNorm(4), nn.Linear(4, 1))
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model[2].weight.detach().clone()
+    for step in range(2):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 3) + ranks.rank).square().mean()).backward()
+        if step == 0 and ranks.rank == ranks.size - 1:
+            model[2].weight.grad[0, 0] = float("inf")
+        ranks.world.average_gradients(model)
+        scaler.step(optimizer)
+        scaler.update()
+        ranks.check(scaler.get_scale() == 2.0, f"step {step}: the scale is {scaler.get_scale()}")
+        moved = not torch.equal(model[2].weight, before)
+        ranks.check(moved == (step == 1), f"step {step}: moved {moved}")
