@@ -26,6 +26,7 @@ A tour, in reading order:
 from syncbn import functional
 from syncbn.calls.renorm import RenormLimits
 from syncbn.convert import convert_sync_batchnorm, name_layers, revert_sync_batchnorm
+from syncbn.convert.summary import summary
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
 from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
@@ -50,5 +51,6 @@ __all__ = [
     "no_sync",
     "recalibrate",
     "revert_sync_batchnorm",
+    "summary",
     "unfreeze",
 ]
