@@ -24,12 +24,13 @@ LEAD = 2.0
 """Seconds by which rank 0 gives up before the others: when it ends, the launcher ends them."""
 
 
-def run(*, limit: float, as_json: bool) -> int:
+def run(*, limit: float, as_json: bool, factory: str = "") -> int:
     """Runs the command: examines every rank, prints on rank 0.
 
     Args:
         limit: seconds until a process that waits for others gives up.
         as_json: one JSON document instead of tables.
+        factory: ``package.module:function``, which builds the model to look at; empty for none.
 
     Returns:
         0 if no problem was found, else 1; the same on every rank.
@@ -38,7 +39,7 @@ def run(*, limit: float, as_json: bool) -> int:
     launch = probe.read_launch(report)
     with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
         warnings.simplefilter("ignore")  # warnings of the library are problems in the report
-        probe.examine(report, launch)
+        probe.examine(report, launch, factory)
     speak(report, launch, as_json=as_json)
     return int(bool(report.problems))
 
@@ -48,8 +49,11 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
     """Ends this process with a report if other processes do not connect in time."""
 
     def give_up() -> None:
+        why = "some processes never came"
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
-        report.complain(f"could not {report.step} within {limit:g} s: some processes never came", remedy)
+        if report.step.startswith(probe.BUILD):
+            why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
+        report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
         speak(report, launch, as_json=as_json)
         os._exit(1)
 
@@ -78,7 +82,8 @@ def speak(report: Report, launch: Launch, *, as_json: bool) -> None:
 
 def to_json(report: Report) -> str:
     """Renders a report as one document."""
-    return json.dumps(asdict(report), indent=2)
+    model = None if report.model is None else report.model.to_dict()
+    return json.dumps({**asdict(report), "model": model}, indent=2)
 
 
 def to_text(report: Report) -> str:
@@ -93,13 +98,13 @@ def to_text(report: Report) -> str:
         ("all-reduce", _all_reduce(report)),
     ]
     ranks = [list(asdict(place).values()) for place in report.ranks]
-    return "\n\n".join(
-        (
-            tabulate(facts, tablefmt="plain", disable_numparse=True),
-            tabulate(ranks, ["rank", "local rank", "host", "pid", "device"], disable_numparse=True),
-            _problems(report),
-        )
-    )
+    parts = [
+        tabulate(facts, tablefmt="plain", disable_numparse=True),
+        tabulate(ranks, ["rank", "local rank", "host", "pid", "device"], disable_numparse=True),
+        *([] if report.model is None else [report.model.table()]),
+        _problems(report),
+    ]
+    return "\n\n".join(parts)
 
 
 def _launcher(report: Report) -> str:

@@ -31,10 +31,10 @@ _FUNCTIONS: tuple[tuple[Any, str], ...] = (
 _DEPTH = 5
 """How many functions deep the reader goes from forward."""
 _TRANSPARENT = frozenset({"CACHE", "PUSH_NULL", "EXTENDED_ARG", "PRECALL", "NOP", "SWAP", "POP_TOP"})
+TRAINING_AT = 5
+"""Where batch norm functions and operators have their argument ``training``."""
+_HAS_PRECALL = "PRECALL" in dis.opmap  # Python 3.11: it takes the arguments from the stack, CALL the function
 _UNKNOWN = object()
-
-Instruction = tuple[str, Any]
-"""The name of an operation, and its argument."""
 
 
 def batch_norm_calls(module: nn.Module) -> frozenset[str]:
@@ -115,7 +115,8 @@ class _Reader:
         top: Any = _UNKNOWN
         imported: Any = _UNKNOWN
         instructions = _instructions(code)
-        for at, (op, argument) in enumerate(instructions):
+        for at, instruction in enumerate(instructions):
+            op, argument = instruction.opname, instruction.argval
             if op in _TRANSPARENT:
                 continue
             if op.startswith("STORE_FAST") or op == "STORE_DEREF":
@@ -129,7 +130,7 @@ class _Reader:
             if isinstance(argument, types.CodeType):
                 self._read(argument, names, env, depth)
             top = self._loaded(op, argument, imported if op == "IMPORT_FROM" else top, names, env)
-            if not self._normalises_a_weight(top, instructions[at + 1 : at + 9], env):
+            if not (op_name(top) and self._needs_no_batch(instructions[at + 1 :], env)):
                 self.follow(top, depth + 1)
 
     def _loaded(self, op: str, argument: Any, base: Any, names: dict[str, Any], env: dict[str, Any]) -> Any:
@@ -145,19 +146,43 @@ class _Reader:
             return env.get(argument[-1] if isinstance(argument, tuple) else argument, _UNKNOWN)
         return _UNKNOWN
 
-    def _normalises_a_weight(self, function: Any, after: tuple[Instruction, ...], env: dict[str, Any]) -> bool:
-        """Whether the first argument is a parameter of the module: weight standardization, which needs no batch."""
-        if not op_name(function):
+    def _needs_no_batch(self, after: tuple[dis.Instruction, ...], env: dict[str, Any]) -> bool:
+        """Whether a call of a batch norm function has training=False, or standardizes a weight of the module."""
+        words = [each for each in after[:8] if each.opname not in _TRANSPARENT]
+        of_module = len(words) > 1 and env.get(str(words[0].argval)) is self.module
+        if of_module and words[1].opname in ("LOAD_ATTR", "LOAD_METHOD") and words[1].argval in self.module._parameters:
+            return True
+        return _training_is_false(after)
+
+
+def _training_is_false(after: tuple[dis.Instruction, ...]) -> bool:
+    """Simulates the stack from the load of a function to its call, as far as there is no branch."""
+    stack: list[Any] = []
+    keywords: tuple[str, ...] = ()
+    for each in after:
+        if each.opname == "KW_NAMES":  # before Python 3.13
+            keywords = each.argval if isinstance(each.argval, tuple) else ()
+        is_call = each.opname in (("PRECALL",) if _HAS_PRECALL else ("CALL", "CALL_KW"))
+        if is_call and len(stack) == (each.arg or 0) + (each.opname == "CALL_KW"):
+            keywords = stack.pop() if each.opname == "CALL_KW" else keywords
+            named = dict(zip(reversed(keywords), reversed(stack), strict=False))
+            positional = stack[: len(stack) - len(keywords)]
+            return named.get("training", positional[TRAINING_AT] if len(positional) > TRAINING_AT else False) is False
+        if each.opname in _TRANSPARENT - {"PRECALL", "POP_TOP"}:
+            continue
+        effect = 0 if "JUMP" in each.opname else dis.stack_effect(each.opcode, each.arg, jump=False)
+        if "JUMP" in each.opname or len(stack) + effect < 0:
             return False
-        words = [(op, argument) for op, argument in after if op not in _TRANSPARENT]
-        if len(words) < 2 or words[1][0] not in ("LOAD_ATTR", "LOAD_METHOD") or not isinstance(words[0][1], str):
-            return False
-        return env.get(words[0][1]) is self.module and words[1][1] in self.module._parameters
+        del stack[len(stack) + min(effect, 0) :]
+        if effect <= 0 and stack:
+            stack[-1] = _UNKNOWN
+        stack += [each.argval if each.opname == "LOAD_CONST" else _UNKNOWN] * effect
+    return False
 
 
 @functools.lru_cache(maxsize=4096)
-def _instructions(code: types.CodeType) -> tuple[Instruction, ...]:
-    return tuple((each.opname, each.argval) for each in dis.get_instructions(code))
+def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(dis.get_instructions(code))
 
 
 def _unwrapped(value: Any) -> types.FunctionType | None:

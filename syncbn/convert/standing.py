@@ -19,11 +19,10 @@ from syncbn.convert import bytecode, obstacles
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
 
+NOT_YET = "not converted yet: call syncbn.convert_sync_batchnorm"
 _RUNNING = re.compile(r"(running|moving)_(mean|var|variance|std)")
 _NO_STATS_VARIANT = re.compile(r"no_training|no_update|elemt")
 """Operators that normalise by given statistics."""
-_TRAINING_AT = 5
-"""Where the operators and functions have their argument ``training``, with one exception: ``no_stats``, 3."""
 
 
 class Standing(NamedTuple):
@@ -90,7 +89,7 @@ def _of_batch_norm(layer: nn.Module) -> tuple[bool, bool, str]:
         return True, False, "synchronised by torch, on GPUs only; syncbn.convert_sync_batchnorm converts it"
     obstacle = obstacles.to_ours(layer)
     if not obstacle:
-        return False, True, "not converted yet: call syncbn.convert_sync_batchnorm"
+        return False, True, NOT_YET
     return _by_its_name(layer) or (False, True, f"cannot be converted: {obstacle}")
 
 
@@ -162,7 +161,7 @@ def _argument_training(node: fx.Node, name: str) -> bool:
     """Whether a node normalises by batch statistics. One that the graph computes counts."""
     if "with_update" in name or "stats" in name.removesuffix("no_stats"):
         return True
-    at = 3 if name.endswith("no_stats") else _TRAINING_AT
+    at = 3 if name.endswith("no_stats") else bytecode.TRAINING_AT
     given: Any = node.kwargs.get("training", node.args[at] if len(node.args) > at else False)
     return given is not False
 
