@@ -130,7 +130,8 @@ class _Reader:
             if isinstance(argument, types.CodeType):
                 self._read(argument, names, env, depth)
             top = self._loaded(op, argument, imported if op == "IMPORT_FROM" else top, names, env)
-            if not (op_name(top) and self._needs_no_batch(instructions[at + 1 :], env)):
+            has_switch = op_name(top) not in ("", OURS, "torch.batch_norm_stats")
+            if not (has_switch and self._needs_no_batch(instructions[at + 1 :], code.co_consts, env)):
                 self.follow(top, depth + 1)
 
     def _loaded(self, op: str, argument: Any, base: Any, names: dict[str, Any], env: dict[str, Any]) -> Any:
@@ -146,22 +147,25 @@ class _Reader:
             return env.get(argument[-1] if isinstance(argument, tuple) else argument, _UNKNOWN)
         return _UNKNOWN
 
-    def _needs_no_batch(self, after: tuple[dis.Instruction, ...], env: dict[str, Any]) -> bool:
+    def _needs_no_batch(
+        self, after: tuple[dis.Instruction, ...], constants: tuple[Any, ...], env: dict[str, Any]
+    ) -> bool:
         """Whether a call of a batch norm function has training=False, or standardizes a weight of the module."""
         words = [each for each in after[:8] if each.opname not in _TRANSPARENT]
         of_module = len(words) > 1 and env.get(str(words[0].argval)) is self.module
         if of_module and words[1].opname in ("LOAD_ATTR", "LOAD_METHOD") and words[1].argval in self.module._parameters:
             return True
-        return _training_is_false(after)
+        return _training_is_false(after, constants)
 
 
-def _training_is_false(after: tuple[dis.Instruction, ...]) -> bool:
+def _training_is_false(after: tuple[dis.Instruction, ...], constants: tuple[Any, ...]) -> bool:
     """Simulates the stack from the load of a function to its call, as far as there is no branch."""
     stack: list[Any] = []
     keywords: tuple[str, ...] = ()
     for each in after:
         if each.opname == "KW_NAMES":  # before Python 3.13
-            keywords = each.argval if isinstance(each.argval, tuple) else ()
+            keywords = constants[each.arg or 0]
+            continue
         is_call = each.opname in (("PRECALL",) if _HAS_PRECALL else ("CALL", "CALL_KW"))
         if is_call and len(stack) == (each.arg or 0) + (each.opname == "CALL_KW"):
             keywords = stack.pop() if each.opname == "CALL_KW" else keywords

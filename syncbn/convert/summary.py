@@ -15,6 +15,7 @@ from tabulate import tabulate
 from torch import nn
 
 from syncbn.convert import standing, unregistered
+from syncbn.layer import SyncBatchNorm
 
 _NAMED = 10
 """How many modules a warning names."""
@@ -111,7 +112,8 @@ def warn_of_local(model: nn.Module, ignore: Iterable[nn.Module] = ()) -> None:
         ignore: modules that were left out on purpose.
     """
     wanted = {id(module) for module in ignore}
-    local = [row for row, module in _rows(model) if row.local and id(module) not in wanted]
+    found = ((row, module) for row, module in _rows(model) if row.local and id(module) not in wanted)
+    local = [row for row, module in found if not isinstance(module, SyncBatchNorm)]  # those are local as asked for
     if not local:
         return
     lines = [f"  {row.name or '(the model)'} ({row.kind}): {row.reason}" for row in local[:_NAMED]]
