@@ -17,7 +17,7 @@ A tour, in reading order:
     checks/           the errors of a call
     calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized
     layer.py          the module, SyncBatchNorm
-    convert/          conversion of torch's batch norms and back, refused if something would be lost
+    convert/          conversion of torch's batch norms and back, refused if something would be lost; what stays local
     training/         freeze, no_sync, recalibrate, join
     world/            init(): which launcher started this process, and connecting it
     cli/              `syncbn doctor` and `syncbn bench`
