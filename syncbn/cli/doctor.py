@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TextIO
 
 from tabulate import tabulate
 
@@ -48,13 +49,15 @@ def run(*, limit: float, as_json: bool, factory: str = "") -> int:
 def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) -> Iterator[None]:
     """Ends this process with a report if other processes do not connect in time."""
 
+    out = sys.stdout  # a function of the user may run under a redirection
+
     def give_up() -> None:
         why = "some processes never came"
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
         if report.step.startswith(probe.BUILD):
             why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
         report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
-        speak(report, launch, as_json=as_json)
+        speak(report, launch, as_json=as_json, out=out)
         os._exit(1)
 
     late = 0.0 if launch.rank == 0 else LEAD
@@ -70,10 +73,10 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
         faulthandler.cancel_dump_traceback_later()
 
 
-def speak(report: Report, launch: Launch, *, as_json: bool) -> None:
+def speak(report: Report, launch: Launch, *, as_json: bool, out: TextIO | None = None) -> None:
     """Prints on rank 0. If the ranks are not connected, the first rank of another host prints its own problems."""
     if launch.rank == 0:
-        print(to_json(report) if as_json else to_text(report), flush=True)
+        print(to_json(report) if as_json else to_text(report), file=out, flush=True)
     elif launch.local_rank == 0 and report.problems and report.all_reduce == "not checked":
         host = report.ranks[0].host if report.ranks else "unknown"
         for problem in report.problems:
