@@ -48,7 +48,6 @@ def run(*, limit: float, as_json: bool, factory: str = "") -> int:
 @contextmanager
 def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) -> Iterator[None]:
     """Ends this process with a report if other processes do not connect in time."""
-
     out = sys.stdout  # a function of the user may run under a redirection
 
     def give_up() -> None:
