@@ -17,7 +17,7 @@ A tour, in reading order:
     checks/           the errors of a call
     calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized
     layer.py          the module, SyncBatchNorm
-    convert/          conversion of torch's batch norms and back, refused if something would be lost
+    convert/          conversion of torch's batch norms and back, refused if something would be lost; what stays local
     training/         freeze, no_sync, recalibrate, join
     world/            init(): which launcher started this process, and connecting it
     cli/              `syncbn doctor` and `syncbn bench`
@@ -26,6 +26,7 @@ A tour, in reading order:
 from syncbn import functional
 from syncbn.calls.renorm import RenormLimits
 from syncbn.convert import convert_sync_batchnorm, name_layers, revert_sync_batchnorm
+from syncbn.convert.summary import summary
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
 from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
@@ -51,5 +52,6 @@ __all__ = [
     "no_sync",
     "recalibrate",
     "revert_sync_batchnorm",
+    "summary",
     "unfreeze",
 ]

@@ -41,3 +41,11 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"needs a number of seconds > 0; received {text!r}")
     return value
+
+
+def factory(text: str) -> str:
+    """Reads package.module:function, without importing it."""
+    module, _, function = text.partition(":")
+    if not all(word.isidentifier() for word in (*module.split("."), *function.split("."))):
+        raise argparse.ArgumentTypeError(f"needs package.module:function; received {text!r}")
+    return text

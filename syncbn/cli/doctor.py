@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TextIO
 
 from tabulate import tabulate
 
@@ -24,12 +25,13 @@ LEAD = 2.0
 """Seconds by which rank 0 gives up before the others: when it ends, the launcher ends them."""
 
 
-def run(*, limit: float, as_json: bool) -> int:
+def run(*, limit: float, as_json: bool, factory: str = "") -> int:
     """Runs the command: examines every rank, prints on rank 0.
 
     Args:
         limit: seconds until a process that waits for others gives up.
         as_json: one JSON document instead of tables.
+        factory: ``package.module:function``, which builds the model to look at; empty for none.
 
     Returns:
         0 if no problem was found, else 1; the same on every rank.
@@ -38,7 +40,7 @@ def run(*, limit: float, as_json: bool) -> int:
     launch = probe.read_launch(report)
     with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
         warnings.simplefilter("ignore")  # warnings of the library are problems in the report
-        probe.examine(report, launch)
+        probe.examine(report, launch, factory)
     speak(report, launch, as_json=as_json)
     return int(bool(report.problems))
 
@@ -46,11 +48,15 @@ def run(*, limit: float, as_json: bool) -> int:
 @contextmanager
 def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) -> Iterator[None]:
     """Ends this process with a report if other processes do not connect in time."""
+    out = sys.stdout  # a function of the user may run under a redirection
 
     def give_up() -> None:
+        why = "some processes never came"
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
-        report.complain(f"could not {report.step} within {limit:g} s: some processes never came", remedy)
-        speak(report, launch, as_json=as_json)
+        if report.step.startswith(probe.BUILD):
+            why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
+        report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
+        speak(report, launch, as_json=as_json, out=out)
         os._exit(1)
 
     late = 0.0 if launch.rank == 0 else LEAD
@@ -66,10 +72,10 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
         faulthandler.cancel_dump_traceback_later()
 
 
-def speak(report: Report, launch: Launch, *, as_json: bool) -> None:
+def speak(report: Report, launch: Launch, *, as_json: bool, out: TextIO | None = None) -> None:
     """Prints on rank 0. If the ranks are not connected, the first rank of another host prints its own problems."""
     if launch.rank == 0:
-        print(to_json(report) if as_json else to_text(report), flush=True)
+        print(to_json(report) if as_json else to_text(report), file=out, flush=True)
     elif launch.local_rank == 0 and report.problems and report.all_reduce == "not checked":
         host = report.ranks[0].host if report.ranks else "unknown"
         for problem in report.problems:
@@ -78,7 +84,8 @@ def speak(report: Report, launch: Launch, *, as_json: bool) -> None:
 
 def to_json(report: Report) -> str:
     """Renders a report as one document."""
-    return json.dumps(asdict(report), indent=2)
+    model = None if report.model is None else report.model.to_dict()
+    return json.dumps({**asdict(report), "model": model}, indent=2)
 
 
 def to_text(report: Report) -> str:
@@ -93,13 +100,13 @@ def to_text(report: Report) -> str:
         ("all-reduce", _all_reduce(report)),
     ]
     ranks = [list(asdict(place).values()) for place in report.ranks]
-    return "\n\n".join(
-        (
-            tabulate(facts, tablefmt="plain", disable_numparse=True),
-            tabulate(ranks, ["rank", "local rank", "host", "pid", "device"], disable_numparse=True),
-            _problems(report),
-        )
-    )
+    parts = [
+        tabulate(facts, tablefmt="plain", disable_numparse=True),
+        tabulate(ranks, ["rank", "local rank", "host", "pid", "device"], disable_numparse=True),
+        *([] if report.model is None else [report.model.table()]),
+        _problems(report),
+    ]
+    return "\n\n".join(parts)
 
 
 def _launcher(report: Report) -> str:

@@ -12,7 +12,7 @@ from typing import IO, Any, NoReturn, final
 
 import syncbn
 from syncbn.cli import doctor
-from syncbn.cli.arguments import at_least, seconds, shape
+from syncbn.cli.arguments import at_least, factory, seconds, shape
 from syncbn.cli.bench import cpu, report
 from syncbn.transports import launchers
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C then ends even a process that waits in a collective
     args = _parser().parse_args(argv)
     if args.command == "doctor":
-        status = doctor.run(limit=args.timeout, as_json=args.json)
+        status = doctor.run(limit=args.timeout, as_json=args.json, factory=args.model or "")
     else:
         form = "json" if args.json else "csv" if args.csv else "table"
         shapes = tuple(args.shapes or report.SHAPES)
@@ -86,6 +86,12 @@ def _add_doctor(commands: Any) -> None:
     about = "say what is installed, which processes are connected, what is wrong and what to do about it"
     command = commands.add_parser("doctor", help=about, description=f"syncbn doctor: {about}.")
     command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    command.add_argument(
+        "--model",
+        type=factory,
+        metavar="MODULE:FUNCTION",
+        help="list the batch norms of the model that this function returns, and what conversion would do to them",
+    )
     command.add_argument(
         "--timeout",
         type=seconds,

@@ -20,6 +20,8 @@ import torch
 
 import syncbn
 from syncbn import kernels, moments, transports
+from syncbn.cli import models
+from syncbn.cli.models import ModelReport
 from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe
 from syncbn.transports.choices import OVERRIDE
 from syncbn.transports.launchers import Launch
@@ -28,6 +30,8 @@ from syncbn.transports.mpi_probe import MPIFacts
 CHANNELS = (64, 512, 2048)
 WARMUP, REPEATS = 20, 200
 SEPARATOR = "\x1f"
+BUILD = "build the model"
+"""The step in which code of the user runs."""
 INSTALL = 'pip install "syncbn[mpi]"'
 FOREIGN = (("openmpi", "MPICH"), ("mpich", "Open MPI"))
 """Launchers and libraries of different MPIs: MPI_Init would abort, or make one job of each process."""
@@ -71,6 +75,8 @@ class Report:
     """right, wrong or not checked."""
     latency_us: dict[str, float] = field(default_factory=dict)
     """Of one all-reduce of a wire, by C: the median on the slowest rank."""
+    model: ModelReport | None = None
+    """Of the model that --model names."""
     problems: list[Problem] = field(default_factory=list)
     step: str = "start"
     """The last step begun."""
@@ -92,22 +98,28 @@ def read_launch(report: Report) -> Launch:
     return launch
 
 
-def examine(report: Report, launch: Launch) -> None:
+def examine(report: Report, launch: Launch, factory: str = "") -> None:
     """Fills the report, on every rank. Never raises.
 
+    Args:
+        report: the report.
+        launch: how this process was started.
+        factory: ``package.module:function``, which builds the model to look at; empty for none.
+
     Communication:
-        If the processes connect: two exchanges of short texts, one all-reduce that is checked, and the timed ones.
+        If the processes connect: two exchanges of short texts, one all-reduce that is checked, and the timed ones; with
+        a factory, one more exchange.
     """
     readable = not report.problems
     try:
         look_around(report, launch)
-        if not readable or not _find_mpi(report, launch):
-            return
-        transport = _connect(report, launch)
+        transport = _connect(report, launch) if readable and _find_mpi(report, launch) else None
         if transport is not None:
             _map_ranks(report, transport)
             try_all_reduce(report, transport)
             _share_problems(report, transport)
+        if factory:
+            _look_at_model(report, factory, transport)
     except Exception as error:
         remedy = "Do what the message says, then run the doctor again."
         report.complain(f"could not {report.step}: {type(error).__name__}: {error}", remedy)
@@ -232,3 +244,11 @@ def _share_problems(report: Report, transport: AbstractTransport) -> None:
     mine = SEPARATOR.join((report.problems[0].what, report.problems[0].remedy)) if report.problems else ""
     notes = dict.fromkeys(gather.gather_notes(mine, transport))
     report.problems = [Problem(*note.split(SEPARATOR, 1)) for note in notes if note]
+
+
+def _look_at_model(report: Report, factory: str, transport: AbstractTransport | None) -> None:
+    """Builds the model on every rank. All ranks that are connected find the same problems."""
+    report.step = f"{BUILD} {factory}"
+    report.model = models.look(factory, transport)
+    for what, remedy in report.model.problems():
+        report.complain(what, remedy)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calls.sites import Site
 from syncbn.convert import obstacles
+from syncbn.convert.summary import warn_of_local
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
 from syncbn.transports import groups
 from syncbn.transports.specify import specify, specify_blocks
@@ -40,6 +41,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, grou
         TypeError: if a layer cannot be converted without loss. It names every such layer and the reason. Nothing is
             changed then.
 
+    Warns:
+        UserWarning: once, with names and reasons, if modules stay that use the local batch alone. See
+            :func:`syncbn.summary`.
+
     Communication:
         None.
     """
@@ -59,7 +64,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, grou
         layer.__class__ = LazySyncBatchNorm if original in _LAZY else SyncBatchNorm
         layer._site = Site("SyncBatchNorm", specify(kept_group) if spec is None else spec)
         layer._site.converted_from = original
-    return name_layers(module)
+    name_layers(module)
+    warn_of_local(module)
+    return module
 
 
 def name_layers(model: nn.Module) -> nn.Module:

@@ -48,6 +48,8 @@ def test_version_is_that_of_the_package(naps, capsys):
         (["bench", "--warmup", "-1"], "whole number >= 0; received '-1'"),
         (["bench", "--json", "--csv"], "not allowed with"),
         (["doctor", "--timeout", "0"], "seconds > 0; received '0'"),
+        (["doctor", "--model", "package.module"], "needs package.module:function; received 'package.module'"),
+        (["doctor", "--model", "models/net.py:build"], "received 'models/net.py:build'"),
         (["doctor", "--timeout", "soon"], "seconds > 0; received 'soon'"),
     ],
 )
