@@ -94,9 +94,10 @@ class Hook:
     """A hook of an open `join` on its model. In a copy of the model or a saved one it does nothing."""
 
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        self._method = method
+        # It communicates, so a compiled model must not trace it. Not a decorator: that would import the compiler already
+        # with syncbn, which takes as long as to import torch.
+        self._method = None if method is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it communicates, where model is compiled and join is given model
     def __call__(self, *args: Any) -> Any:
         """Calls the method. A copy has none and does nothing."""
         return None if self._method is None else self._method(*args)
