@@ -48,7 +48,7 @@ stage() {
         mpi-2) ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 2 -m program --ignore $several "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup -m program --ignore $several "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
         kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program" --ignore $several "${more[@]}" ;;
         compiled) ranks 2 mpirun -m slow $several ;;

@@ -94,8 +94,7 @@ class Hook:
     """A hook of an open `join` on its model. In a copy of the model or a saved one it does nothing."""
 
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        # It communicates, so a compiled model must not trace it. Not a decorator: that would import the compiler already
-        # with syncbn, which takes as long as to import torch.
+        # It communicates, so a compiled model must not trace it. A decorator would import torch's compiler with syncbn.
         self._method = None if method is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any) -> Any:

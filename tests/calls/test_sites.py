@@ -62,9 +62,8 @@ def test_an_order_that_is_found_after_the_hash_was_asked_for_still_counts():
 def test_the_hash_is_the_same_in_every_process():
     program = "from syncbn.calls.sites import Site; print(Site('SyncBatchNorm').hash((64, 1e-5, 0.1, True, None), 5))"
     ours = Site("SyncBatchNorm").hash(SETTINGS, TOKEN)
-    for seed in (1, 2):
-        done = processes.python("-c", program, PYTHONHASHSEED=seed)
-        assert done.stdout.strip() == str(ours), done.stderr
+    done = processes.python("-c", program, PYTHONHASHSEED=1)  # that of this process is random
+    assert done.stdout.strip() == str(ours), done.stderr
 
 
 def test_hashes_of_many_texts_differ():
