@@ -11,7 +11,7 @@ import torch
 import syncbn
 from syncbn.transports import gather, launchers
 from syncbn.world import rendezvous
-from tests.conftest import DEVICE, DEFERRED_ERRORS
+from tests.conftest import DEFERRED_ERRORS, DEVICE
 
 
 class AgreedError(AssertionError):
