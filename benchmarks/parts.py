@@ -185,8 +185,8 @@ def run(options: Options, describe: Callable[[], Machine], *, form: str) -> int:
     print(tabulate(asdict(machine).items(), tablefmt="plain", disable_numparse=True), end="\n\n")
     print(_table(("N,C,H,W", "step", "us", "copy us", "step / copy"), [_cells(row) for row in steps]))
     print(_table((",".join(map(str, TINY)), "us"), [(name, f"{us:.1f}") for name, us in overhead.items()]))
-    cells = [(_name(row.shape), row.layer, f"{row.mib:.1f}", f"{row.tensor_mib:.1f}") for row in rows_of_memory]
-    print(_table(("N,C,H,W", "layer", "peak MiB", "one tensor MiB"), cells))
+    rows = [(_name(row.shape), row.layer, f"{row.mib:.1f}", f"{row.tensor_mib:.1f}") for row in rows_of_memory]
+    print(_table(("N,C,H,W", "layer", "peak MiB", "one tensor MiB"), rows))
     return 0
 
 

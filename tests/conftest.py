@@ -26,7 +26,7 @@ if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # the default, which keeps 10 bits: convolutions are part of the oracles
     torch.backends.cudnn.deterministic = True
-LATE_VERDICT = DEVICE.type == "cuda" and not LAUNCH.speaks_mpi
+DEFERRED_ERRORS = DEVICE.type == "cuda" and not LAUNCH.speaks_mpi
 """Whether a rank with a wrong input raises alone, and the others later: gloo sums CUDA tensors behind the host's back.
 
 MPI through host memory makes the host wait. What a rank cannot know then is in docs/gpu.md, "Deferred errors"."""
@@ -39,7 +39,7 @@ if LAUNCH.size > 1:  # ranks that share pytest's folder for temporary files remo
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    if LAUNCH.rank > 0:  # one report, from rank 0: verdicts are agreed, so it speaks for all
+    if LAUNCH.rank > 0:  # one report, from rank 0: all ranks agree on each check, so it speaks for all
         config.pluginmanager.unregister(config.pluginmanager.get_plugin("terminalreporter"))
 
 
@@ -53,8 +53,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.slow)
         if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=about.args[0]))
-        if LATE_VERDICT and item.get_closest_marker("prompt_verdict"):
-            item.add_marker(pytest.mark.skip(reason="needs a host that waits for the sums; see LATE_VERDICT"))
+        if DEFERRED_ERRORS and item.get_closest_marker("immediate_errors"):
+            item.add_marker(pytest.mark.skip(reason="needs a host that waits for the sums; see DEFERRED_ERRORS"))
         mark, plugin = item.get_closest_marker("ranks"), config.pluginmanager.hasplugin("pytest_mpi")
         if mark is None:
             if LAUNCH.size > 1:

@@ -2,9 +2,12 @@
 """A compiler for the GPU kernels where there is no GPU: nvcc of the PATH, or NVRTC of the package nvidia-cuda-nvrtc."""
 
 import ctypes
+import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +17,20 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 
 
 def compile_for(architecture, source, folder):
-    """Compiles CUDA source to machine code and returns the report of the assembler."""
+    """Compiles CUDA source to machine code and returns the assembler's report; once for each source on this host."""
+    compiler = Path(shutil.which("nvcc") or _nvrtc()._name)
+    key = hashlib.sha256(
+        repr((compiler, compiler.stat().st_mtime_ns, OPTIONS, architecture, source)).encode()
+    ).hexdigest()[:16]
+    kept = Path(tempfile.gettempdir(), f"syncbn-sm-{architecture}-{key}.txt")
+    if not kept.exists():
+        made = kept.with_suffix(f".{os.getpid()}")
+        made.write_text(_compile_for(architecture, source, folder))
+        made.replace(kept)
+    return kept.read_text()
+
+
+def _compile_for(architecture, source, folder):
     if shutil.which("nvcc"):
         return _nvcc(source, folder, "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v")
     return _nvrtc_compile(source, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")[0]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Programs in subprocesses, always with a time limit, and nothing left running after it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -103,3 +104,35 @@ def torchrun(n, *words, **options):
 def python(*words, **options):
     """Runs a Python program in one process."""
     return run(sys.executable, *words, **options)
+
+
+def many(launcher, n, cases, folder, *, limit=300):
+    """Runs many programs in the same n processes, see ``many.py``.
+
+    Args:
+        launcher: mpirun, torchrun or python.
+        n: how many processes; 1 for python.
+        cases: words of each command, by name. Those with a "=" before the program are its environment.
+        folder: an empty one, for what they say.
+        limit: seconds for all of them.
+
+    Returns:
+        What each did, by name, as of one process: ``returncode`` of all ranks, or a list where they differ.
+    """
+    texts = {name: [str(word) for word in words] for name, words in cases.items()}
+    split = {name: next(i for i, word in enumerate(words) if "=" not in word) for name, words in texts.items()}
+    written = [
+        {"environ": dict(word.split("=", 1) for word in words[: split[name]]), "words": words[split[name] :]}
+        for name, words in texts.items()
+    ]
+    (folder / "cases.json").write_text(json.dumps(written))
+    done = launcher(*[n] * (launcher is not python), "-m", "tests.many", folder, limit=limit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: _of_all_ranks(texts[name], folder, number, n) for number, name in enumerate(cases)}
+
+
+def _of_all_ranks(words, folder, number, n):
+    said = [json.loads((folder / f"{number}.{rank}.json").read_text()) for rank in range(n)]
+    statuses, outs, errs = zip(*said, strict=True)
+    status = statuses[0] if len(set(statuses)) == 1 else list(statuses)
+    return subprocess.CompletedProcess(words, status, "".join(outs), "".join(errs))

@@ -18,7 +18,7 @@ several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
 counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining}.py)
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
-gloo=$(echo $several/test_{late_verdict,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
+gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
 gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"
 brief="not slow and not program"
 
@@ -48,7 +48,7 @@ stage() {
         mpi-2) ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 2 -m program --ignore $several "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup -m program --ignore $several "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
         kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program" --ignore $several "${more[@]}" ;;
         compiled) ranks 2 mpirun -m slow $several ;;

@@ -233,10 +233,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w, b: call(x, weight=w, bias=b), (x, weight, bias))
 
 
-def test_importing_syncbn_starts_no_mpi():
-    program = "import sys, syncbn; print('mpi4py' in sys.modules, 'mpi4py.MPI' in sys.modules)"
+def test_importing_syncbn_starts_no_mpi_and_loads_no_compiler():
+    """torch's compiler takes as long to import as torch itself; torch loads it at the first use."""
+    program = "import sys, syncbn; print(*[n for n in ('mpi4py', 'mpi4py.MPI', 'torch._dynamo') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == []
 
 
 def test_an_input_on_another_device_than_the_layer_is_refused():

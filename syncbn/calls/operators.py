@@ -46,11 +46,14 @@ def key_of_spec(spec: GroupSpec | None, device_type: str) -> int:
     return key
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _key_of_fields(fields: tuple[Any, ...], device_type: str) -> int:
     """Takes plain values. Dynamo guards objects by identity: a GroupSpec argument would recompile for every layer."""
     spec = GroupSpec(*fields) if fields else None
     return _key((spec, device_type), lambda: transports.choose(spec, device_type))
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes as long as torch's.
+_key_of_fields._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def key_of_transport(transport: AbstractTransport) -> int:

@@ -94,9 +94,9 @@ class Hook:
     """A hook of an open `join` on its model. In a copy of the model or a saved one it does nothing."""
 
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        self._method = method
+        # It communicates, so a compiled model must not trace it. A decorator would import torch's compiler with syncbn.
+        self._method = None if method is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it communicates, where model is compiled and join is given model
     def __call__(self, *args: Any) -> Any:
         """Calls the method. A copy has none and does nothing."""
         return None if self._method is None else self._method(*args)

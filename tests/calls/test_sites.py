@@ -26,45 +26,44 @@ OTHERS = [
     (64, 1e-5, 0.1, True, RenormLimits(3.0, 0.0)),
     (64, 1e-5, 0.1, True, RenormLimits(1.0, 5.0)),
 ]
-TOKEN = 5
+GROUP_ID = 5
 
 
 def test_every_setting_and_the_name_and_the_order_change_the_hash():
     site = Site("SyncBatchNorm")
-    found = [site.hash(settings, TOKEN) for settings in (SETTINGS, *OTHERS)]
+    found = [site.hash(settings, GROUP_ID) for settings in (SETTINGS, *OTHERS)]
     for name in ("1", "11", "1|1"):
         site.name = name
-        found.append(site.hash(SETTINGS, TOKEN))
-    site.orders[TOKEN] = 1
-    found.append(site.hash(SETTINGS, TOKEN))
-    found.append(Site("another kind").hash(SETTINGS, TOKEN))
+        found.append(site.hash(SETTINGS, GROUP_ID))
+    site.orders[GROUP_ID] = 1
+    found.append(site.hash(SETTINGS, GROUP_ID))
+    found.append(Site("another kind").hash(SETTINGS, GROUP_ID))
     assert len(set(found)) == len(found)
     assert all(0 <= part < LIMIT for hash in found for part in hash)
 
 
 def test_the_hash_follows_every_change_and_comes_back():
     site = Site("SyncBatchNorm")
-    first = site.hash(SETTINGS, TOKEN)
+    first = site.hash(SETTINGS, GROUP_ID)
     for settings in OTHERS:
-        assert site.hash(settings, TOKEN) != first
-        assert site.hash(SETTINGS, TOKEN) == first
+        assert site.hash(settings, GROUP_ID) != first
+        assert site.hash(SETTINGS, GROUP_ID) == first
 
 
 def test_an_order_that_is_found_after_the_hash_was_asked_for_still_counts():
     """As where activation checkpointing repeats a forward in a group that has not compared settings yet."""
     early, late = Site("SyncBatchNorm"), Site("SyncBatchNorm")
-    early.hash(SETTINGS, TOKEN)
+    early.hash(SETTINGS, GROUP_ID)
     for site in (early, late):
-        site.orders[TOKEN] = 3
-    assert early.hash(SETTINGS, TOKEN) == late.hash(SETTINGS, TOKEN)
+        site.orders[GROUP_ID] = 3
+    assert early.hash(SETTINGS, GROUP_ID) == late.hash(SETTINGS, GROUP_ID)
 
 
 def test_the_hash_is_the_same_in_every_process():
     program = "from syncbn.calls.sites import Site; print(Site('SyncBatchNorm').hash((64, 1e-5, 0.1, True, None), 5))"
-    ours = Site("SyncBatchNorm").hash(SETTINGS, TOKEN)
-    for seed in (1, 2):
-        done = processes.python("-c", program, PYTHONHASHSEED=seed)
-        assert done.stdout.strip() == str(ours), done.stderr
+    ours = Site("SyncBatchNorm").hash(SETTINGS, GROUP_ID)
+    done = processes.python("-c", program, PYTHONHASHSEED=1)  # that of this process is random
+    assert done.stdout.strip() == str(ours), done.stderr
 
 
 def test_hashes_of_many_texts_differ():
@@ -96,18 +95,18 @@ def test_numbers_stay_below_the_limit_and_tell_directions_and_serials_apart():
 def test_a_copy_is_the_same_layer_and_has_agreed_with_nobody(copier):
     site = Site("SyncBatchNorm", GroupSpec("blocks", (), size=2), replays=False)
     site.name, site.frozen, site.renorm, site.converted_from = "stem", True, (3.0, 5.0), torch.nn.BatchNorm2d
-    site.orders[TOKEN] = 4
-    before = site.hash(SETTINGS, TOKEN)
+    site.orders[GROUP_ID] = 4
+    before = site.hash(SETTINGS, GROUP_ID)
     other = Site.of_state(copier(site.state()))
     for kept in ("kind", "group", "name", "frozen", "replays", "renorm", "converted_from", "compares"):
         assert getattr(other, kept) == getattr(site, kept)
     assert other.orders == {0: 0}
     assert other.number != site.number
     assert sites.of_number(int(other.number)) is other
-    assert other.hash(SETTINGS, TOKEN) != before
-    other.orders[TOKEN] = 4
-    assert other.hash(SETTINGS, TOKEN) == before
-    assert site.orders == {0: 0, TOKEN: 4}
+    assert other.hash(SETTINGS, GROUP_ID) != before
+    other.orders[GROUP_ID] = 4
+    assert other.hash(SETTINGS, GROUP_ID) == before
+    assert site.orders == {0: 0, GROUP_ID: 4}
 
 
 def test_a_number_finds_its_site_as_long_as_the_layer_lives():
@@ -121,7 +120,7 @@ def test_a_number_finds_its_site_as_long_as_the_layer_lives():
 
 def test_notes_tell_layers_of_one_label_apart_and_name_every_setting():
     site = Site("SyncBatchNorm")
-    site.orders[TOKEN] = 2
-    which, settings = site.notes((64, 1e-5, None, True, RenormLimits(3, 5)), TOKEN)
+    site.orders[GROUP_ID] = 2
+    which, settings = site.notes((64, 1e-5, None, True, RenormLimits(3, 5)), GROUP_ID)
     assert which == "layer 2 of the group"
     assert settings == ("num_features=64, eps=1e-05, momentum (-1 is None)=-1, track_running_stats=1, r_max=3, d_max=5")

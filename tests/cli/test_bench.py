@@ -73,9 +73,32 @@ def test_a_row_holds_the_median_over_rounds_of_the_slowest_rank(monkeypatch):
     assert row == Row((2, 3, 2, 2), 3.0, 21.0)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What commands did one after the other in one process, which imports torch once."""
+    measure = (*BENCH, *SMALL, "--channels-last", "--json", "--dtype")
+    cases = {dtype: (*measure, dtype) for dtype in report.DTYPES}
+    cases["unreadable"] = ("RANK=0", "WORLD_SIZE=two", *BENCH, *SMALL)
+    cases["parts"] = ("-m", "benchmarks.parts", "--json", *SMALL[:5])
+    return processes.many(processes.python, 1, cases, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What commands did one after the other on the same two processes under mpirun."""
+    cases = {
+        "no baseline": (*BENCH, *SMALL, "--no-baseline", "--json"),
+        "unconnected": ("SYNCBN_TRANSPORT=single", *BENCH, *SMALL, "--no-baseline"),
+        "csv": (*BENCH, *SMALL, "--csv"),
+        "too large": (*BENCH, "--shapes", "100000,100000,1000,1000"),
+    }
+    return processes.many(processes.mpirun, 2, cases, tmp_path_factory.mktemp("together"))
+
+
+@pytest.mark.xdist_group("bench alone")
 @pytest.mark.parametrize("dtype", report.DTYPES)
-def test_every_dtype_and_layout_runs_alone_and_leaves_the_baseline_empty(dtype):
-    done = processes.python(*BENCH, *SMALL, "--dtype", dtype, "--channels-last", "--json")
+def test_every_dtype_and_layout_runs_alone_and_leaves_the_baseline_empty(alone, dtype):
+    done = alone[dtype]
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["machine"]["processes"] == 1
@@ -95,16 +118,17 @@ def test_under_a_launcher_rank_0_prints_one_table_with_every_column(launcher):
     assert len(next(line for line in done.stdout.splitlines() if line.startswith("2,4,3,3")).split()) == 6
 
 
-def test_csv_has_a_line_a_shape():
-    done = processes.mpirun(2, *BENCH, *SMALL, "--csv")
+@pytest.mark.xdist_group("bench together")
+def test_csv_has_a_line_a_shape(together):
+    done = together["csv"]
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [(row["N"], row["C"]) for row in rows] == [("2", "4"), ("3", "2")]
     assert all(float(row[name]) > 0 for row in rows for name in ("torch_us", "syncbn_us", "baseline_us"))
 
 
-def test_without_the_baseline_mpi_alone_connects():
-    done = processes.mpirun(2, *BENCH, *SMALL, "--no-baseline", "--json")
-    document = json.loads(done.stdout)
+@pytest.mark.xdist_group("bench together")
+def test_without_the_baseline_mpi_alone_connects(together):
+    document = json.loads(together["no baseline"].stdout)
     assert document["machine"]["transport"] == "mpi"
     assert all(row["baseline_us"] is None for row in document["rows"])
 
@@ -121,28 +145,32 @@ def test_the_baseline_computes_what_the_layer_computes(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_shape_beyond_the_memory_ends_with_status_2_and_one_message():
-    done = processes.mpirun(2, *BENCH, "--shapes", "100000,100000,1000,1000")
+@pytest.mark.xdist_group("bench together")
+def test_a_shape_beyond_the_memory_ends_with_status_2_and_one_message(together):
+    done = together["too large"]
     assert done.returncode == 2
     assert done.stderr.count("needs memory for shape (100000, 100000, 1000, 1000)") == 1
 
 
-def test_processes_that_nothing_connects_are_refused():
-    done = processes.mpirun(2, *BENCH, *SMALL, "--no-baseline", SYNCBN_TRANSPORT="single")
+@pytest.mark.xdist_group("bench together")
+def test_processes_that_nothing_connects_are_refused(together):
+    done = together["unconnected"]
     assert done.returncode == 1
     assert done.stderr.count("needs all processes connected") == 1
     assert "syncbn doctor" in done.stderr
 
 
-def test_a_launcher_that_cannot_be_read_is_an_error_not_a_crash():
-    done = processes.python(*BENCH, *SMALL, RANK=0, WORLD_SIZE="two")
+@pytest.mark.xdist_group("bench alone")
+def test_a_launcher_that_cannot_be_read_is_an_error_not_a_crash(alone):
+    done = alone["unreadable"]
     assert done.returncode == 1
     assert done.stderr.startswith("syncbn bench: ")
     assert "Traceback" not in done.stderr
 
 
-def test_parts_say_where_time_and_memory_go():
-    done = processes.python("-m", "benchmarks.parts", "--json", *SMALL[:5])
+@pytest.mark.xdist_group("bench alone")
+def test_parts_say_where_time_and_memory_go(alone):
+    done = alone["parts"]
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [(row["shape"], row["step"]) for row in document["steps"][:4]] == [

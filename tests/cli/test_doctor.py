@@ -46,16 +46,42 @@ def without_mpi4py(tmp_path):
     return f"{tmp_path}:{processes.ROOT}"
 
 
-def test_alone_everything_is_well():
-    done = processes.python(*DOCTOR)
+BROKEN = [
+    (("RANK=0", "WORLD_SIZE=two"), "the environment cannot be read: .*two"),
+    (("SYNCBN_TRANSPORT=pigeon",), "must be one of auto, single, mpi, nccl, torch; received 'pigeon'"),
+    (("RANK=0", "WORLD_SIZE=2"), "could not connect the processes: .*MASTER_ADDR"),
+]
+FOREIGN = {
+    "MPICH": [f"OMPI_COMM_WORLD_{word}" for word in ("SIZE=2", "RANK=0", "LOCAL_RANK=0")],
+    "Open MPI": ["PMI_SIZE=2", "PMI_RANK=0", "MPI_LOCALRANKID=0"],
+}
+"""What another MPI sets, by the one that is installed."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What the command says one time after the other in one process, which imports torch once."""
+    cases = {"text": DOCTOR, "json": (*DOCTOR, "--json")}
+    cases |= {variables: (*variables, *DOCTOR, "--json") for variables, _ in BROKEN}
+    cases |= {name: (*FOREIGN[name], *DOCTOR, "--json") for name in FOREIGN}
+    return processes.many(processes.python, 1, cases, tmp_path_factory.mktemp("doctor"))
+
+
+in_one_process = pytest.mark.xdist_group("doctor alone")
+
+
+@in_one_process
+def test_alone_everything_is_well(alone):
+    done = alone["text"]
     assert done.returncode == 0
     assert "No problem found." in done.stdout
     assert f"torch {torch.__version__}" in done.stdout
     assert "single: no launcher started other processes" in done.stdout
 
 
-def test_json_is_one_document_with_everything():
-    done = processes.python(*DOCTOR, "--json")
+@in_one_process
+def test_json_is_one_document_with_everything(alone):
+    done = alone["json"]
     report = json.loads(done.stdout)
     assert done.returncode == 0
     assert set(report["versions"]) == {"syncbn", "python", "torch", "numpy", "mpi4py"}
@@ -68,7 +94,6 @@ def test_json_is_one_document_with_everything():
 @pytest.mark.parametrize(
     ("launcher", "n", "names", "transport"),
     [
-        (processes.mpirun, 2, ("openmpi", "mpich"), "mpi"),
         (processes.mpirun, 3, ("openmpi", "mpich"), "mpi"),
         (processes.torchrun, 2, ("torchrun",), "torch"),
     ],
@@ -113,12 +138,10 @@ def test_torchrun_without_mpi4py_is_well(without_mpi4py):
     assert report["transport"] == "torch"
 
 
-def test_mpirun_of_another_mpi_is_named():
-    found = json.loads(processes.python(*DOCTOR, "--json").stdout)["mpi"]["name"]
-    foreign = {"PMI_SIZE": 2, "PMI_RANK": 0, "MPI_LOCALRANKID": 0}
-    if found == "MPICH":
-        foreign = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("SIZE", 2), ("RANK", 0), ("LOCAL_RANK", 0))}
-    done = processes.python(*DOCTOR, "--json", **foreign)
+@in_one_process
+def test_mpirun_of_another_mpi_is_named(alone):
+    found = json.loads(alone["json"].stdout)["mpi"]["name"]
+    done = alone[found]
     (problem,) = json.loads(done.stdout)["problems"]
     assert done.returncode == 1
     assert "started 2 processes" in problem["what"]
@@ -137,16 +160,10 @@ def test_a_process_that_never_comes_is_named_within_the_limit():
     assert problem["what"] == "could not connect the processes within 4 s: some processes never came"
 
 
-@pytest.mark.parametrize(
-    ("variables", "words"),
-    [
-        ({"RANK": 0, "WORLD_SIZE": "two"}, "the environment cannot be read: .*two"),
-        ({"SYNCBN_TRANSPORT": "pigeon"}, "must be one of auto, single, mpi, nccl, torch; received 'pigeon'"),
-        ({"RANK": 0, "WORLD_SIZE": 2}, "could not connect the processes: .*MASTER_ADDR"),
-    ],
-)
-def test_a_broken_environment_is_a_problem_not_a_crash(variables, words):
-    done = processes.python(*DOCTOR, "--json", **variables)
+@in_one_process
+@pytest.mark.parametrize(("variables", "words"), BROKEN)
+def test_a_broken_environment_is_a_problem_not_a_crash(alone, variables, words):
+    done = alone[variables]
     (problem,) = json.loads(done.stdout)["problems"]
     assert done.returncode == 1
     assert re.search(words, problem["what"])

@@ -304,22 +304,32 @@ def test_a_forked_child_computes_too():
     assert done.stdout.split() == ["host", "0"], done.stderr
 
 
-EXPLAIN = "import sys; {hide}; from syncbn import kernels; print(*kernels.explain(), sep='; ')"
-HIDE = "sys.modules['syncbn.kernels.host._host'] = None"
+explain = kernels.explain.__wrapped__  # asks anew; what this process was told, it keeps
 
 
-def test_the_environment_chooses():
-    assert processes.python("-c", EXPLAIN.format(hide="0"), SYNCBN_KERNELS="torch").stdout.startswith("torch; SYNCBN")
-    assert processes.python("-c", EXPLAIN.format(hide="0")).stdout.startswith("host; compiled C++ for")
-    wrong = processes.python("-c", EXPLAIN.format(hide="0"), SYNCBN_KERNELS="fast")
-    assert "SYNCBN_KERNELS must be one of auto, host, torch; received 'fast'" in wrong.stderr
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
+    assert str(explain()).startswith("Choice(name='host', reason='compiled C++ for")
+    monkeypatch.setenv("SYNCBN_KERNELS", "torch")
+    assert explain() == ("torch", "SYNCBN_KERNELS=torch")
+    monkeypatch.setenv("SYNCBN_KERNELS", "fast")
+    with pytest.raises(ValueError, match="SYNCBN_KERNELS must be one of auto, host, torch; received 'fast'"):
+        explain()
 
 
-def test_without_compiled_kernels_the_readable_ones_serve():
-    found = processes.python("-c", EXPLAIN.format(hide=HIDE))
-    assert found.stdout.startswith("torch; the compiled host kernels were not built"), found.stderr
-    demanded = processes.python("-c", EXPLAIN.format(hide=HIDE), SYNCBN_KERNELS="host")
-    assert "SYNCBN_KERNELS=host needs the compiled host kernels" in demanded.stderr
+def test_without_compiled_kernels_the_readable_ones_serve(monkeypatch):
+    monkeypatch.setitem(sys.modules, "syncbn.kernels.host._host", None)
+    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
+    assert explain().name == "torch"
+    assert explain().reason.startswith("the compiled host kernels were not built")
+    monkeypatch.setenv("SYNCBN_KERNELS", "host")
+    with pytest.raises(RuntimeError, match="SYNCBN_KERNELS=host needs the compiled host kernels"):
+        explain()
+
+
+def test_a_process_gets_the_kernels_that_its_environment_names():
+    done = processes.python("-c", "from syncbn import kernels; print(kernels.explain().name)", SYNCBN_KERNELS="torch")
+    assert done.stdout.strip() == "torch", done.stderr
 
 
 @pytest.mark.builds

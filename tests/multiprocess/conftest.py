@@ -11,7 +11,7 @@ import torch
 import syncbn
 from syncbn.transports import gather, launchers
 from syncbn.world import rendezvous
-from tests.conftest import DEVICE, LATE_VERDICT
+from tests.conftest import DEFERRED_ERRORS, DEVICE
 
 
 class AgreedError(AssertionError):
@@ -19,7 +19,7 @@ class AgreedError(AssertionError):
 
 
 class Ranks:
-    """The ranks of this run, and how they come to one verdict."""
+    """The ranks of this run, and how they agree on the result of a check."""
 
     def __init__(self, world):
         self.world, self.rank, self.size, self.transport = world, world.rank, world.size, world.transport
@@ -27,7 +27,7 @@ class Ranks:
     def check(self, ok, detail=""):
         """Asserts on every rank that ``ok`` holds on every rank. Collective."""
         failed = torch.tensor([float(not ok)], dtype=torch.float64, device="cpu")
-        if gather.exchange(failed, self.transport, "the verdict of a test").item():
+        if gather.exchange(failed, self.transport, "the check of a test").item():
             notes = gather.gather_notes("" if ok else f"rank {self.rank}: failed {detail}"[:900], self.transport)
             raise AgreedError("\n".join(note for note in notes if note))
 
@@ -53,7 +53,7 @@ class Ranks:
             raised = error
         text = f"{type(raised).__name__}: {raised}" if raised else "nothing was raised"
         texts = gather.gather_notes(text, self.transport)
-        if LATE_VERDICT:  # nobody asks the others: where all are wrong, each names itself
+        if DEFERRED_ERRORS:  # nobody asks the others: where all are wrong, each names itself
             texts = [re.sub(r"On rank \d+: ", "", t) for t in texts]
         self.check(all(t == texts[0] for t in texts), f"the ranks raised different things: {texts}")
         self.check(isinstance(raised, kind), f"needs {kind.__name__}, got {text}")
@@ -74,9 +74,9 @@ def ranks():
     return Ranks(syncbn.init(device=DEVICE))
 
 
-@pytest.fixture(autouse=LATE_VERDICT)
+@pytest.fixture(autouse=DEFERRED_ERRORS)
 def _nothing_left(ranks):
-    """A verdict that a test leaves in its GPU is an error of that test, not of the next."""
+    """A deferred error that a test leaves in its GPU is an error of that test, not of the next."""
     yield
     left = ""
     try:

@@ -68,7 +68,10 @@ class Ours:
 
     def __init__(self, program, ranks):
         self.program, self.ranks, self.outputs = program, ranks, {}
-        self.calls, self.in_forward = collections.Counter(), False  # finished ones in training, without recomputation
+        self.calls, self.in_forward = (
+            collections.Counter(),
+            False,
+        )  # finished ones in training, without those that checkpointing repeats
         self.rows = program.rows([ranks.rank])
         self.model = nn.ModuleDict({name: self.make(name) for name in program.settings})
         self.layers = dict(self.model)

@@ -40,7 +40,7 @@ def good():
     return torch.randn(3, 5, requires_grad=True)
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.parametrize("where", ["first", "last", "all"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_input_on_some_ranks_is_one_error_on_all(ranks, fault, where):
@@ -56,7 +56,7 @@ def test_bad_input_on_some_ranks_is_one_error_on_all(ranks, fault, where):
     ranks.check(layer.num_batches_tracked == 1, "the next step works")
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 def test_one_value_per_channel_in_the_group_is_one_error(ranks):
     layer = syncbn.SyncBatchNorm(5)
     x = torch.randn(1 if ranks.rank == 0 else 0, 5)
@@ -79,7 +79,7 @@ def test_layers_of_different_settings_are_one_error(ranks, setting):
     ranks.raises(ValueError, lambda: layer(good()), f"same {setting}", "0.25 on rank 1")
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.ranks(2)
 def test_different_dtypes_are_one_error(ranks):
     layer = syncbn.SyncBatchNorm(5)
@@ -87,7 +87,7 @@ def test_different_dtypes_are_one_error(ranks):
     ranks.raises(TypeError, lambda: layer(x), "one dtype on every rank", "float32 on rank", "bfloat16 on rank 1")
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.ranks(2)
 def test_different_gradient_modes_are_one_error(ranks):
     layer = syncbn.SyncBatchNorm(5)
@@ -117,7 +117,7 @@ def test_raise_together_tells_every_rank(ranks):
     ranks.world.raise_together(None)
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.parametrize("wrong", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize(
     ("make", "received"),
@@ -138,7 +138,7 @@ def test_a_parameter_of_another_shape_on_one_rank_is_one_error(ranks, wrong, mak
     functional.sync_batch_norm(good(), weight=torch.ones(5))
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 def test_a_parameter_on_another_device_is_one_error(ranks):
     weight = torch.ones(5, device="meta" if ranks.rank == 0 else DEVICE)
     parts = ["rank 0", f"needs weight on the device of the input, {DEVICE}", "received meta"]
@@ -210,7 +210,7 @@ def test_a_lazy_layer_refuses_bad_input_together(ranks, fault):
     ranks.check(layer.num_features == 5, "the next step works")
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_function_refuses_bad_input_together(ranks, fault):
     make, kind, parts = FAULTS[fault]
@@ -225,7 +225,7 @@ def test_eval_refuses_bad_input_too(ranks):
         ranks.raises(kind, lambda make=make: layer(make()), *parts)
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 def test_shares_that_were_refused_do_not_count(ranks, rng):
     """After an error the statistics are still exact."""
     batch = batches.make((2 * ranks.size, 5), rng)

@@ -18,7 +18,7 @@ from tests.calls.test_compile import pytestmark as warnings_of_torch
 from tests.conftest import DEVICE
 from tests.multiprocess import batches
 
-pytestmark = [pytest.mark.ranks(2), pytest.mark.prompt_verdict, *warnings_of_torch]
+pytestmark = [pytest.mark.ranks(2), pytest.mark.immediate_errors, *warnings_of_torch]
 C = 5
 
 

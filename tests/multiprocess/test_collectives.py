@@ -100,7 +100,7 @@ def test_a_rank_without_requires_grad_joins_backward(ranks, counting):
     ranks.check((x.grad is not None) == x.requires_grad, "only who asked gets a gradient")
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 def test_nobody_records_backward_where_no_rank_needs_it(ranks, counting):
     layer = settled(counting, affine=False)
     y = layer(torch.randn(3, C))

@@ -153,14 +153,14 @@ def test_a_mask_is_compiled_with_the_rest(ranks, rng):
     ranks.check_close(layer.running_var, eager.running_var, 1e-12)
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks):
     bad = torch.ones(3, 4) - 2 * float(ranks.rank == 0)
     run = compiled(syncbn.SyncBatchNorm(5))
     ranks.raises(ValueError, lambda: run(torch.randn(3, 5, 4), bad), "On rank 0", "finite mask values >= 0")
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name not in UNTRACEABLE])
 def test_bad_input_on_one_rank_is_one_error_on_all(ranks, fault):
     make, kind, parts = FAULTS[fault]
@@ -174,7 +174,7 @@ def test_bad_input_on_one_rank_is_one_error_on_all(ranks, fault):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 def test_disagreements_are_one_error_on_all(ranks):
     run = compiled(syncbn.SyncBatchNorm(5))
     x = torch.randn(3, 5)

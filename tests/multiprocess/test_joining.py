@@ -240,7 +240,7 @@ def test_an_exception_between_two_steps_ends_all_ranks(ranks):
     ranks.check(alone or f"On rank {last}" in text, text)
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.ranks(2)
 def test_an_error_that_all_ranks_share_stays_theirs(ranks, world):
     model = syncbn.convert_sync_batchnorm(network())

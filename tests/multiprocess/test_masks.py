@@ -137,7 +137,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.parametrize("others", ["masked", "unmasked"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks, fault, others):
@@ -155,7 +155,7 @@ def test_a_bad_mask_on_one_rank_is_one_error_on_all(ranks, fault, others):
 @pytest.mark.parametrize("others", ["masked", "unmasked"])
 @pytest.mark.parametrize("fault", ["shape", "negative", "NaN"])
 def test_after_a_bad_mask_all_ranks_are_in_step(ranks, rng, fault, others):
-    """Also where ranks with a mask read the verdict at once, and those without are told late."""
+    """Also where ranks with a mask know of the error at once, and those without later."""
     make, kind, parts = FAULTS[fault]
     layer, bad, text = syncbn.SyncBatchNorm(C), ranks.rank == ranks.size - 1, ""
     mask = make() if bad else ones() if others == "masked" else None

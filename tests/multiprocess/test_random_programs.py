@@ -31,7 +31,7 @@ CHECKS = (
 )
 """(name, replacement) of the functions that compare the calls of the ranks, which the negative control does without."""
 
-pytestmark = [pytest.mark.ranks(2), pytest.mark.prompt_verdict, pytest.mark.timeout(3600 if PROGRAMS > 1000 else 300)]
+pytestmark = [pytest.mark.ranks(2), pytest.mark.immediate_errors, pytest.mark.timeout(3600 if PROGRAMS > 1000 else 300)]
 
 
 def run(program, ranks):
@@ -52,7 +52,7 @@ def run(program, ranks):
     text = "" if error is None else f"{type(error).__name__}: {error}"
     row = torch.tensor([bool(wrong), isinstance(error, ValueError), zlib.crc32(text.encode())], device="cpu")
     table = [tuple(row) for row in gather.gather(row.double(), ranks.transport).long().tolist()]
-    return verdict(program, table), f"{text} {'; '.join(wrong)}"
+    return classify(program, table), f"{text} {'; '.join(wrong)}"
 
 
 def without_frames(error):
@@ -63,7 +63,7 @@ def without_frames(error):
     return error
 
 
-def verdict(program, table):
+def classify(program, table):
     """Judges the rows (wrong, ValueError, checksum of its text) of all ranks."""
     if any(wrong for wrong, *_ in table):
         return "mixed" if any(text for *_, text in table) else "silent"

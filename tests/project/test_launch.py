@@ -85,17 +85,14 @@ sys.stdout.flush()
 world.barrier()
 """
 
-KEPT = "33554432 2000000000"
-# What glibc is told in each rank.
-MEMORY = """
-import os, sys
-names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-sys.stdout.write(" ".join(os.environ.get(name, "unset") for name in names) + "\\n")
-"""
-# Where the ranks of torchrun meet.
-ADDRESS = """
-import os, sys
-sys.stdout.write(os.environ["MASTER_ADDR"] + "\\n")
+KEPT = ["33554432", "2000000000"]
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+# Who this rank is, what glibc is told, and where the ranks of torchrun meet.
+TOLD = """
+import json, os, sys
+rank = next((os.environ[n] for n in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK") if n in os.environ), None)
+names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MASTER_ADDR")
+sys.stdout.write(json.dumps([rank, *map(os.environ.get, names)]) + "\\n")
 """
 
 # Stands in for srun: starts --ntasks local processes with the variables of a step, and ends all when one fails.
@@ -208,44 +205,35 @@ def test_a_launcher_starts_nproc_ranks_that_train_together(program, start, trans
     assert sorted(done.stdout.split("\n"))[1:] == expected
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_starts_two_ranks_unless_told(program, launcher):
-    done = processes.run(LAUNCH / launcher, program(TRAIN), limit=LIMIT, PYTHON=sys.executable)
+def told(launcher, path, **options):
+    """What each rank is told, by a launcher that gets no number of ranks: the memory settings, and the address."""
+    done = processes.run(LAUNCH / launcher, path, limit=LIMIT, PYTHON=sys.executable, **options)
     assert done.returncode == 0, done.stderr
-    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["0", "1"]
+    ranks = sorted(map(json.loads, done.stdout.splitlines()))
+    assert [rank for rank, *_ in ranks] == ["0", "1"]
+    return [(memory, address) for _, *memory, address in ranks]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_tells_every_rank_to_keep_freed_memory(program, launcher, monkeypatch):
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    done = processes.run(LAUNCH / launcher, program(MEMORY), limit=LIMIT, PYTHON=sys.executable)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [KEPT, KEPT]
+def test_a_launcher_starts_two_ranks_unless_told_and_tells_them_to_keep_freed_memory(program, launcher, monkeypatch):
+    """torchrun does not look up the name of the host: without an address, that takes 90 seconds and fails."""
+    for name in MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    address = "127.0.0.1" if launcher == "torchrun.sh" else None
+    assert told(launcher, program(TOLD)) == [(KEPT, address)] * 2
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_leaves_the_memory_settings_of_the_user(program, launcher):
-    settings = {"MALLOC_MMAP_THRESHOLD_": 131072, "MALLOC_TRIM_THRESHOLD_": 262144}
-    done = processes.run(LAUNCH / launcher, program(MEMORY), limit=LIMIT, PYTHON=sys.executable, **settings)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["131072 262144"] * 2
+    settings = dict(zip(MALLOC, ("131072", "262144"), strict=True))
+    assert [memory for memory, _ in told(launcher, program(TOLD), **settings)] == [["131072", "262144"]] * 2
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_torch_distributed_may_be_ended_and_connected_again_under_torchrun(program, n):
+def test_torch_distributed_may_be_ended_and_connected_again_under_torchrun(program):
     """The agent keeps one store for all: without a name of its own each time, gloo finds the old addresses there."""
-    done = processes.torchrun(n, program(AGAIN), limit=LIMIT)
+    done = processes.torchrun(3, program(AGAIN), limit=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
-    mean = 1.5 + 5 * (n - 1)
-    assert sorted(done.stdout.splitlines()) == sorted(f"{i} torch {mean:g}" for i in range(3) for _ in range(n))
-
-
-def test_torchrun_does_not_look_up_the_name_of_the_host(program):
-    """Where the name has no address, as in some containers, that takes 90 seconds and fails."""
-    done = processes.torchrun(2, program(ADDRESS), limit=LIMIT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["127.0.0.1", "127.0.0.1"]
+    assert sorted(done.stdout.splitlines()) == sorted(f"{i} torch 11.5" for i in range(3) for _ in range(3))
 
 
 def test_mpirun_takes_options_with_its_command(program, tmp_path):
@@ -324,11 +312,11 @@ def test_slurm_without_pmi_trains_over_torch_distributed(program, slurm):
 
 
 def test_slurm_tells_every_rank_to_keep_freed_memory(program, slurm, monkeypatch):
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    done, *_ = slurm(program(MEMORY), PMI="none")
+    for name in MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    done, *_ = slurm(program(TOLD), PMI="none")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [KEPT, KEPT]
+    assert [json.loads(line)[1:3] for line in done.stdout.splitlines()] == [KEPT, KEPT]
 
 
 def test_slurm_on_two_hosts_meets_at_the_first(program, slurm):
@@ -605,9 +593,8 @@ def test_mpijob_starts_what_mpirun_sh_starts():
     assert int(worker["resources"]["limits"]["cpu"]) == job["spec"]["slotsPerWorker"]
     assert words[-4:] == ["python", "-m", "mpi4py", "train.py"]
     assert '"$PYTHON" -m mpi4py "$@"' in script
-    malloc = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    assert [words[i + 1] for i, word in enumerate(words) if word == "-x"] == ["OMP_NUM_THREADS", *malloc]
-    for name in malloc:
+    assert [words[i + 1] for i, word in enumerate(words) if word == "-x"] == ["OMP_NUM_THREADS", *MALLOC]
+    for name in MALLOC:
         assert f"export {name}=${{{name}:-{environment[name]}}}" in script
     for name in ("OMP_NUM_THREADS", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         assert environment[name] == "1"

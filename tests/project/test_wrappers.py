@@ -68,7 +68,6 @@ for (batch,) in loader:
     accelerator.backward(loss(wrapped(batch), batch))
     optimizer.step()
 rank = accelerator.process_index
-accelerator.end_training()
 """
 
 END = """
@@ -102,13 +101,13 @@ def expected(rows):
     return model.state_dict()
 
 
-def result(program, tmp_path):
+def results(head, *trainings, last="", tmp_path):
+    """What trainings one after the other give, in the same two processes: to import a wrapper takes long."""
     path = tmp_path / "program.py"
-    path.write_text(program)
+    path.write_text(head + START + "".join(training + END for training in trainings) + last)
     done = torchrun(2, path, HF_HUB_OFFLINE=1, PYTHONPATH=python_path())
     assert done.returncode == 0, done.stderr
-    (line,) = re.findall(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
-    return json.loads(line)
+    return [json.loads(line) for line in re.findall(r"^RESULT (.*)$", done.stdout, re.MULTILINE)]
 
 
 def python_path():
@@ -125,13 +124,11 @@ def gap(state, reference):
 def test_lightning_with_our_plugin_trains_as_one_process(tmp_path):
     pytest.importorskip("lightning", reason='pip install "syncbn[wrappers]"')
     reference = expected(lambda step: slice(2 * SHARE * step, 2 * SHARE * (step + 1)))
-    kinds, state = result(
-        recipe("Lightning") + START + LIGHTNING.replace("PLUGINS", "[SyncBatchNormSync()]") + END, tmp_path
-    )
+    trainings = [LIGHTNING.replace("PLUGINS", plugins) for plugins in ("[SyncBatchNormSync()]", "[]")]
+    (kinds, state), (_, without) = results(recipe("Lightning"), *trainings, tmp_path=tmp_path)
     assert gap(state, reference) < 1e-12
     assert kinds[1] == "BatchNorm1d"  # reverted at the end of the fit
-    _, state = result(recipe("Lightning") + START + LIGHTNING.replace("PLUGINS", "[]") + END, tmp_path)
-    assert gap(state, reference) > 1e-4
+    assert gap(without, reference) > 1e-4
 
 
 def test_accelerate_with_a_converted_model_trains_as_one_process(tmp_path):
@@ -141,8 +138,9 @@ def test_accelerate_with_a_converted_model_trains_as_one_process(tmp_path):
     head = "import syncbn\nfrom accelerate import Accelerator\n"
     assert convert in recipe("Accelerate")
     assert "from accelerate import Accelerator" in recipe("Accelerate")
-    kinds, state = result(head + START + ACCELERATE.replace("CONVERT", convert) + END, tmp_path)
+    trainings = [ACCELERATE.replace("CONVERT", how) for how in (convert, "")]
+    last = "accelerator.end_training()"
+    (kinds, state), (_, without) = results(head, *trainings, last=last, tmp_path=tmp_path)
     assert gap(state, reference) < 1e-12
     assert kinds[1] == "SyncBatchNorm"
-    _, state = result(head + START + ACCELERATE.replace("CONVERT", "") + END, tmp_path)
-    assert gap(state, reference) > 1e-4
+    assert gap(without, reference) > 1e-4

@@ -487,8 +487,8 @@ def test_the_layer_trains_on_them_as_on_the_readable_ones(monkeypatch):
 
 
 SANITIZERS = {
-    "address": ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"),
-    "thread": ("-fsanitize=thread",),
+    "address": ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-O0", "-g"),
+    "thread": ("-fsanitize=thread", "-g"),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Activation checkpointing: exact gradients, statistics that move once, and no collective in the recomputation."""
+"""Activation checkpointing: exact gradients, statistics that move once, and no collective in the repeated forward."""
 
 import copy
 import functools
