@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from syncbn.convert import obstacles, standing
+from syncbn.convert import known, obstacles, standing
 from syncbn.convert.summary import Row, Summary, summary
 from syncbn.transports import AbstractTransport, gather
 
@@ -118,7 +118,9 @@ def _built(factory: str) -> ModelReport:
     except _Wrong as error:
         return ModelReport(factory, error=str(error))
     layers = {name: layer for name, layer in model.named_modules() if standing.is_batch_norm(layer)}
-    refused = {name: reason for name, layer in layers.items() if (reason := obstacles.to_ours(layer))}
+    skipped, becomes = obstacles.skipped(model), known.table()
+    reasons = {name: skipped.get(layer) or obstacles.to_ours(layer, becomes) for name, layer in layers.items()}
+    refused = {name: reason for name, reason in reasons.items() if reason}
     return ModelReport(factory, type(model).__name__, summary(model).rows, refused)
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from syncbn.convert import bytecode, obstacles
+from syncbn.convert import bytecode, known, obstacles
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
 
@@ -71,7 +71,7 @@ def channels(module: nn.Module) -> int | None:
 
 
 def _of_ours(layer: SyncBatchNorm, model_trains: bool) -> tuple[bool, bool, str]:
-    if obstacle := obstacles.to_ours(layer):
+    if obstacle := obstacles.to_ours(layer, known.table()):
         return False, True, obstacle
     if layer._site.frozen:
         return False, False, "frozen by syncbn.freeze: uses its running statistics"
@@ -87,7 +87,7 @@ def _of_ours(layer: SyncBatchNorm, model_trains: bool) -> tuple[bool, bool, str]
 def _of_batch_norm(layer: nn.Module) -> tuple[bool, bool, str]:
     if type(layer) is nn.SyncBatchNorm:
         return True, False, "synchronised by torch, on GPUs only; syncbn.convert_sync_batchnorm converts it"
-    obstacle = obstacles.to_ours(layer)
+    obstacle = obstacles.to_ours(layer, known.table())
     if not obstacle:
         return False, True, NOT_YET
     return _by_its_name(layer) or (False, True, f"cannot be converted: {obstacle}")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from syncbn.convert.replacement import MARK
+
 _LEVELS = 2
 """How deep containers are searched: ``self.layers = [{"norm": BatchNorm2d(3)}]`` has two levels."""
 _ENTRIES = 1000
@@ -61,4 +63,4 @@ def _modules_in(value: Any, path: str, levels: int) -> Iterator[tuple[str, nn.Mo
             yield from _modules_in(entry, f"{path}[{index}]", levels - 1)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {MARK}

@@ -175,8 +175,8 @@ def test_layers_before_and_after_conversion():
     assert before.unsynchronised == before.rows
     after = summary(convert_sync_batchnorm(model))
     assert after.rows == [
-        Row("1", "SyncBatchNorm", 3, True, False, "synchronised over all ranks"),
-        Row("2.0", "LazySyncBatchNorm", None, True, False, "synchronised over all ranks"),
+        Row("1", "SyncBatchNorm1d", 3, True, False, "synchronised over all ranks"),
+        Row("2.0", "LazySyncBatchNorm1d", None, True, False, "synchronised over all ranks"),
     ]
     assert after.unsynchronised == []
 
@@ -440,7 +440,7 @@ def test_conversion_warns_once_with_names_and_reasons():
     )
     assert lines[2].startswith("  calls (Calls): its forward calls F.batch_norm;")
     assert warning.filename == __file__
-    assert type(model["norm"]) is syncbn.SyncBatchNorm
+    assert isinstance(model["norm"], syncbn.SyncBatchNorm)
 
 
 def test_a_warning_names_ten_modules_at_most():
