@@ -33,8 +33,9 @@ class SyncBatchNorm(_BatchNorm):
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over N and S of every local batch.
 
     In training, output, input gradient and running statistics are those of ``torch.nn.BatchNorm*`` over the
-    concatenated batch. In eval it is ``torch.nn.functional.batch_norm`` and never communicates. Gradients of
-    weight and bias stay local: DistributedDataParallel, or ``World.average_gradients``, averages them.
+    concatenated batch. In eval it is ``torch.nn.functional.batch_norm``, but takes any dtypes together, and never
+    communicates. Gradients of weight and bias stay local: DistributedDataParallel, or ``World.average_gradients``,
+    averages them.
 
     Args:
         num_features: C.
@@ -153,11 +154,9 @@ class SyncBatchNorm(_BatchNorm):
         """
         if not self.training:
             return self._eval_forward(input, mask)
-        tensors = _held(self)
-        device, error = placement.place(input, tensors[0], tensors[2])
         site = self._site
         layer = record(Layer, (site, self.settings(), site.group, self))
-        return functional.forward(input, mask, tensors, layer, device, error)
+        return functional.forward(input, mask, _held(self), layer)
 
     def settings(self) -> Settings:
         """Returns what must be equal on every rank."""
@@ -173,6 +172,9 @@ class SyncBatchNorm(_BatchNorm):
         if mean is not None and var is not None and not inputs.is_recorded(x) and self._records(x):
             # backward needs them as they are now: a training step in between moves the buffers
             mean, var = mean.clone(), var.clone()
+        parameters = (mean, var, self.weight, self.bias)
+        if isinstance(x, Tensor) and (mean is None) == (var is None) and functional.mixes_dtypes(x, *parameters):
+            return functional.eval_batch_norm(x, *parameters, self.eps)
         local = mean is None  # without running statistics: use the local batch's, without communication
         return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
 

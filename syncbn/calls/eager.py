@@ -23,6 +23,7 @@ from syncbn.calls.operators import ANCHOR
 from syncbn.calls.renorm import Renormalize, RenormLimits
 from syncbn.calls.sites import Settings, Site, agree_once
 from syncbn.checks import inputs, problems
+from syncbn.checks.kinds import NAME
 from syncbn.kernels.base import NEEDED, PROBLEM, RECORDS
 from syncbn.moments import BACKWARD, FORWARD, LIMIT, Message, Numbers, Running, in_direction, record, status_of
 from syncbn.transports import gather
@@ -134,6 +135,17 @@ class Call:
     def watch(self, replay: checkpointing.Replay) -> None:
         """Lets activation checkpointing repeat this call."""
         self.transport, self._adjust, self.hidden = replay, replay.adjust, checkpointing.unseen()
+
+    def local_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the local moments of x; if they cannot be computed, those of no samples, and the error travels."""
+        try:
+            return self.steps.local_moments(x, mask, self.numbers, self.status)
+        except Exception as error:  # of any kind: a tensor of a kind that no check knows, or no memory left
+            received = f"{type(x).__name__}: {type(error).__name__}: {error}"
+            self._error = RuntimeError(f"{NAME} needs an input that it can sum; received a {received}")
+            self._x, self._mask = torch.empty(0, self._settings[0], device=x.device), None
+            self.status = _status(True, self._grad_enabled, False, None)
+            return self.steps.local_moments(self._x, None, self.numbers, self.status)
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """Sums a forward wire over the ranks. If it shows an error on any rank, all ranks raise it.

@@ -6,25 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.checks.inputs import NAME
-
-_CPU = torch.device("cpu")
-
-
-def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception | None]:
-    """Returns :func:`device` and :func:`device_error`, with a fast path if there is no error."""
-    if isinstance(x, Tensor) and x.is_cpu:  # faster than comparing x.device, which makes an object
-        for t in tensors:
-            if t is not None and not t.is_cpu:
-                return device(x, *tensors), device_error(x, *tensors)
-        return _CPU, None
-    if isinstance(x, Tensor) and not x.is_meta:
-        here = x.device
-        for t in tensors:
-            if t is not None and t.device != here:
-                return device(x, *tensors), device_error(x, *tensors)
-        return here, None
-    return device(x, *tensors), None
+from syncbn.checks.kinds import NAME
 
 
 def device_type(x: object, *tensors: Tensor | None) -> str:

@@ -50,11 +50,8 @@ class TorchKernels(AbstractKernels):
         mean, _, invstd = moments.finalize(wire, eps)
         if running is not None:
             moments.update_running(running, wire)
-        y = _centered(x, mean) * _channels(_scale(invstd, weight), x)
-        if bias is not None:
-            y = y + _channels(bias, x)
         stats = torch.cat((mean, invstd, moments.count(wire).view(1)))
-        return _laid_out(y, x), stats
+        return affine(x, mean, invstd, weight, bias), stats
 
     def backward_sums(
         self,
@@ -115,6 +112,14 @@ def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     x = torch.where(mask > 0, x, 0.0)
     weighted = x * mask
     return torch.cat((weighted.sum(dims), (weighted * x).sum(dims)))
+
+
+def affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Returns (x - mean) * (invstd * weight) + bias in the dtype and layout of x; mean and invstd are float64 (C,)."""
+    y = _centered(x, mean) * _channels(_scale(invstd, weight), x)
+    if bias is not None:
+        y = y + _channels(bias, x)
+    return _laid_out(y, x)
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
