@@ -97,18 +97,31 @@ def forward(x: Tensor, mask: Tensor | None, tensors: tuple[Tensor | None, ...], 
         tensors: weight, bias, running_mean, running_var, num_batches_tracked, each (C,), the last (), or None.
         layer: who calls.
     """
-    C, eps, momentum, tracks, _ = layer.settings
+    if torch.compiler.is_compiling():
+        return _checked(x, mask, tensors, layer, _error(x, mask, tensors, layer))
+    if mask is None and layer.settings[1] > 0 and kernels.sound(x, tensors, layer.settings[0]):
+        error = None
+    else:
+        error = _error(x, mask, tensors, layer)
+    if torch._C._are_functorch_transforms_active():  # a tensor that one of them follows is refused: they miss nothing
+        with torch._C._DisableFuncTorch():
+            return _checked(x, mask, tensors, layer, error)
+    return _checked(x, mask, tensors, layer, error)
+
+
+def _checked(
+    x: Tensor, mask: Tensor | None, tensors: tuple[Tensor | None, ...], layer: eager.Layer, error: Exception | None
+) -> Tensor:
+    C, _, momentum, tracks, _ = layer.settings
     weight, bias, mean, var, tracked = tensors
     running = None
     if tracks and mean is not None and var is not None:
         running = record(Running, (mean, var, tracked, momentum))
-    error = None
-    if mask is None and eps > 0 and not torch.compiler.is_compiling() and kernels.sound(x, tensors, C):
-        device = _CPU if x.is_cpu else x.device
-    else:
-        device, error = placement.device(x, *tensors[:4]), _error(x, mask, tensors, layer)
     if error is not None:  # this rank joins the all-reduce without samples, then raises with the others
+        device = placement.device(x, weight, bias, mean, var)
         x, mask = torch.empty(0, C or 1, device=device), None
+    else:
+        device = _CPU if x.is_cpu else x.device
     if mask is not None:
         mask = mask.detach().reshape(x.size(0), 1, *x.shape[2:])
     call = eager.begin(x, mask, weight, bias, running, layer, device, error)
@@ -176,6 +189,11 @@ def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tens
     return y
 
 
+def _is_batched(grad_y: Tensor) -> bool:
+    """Whether a gradient stands for several, in is_grads_batched=True or in a torch.func.vmap around a backward."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad_y) or torch._C._functorch.is_batchedtensor(grad_y)
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -204,6 +222,8 @@ class _Normalize(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             call, stats = call.differentiable(x, mask, wire)
+        elif not call.traced and _is_batched(grad_y):
+            call = call.batched()
         message = call.sums_message()
 
         sums, grad_weight, grad_bias = call.steps.backward_sums(  # these gradients stay local: DDP averages them

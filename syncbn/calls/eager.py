@@ -220,8 +220,12 @@ class Call:
 
     def differentiable(self, x: Tensor, mask: Tensor | None, wire: Tensor) -> tuple[DifferentiableCall, Tensor]:
         """Returns this call and its statistics in operators that autograd differentiates again (create_graph=True)."""
-        call = DifferentiableCall(self.transport.sender, self.message, self._site)
+        call = self.batched()
         return call, call.stats(x, mask, wire, self.eps)
+
+    def batched(self) -> DifferentiableCall:
+        """Returns this call in operators that take many gradients at once and send a message for each."""
+        return DifferentiableCall(self.transport.sender, self.message, self._site)
 
     def _notes(self) -> tuple[str, str]:
         return self._site.notes(self._settings, self.transport.group_id)

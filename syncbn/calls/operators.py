@@ -156,6 +156,26 @@ def _(
     return torch.empty_like(wire), identity, wire.new_empty((), dtype=torch.bool)
 
 
+@chained_all_reduce.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    wire: Tensor,
+    anchor: Tensor | None,
+    identity: Tensor,
+    group: int,
+    direction: int,
+    before: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """Sends one message for each of the wires, as a loop would: their length does not depend on how many there are."""
+    assert in_dims[0] is not None
+    summed = []
+    for one in wire.unbind(in_dims[0]):
+        total, before = torch.ops.syncbn.chained_all_reduce(one, anchor, identity, group, direction, before)
+        summed.append(total)
+    return (torch.stack(summed), identity.clone()), (0, None)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     del output
     _, anchor, identity, ctx.group, ctx.direction, _ = inputs

@@ -137,7 +137,10 @@ def _centered(x: Tensor, mean: Tensor) -> Tensor:
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
     """Returns values in the dtype and layout of x. Operators may choose another layout if a dim has size 1."""
-    if values.stride() != x.stride() and not torch.compiler.is_compiling():
+    fixed = (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )  # no copy into new memory there
+    if not fixed and values.stride() != x.stride():
         like = torch.empty_like(x)
         if values.stride() != like.stride():
             return like.copy_(values)
