@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from syncbn import kernels, moments
 from syncbn.calls import eager
@@ -104,7 +105,7 @@ def forward(x: Tensor, mask: Tensor | None, tensors: tuple[Tensor | None, ...], 
     else:
         error = _error(x, mask, tensors, layer)
     if torch._C._are_functorch_transforms_active():  # a tensor that one of them follows is refused: they miss nothing
-        with torch._C._DisableFuncTorch():
+        with torch._C._DisableFuncTorch(), enable_single_level_autograd_function():
             return _checked(x, mask, tensors, layer, error)
     return _checked(x, mask, tensors, layer, error)
 

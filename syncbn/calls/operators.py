@@ -156,26 +156,6 @@ def _(
     return torch.empty_like(wire), identity, wire.new_empty((), dtype=torch.bool)
 
 
-@chained_all_reduce.register_vmap
-def _(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    wire: Tensor,
-    anchor: Tensor | None,
-    identity: Tensor,
-    group: int,
-    direction: int,
-    before: Tensor | None,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-    """Sends one message for each of the wires, as a loop would: their length does not depend on how many there are."""
-    assert in_dims[0] is not None
-    summed = []
-    for one in wire.unbind(in_dims[0]):
-        total, before = torch.ops.syncbn.chained_all_reduce(one, anchor, identity, group, direction, before)
-        summed.append(total)
-    return (torch.stack(summed), identity.clone()), (0, None)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     del output
     _, anchor, identity, ctx.group, ctx.direction, _ = inputs
@@ -215,6 +195,23 @@ _library.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("all_reduce_moments", _all_reduce_moments, "CompositeImplicitAutograd")
+
+
+def _all_reduce_each(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    wire: Tensor,
+    anchor: Tensor | None,
+    identity: Tensor,
+    group: int,
+    direction: int,
+) -> tuple[Tensor, int]:
+    """Sends a message for each wire of a vmap, as a loop would: its length does not depend on how many there are."""
+    assert in_dims[0] is not None
+    return torch.stack([all_reduce(w, anchor, identity, group, direction) for w in wire.unbind(in_dims[0])]), 0
+
+
+torch.library.register_vmap("syncbn::all_reduce", _all_reduce_each, lib=_library)
 
 
 def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int) -> Tensor:
