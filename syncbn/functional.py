@@ -17,14 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
+from syncbn import kernels, moments
 from syncbn.calls import compiled, eager
 from syncbn.calls.operators import FUNCTION
 from syncbn.calls.sites import Layer
 from syncbn.checks import inputs, placement
+from syncbn.checks.kinds import NAME
 from syncbn.kernels.base import Parameters
+from syncbn.kernels.torch_ops import affine, local_sums
 from syncbn.moments import Running, record
 from syncbn.transports.specify import specify
+
+_CPU = torch.device("cpu")
+_HALVES = (torch.float16, torch.bfloat16)
+_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def sync_batch_norm(
@@ -53,7 +61,7 @@ def sync_batch_norm(
         momentum: weight of this batch in the running statistics; None averages over ``num_batches_tracked``.
         eps: added to the variance; above 0.
         process_group: None for every rank, a torch ProcessGroup, an mpi4py communicator, or a subgroup of a World.
-        num_batches_tracked: int64 (), counted up where the running statistics move, or None.
+        num_batches_tracked: one number, counted up in its own dtype where the running statistics move, or None.
         mask: (N, *spatial) or (N, 1, *spatial), boolean or weights >= 0, or None. Where it is 0 a value counts in no
             statistic and gets none of their gradient; it is normalised like the rest.
 
@@ -73,17 +81,13 @@ def sync_batch_norm(
     Source:
         Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1, over the batch of the group.
     """
-    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    C = inputs.most_common_width(parameters, x)
-    error = inputs.input_error(x, C)
-    if error is None:
-        error = inputs.parameter_error(parameters, x, C)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    C = inputs.most_common_width(vectors, x)
     weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
     tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     owner = next((t for t in (running_mean, weight, bias) if t is not None), None)
     settings = (C, eps, momentum, running_mean is not None and running_var is not None, None)
-    layer = Layer(FUNCTION, settings, specify(process_group), owner)
-    return forward(x, mask, tensors, layer, placement.device(x, *parameters.values()), error)
+    return forward(x, mask, tensors, Layer(FUNCTION, settings, specify(process_group), owner))
 
 
 def forward(
@@ -91,30 +95,44 @@ def forward(
     mask: Tensor | None,
     tensors: tuple[Tensor | None, ...],
     layer: Layer,
-    device: torch.device,
-    error: Exception | None = None,
     dims: inputs.Dims = inputs.ANY_DIMS,
 ) -> Tensor:
-    """Checks x and the mask, then runs the skeleton. See :func:`sync_batch_norm`.
+    """Checks the tensors, then runs the skeleton. See :func:`sync_batch_norm`.
 
     Args:
         x: (N, C, *spatial).
         mask: (N, *spatial) or (N, 1, *spatial), or None.
         tensors: weight, bias, running_mean, running_var, num_batches_tracked, each (C,), the last (), or None.
         layer: who calls.
-        device: where a rank with a refused input joins the all-reduce.
-        error: what is wrong with a parameter or with the device of x, or None.
         dims: the numbers of dims that x may have.
     """
-    C, eps, momentum, tracks, _ = layer.settings
+    if torch.compiler.is_compiling():
+        return _checked(x, mask, tensors, layer, _error(x, mask, tensors, layer, dims))
+    C, eps = layer.settings[:2]
+    sound = mask is None and eps > 0 and kernels.sound(x, tensors, C)
+    if sound and (dims is inputs.ANY_DIMS or dims.least <= x.dim() <= dims.most):
+        error = None
+    else:
+        error = _error(x, mask, tensors, layer, dims)
+    if torch._C._are_functorch_transforms_active():  # a tensor that one of them follows is refused: they miss nothing
+        with torch._C._DisableFuncTorch(), enable_single_level_autograd_function():
+            return _checked(x, mask, tensors, layer, error)
+    return _checked(x, mask, tensors, layer, error)
+
+
+def _checked(
+    x: Tensor, mask: Tensor | None, tensors: tuple[Tensor | None, ...], layer: Layer, error: Exception | None
+) -> Tensor:
+    C, _, momentum, tracks, _ = layer.settings
     weight, bias, mean, var, tracked = tensors
     running = None
     if tracks and mean is not None and var is not None:
         running = record(Running, (mean, var, tracked, momentum))
-    found = inputs.input_error(x, C, dims) if mask is None and eps > 0 else inputs.call_error(x, mask, C, eps, dims)
-    error = error if found is None else found
     if error is not None:  # this rank joins the all-reduce without samples, then raises with the others
+        device = placement.device(x, weight, bias, mean, var)
         x, mask = torch.empty(0, C or 1, device=device), None
+    else:
+        device = _CPU if x.is_cpu else x.device
     if mask is not None:
         mask = mask.detach().reshape(x.size(0), 1, *x.shape[2:])
     call: eager.Call | compiled.CompiledCall
@@ -128,6 +146,48 @@ def forward(
         return batch_norm(x, mask, weight, bias, call)
 
 
+def _error(
+    x: object, mask: object, tensors: tuple[Tensor | None, ...], layer: Layer, dims: inputs.Dims
+) -> Exception | None:
+    """Returns what is wrong with a call on this rank, or None."""
+    error = inputs.call_error(x, mask, layer.settings[0], layer.settings[1], dims)
+    if error is not None:
+        return error
+    assert isinstance(x, Tensor)
+    if layer.site is not FUNCTION:
+        error = placement.device_error(x, tensors[0], tensors[2])
+    return error or inputs.tensors_error(dict(zip(_NAMES, tensors, strict=True)), x, layer.settings[0])
+
+
+def eval_batch_norm(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalises x by the given statistics, or by its own. For dtypes that torch's batch_norm does not take together.
+
+    Rounds as training does: numbers per channel are float64, elementwise arithmetic is float32 (float64 for float64
+    input), and y is rounded once to the dtype of x. Sends nothing.
+    """
+    if mean is not None and var is not None:
+        return affine(x, mean.double(), (var.double() + eps).rsqrt(), weight, bias)
+    count = x.numel() // x.size(1)
+    if count == 1:
+        raise ValueError(
+            f"{NAME} without running statistics needs at least 2 values per channel in eval; received shape "
+            f"{tuple(x.shape)}. Give it more samples, or keep running statistics."
+        )
+    own_mean, _, invstd = moments.finalize_sums(x.new_tensor(count, dtype=torch.float64), local_sums(x, None), eps)
+    return affine(x, own_mean, invstd, weight, bias)
+
+
+def mixes_dtypes(x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether torch's batch_norm refuses the dtypes: it takes one, or float16 or bfloat16 input with float32."""
+    own = x.dtype
+    for t in tensors:
+        if t is not None and t.dtype != own:
+            return own not in _HALVES or any(t is not None and t.dtype != torch.float32 for t in tensors)
+    return False
+
+
 def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: Any) -> Tensor:
     """Normalises a checked x by the statistics of the batch of all ranks.
 
@@ -138,12 +198,17 @@ def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tens
         bias: (C,) or None.
         call: the kernels and the group, see ``calls/eager.py``.
     """
-    wire = call.all_reduce(call.steps.local_moments(x, mask, call.numbers, call.status))
+    wire = call.all_reduce(call.local_moments(x, mask))
     weight, bias = call.adjust(wire, weight, bias)
-    apply = _Normalize.apply if call.traced or torch._C._are_functorch_transforms_active() else _APPLY
+    apply = _Normalize.apply if call.traced else _APPLY
     y: Tensor = apply(x, weight, bias, call.anchor, (wire, mask, call))
     call.finish(wire)
     return y
+
+
+def _is_batched(grad_y: Tensor) -> bool:
+    """Whether a gradient stands for several, in is_grads_batched=True or in a torch.func.vmap around a backward."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad_y) or torch._C._functorch.is_batchedtensor(grad_y)
 
 
 class _Normalize(torch.autograd.Function):
@@ -174,6 +239,8 @@ class _Normalize(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             call, stats = call.differentiable(x, mask, wire)
+        elif not call.traced and _is_batched(grad_y):
+            call = call.batched()
         message = call.sums_message()
 
         sums, grad_weight, grad_bias = call.steps.backward_sums(  # these gradients stay local: DDP averages them

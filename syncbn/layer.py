@@ -33,8 +33,9 @@ class SyncBatchNorm(_BatchNorm):
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over N and S of every local batch.
 
     In training, output, input gradient and running statistics are those of ``torch.nn.BatchNorm*`` over the
-    concatenated batch. In eval it is ``torch.nn.functional.batch_norm`` and never communicates. Gradients of
-    weight and bias stay local: DistributedDataParallel, or ``World.average_gradients``, averages them.
+    concatenated batch. In eval it is ``torch.nn.functional.batch_norm``, but takes any dtypes together, and never
+    communicates. Gradients of weight and bias stay local: DistributedDataParallel, or ``World.average_gradients``,
+    averages them.
 
     Args:
         num_features: C.
@@ -167,13 +168,11 @@ class SyncBatchNorm(_BatchNorm):
         """
         if not self.training:
             return self._eval_forward(input, mask)
-        tensors = _held(self)
-        device, error = placement.place(input, tensors[0], tensors[2])
-        if error is not None and traced.is_proxy(input):
+        if type(input) is not Tensor and traced.is_proxy(input):
             return self._traced_forward(input, mask)
         site = self._site
         layer = record(Layer, (site, self.settings(), site.group, self))
-        return functional.forward(input, mask, tensors, layer, device, error, self.dims)
+        return functional.forward(input, mask, _held(self), layer, self.dims)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Raises the error of an input, as torch's layers do here. A patch of theirs would not run: forward checks."""
@@ -196,6 +195,9 @@ class SyncBatchNorm(_BatchNorm):
         if mean is not None and var is not None and not recorded and self._records(x):
             # backward needs them as they are now: a training step in between moves the buffers
             mean, var = mean.clone(), var.clone()
+        parameters = (mean, var, self.weight, self.bias)
+        if isinstance(x, Tensor) and (mean is None) == (var is None) and functional.mixes_dtypes(x, *parameters):
+            return functional.eval_batch_norm(x, *parameters, self.eps)
         local = mean is None  # without running statistics: use the local batch's, without communication
         return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
 

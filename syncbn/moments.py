@@ -255,13 +255,32 @@ def update_running(running: Running, wire: Tensor, moves: Tensor | None = None) 
     any_sample = n > 0 if moves is None else (n > 0) & moves
     momentum: float | Tensor = 0.0 if running.momentum is None else running.momentum
     if tracked is not None:
-        tracked.add_(1 if moves is None else moves.to(torch.int64))
+        tracked.add_(1 if moves is None else moves.to(tracked.device, torch.uint8))
         if running.momentum is None:  # without num_batches_tracked torch, too, leaves the buffers alone
-            momentum = 1.0 / tracked.double().clamp(min=1.0)
+            momentum = 1.0 / tracked.to(wire.device, torch.float64).clamp(min=1.0)
     unbiased = var * (n / (n - 1.0))
     for buffer, batch in ((running.mean, mean), (running.var, unbiased)):
         before = buffer.double()
         buffer.copy_(torch.where(any_sample, before * (1.0 - momentum) + batch * momentum, before))
+
+
+def is_plain_count(tracked: Tensor | None) -> bool:
+    """Whether kernels of the CPU can count in num_batches_tracked themselves."""
+    return tracked is None or (tracked.dtype is torch.int64 and tracked.is_cpu)
+
+
+def counted(running: Running) -> Running:
+    """Counts the batch in a num_batches_tracked of any dtype, in its own dtype as torch does.
+
+    Returns:
+        The same statistics with the momentum that follows, and without num_batches_tracked.
+    """
+    tracked, momentum = running.num_batches_tracked, running.momentum
+    assert tracked is not None
+    tracked.add_(1)
+    return running._replace(
+        num_batches_tracked=None, momentum=1.0 / max(float(tracked), 1.0) if momentum is None else momentum
+    )
 
 
 def status_of(fault: bool, grad_enabled: bool, needs_grad: bool, dtype: torch.dtype | None) -> Status:

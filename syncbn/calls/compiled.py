@@ -91,6 +91,10 @@ class CompiledCall(_Operators):
         self.status = status_of(error is not None, grad_enabled, True, x.dtype if x.numel() else None)
         self.anchor = ANCHOR if grad_enabled else None
 
+    def local_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """See :meth:`syncbn.calls.eager.Call.local_moments`."""
+        return self.steps.local_moments(x, mask, self.numbers, self.status)
+
     def all_reduce(self, wire: Tensor) -> Tensor:
         """See :meth:`syncbn.calls.eager.Call.all_reduce`."""
         wire, self._identity, self._moves = operators.all_reduce_moments(

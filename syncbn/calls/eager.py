@@ -23,6 +23,7 @@ from syncbn.calls.operators import ANCHOR
 from syncbn.calls.renorm import Renormalize, RenormLimits
 from syncbn.calls.sites import Layer, agree_once
 from syncbn.checks import inputs, problems
+from syncbn.checks.kinds import NAME
 from syncbn.kernels.base import NEEDED, PROBLEM, RECORDS
 from syncbn.moments import ABSTAINS, BACKWARD, FORWARD, LIMIT, Message, Numbers, Running, record, status_of
 from syncbn.transports import gather
@@ -120,6 +121,17 @@ class Call:
         """Lets activation checkpointing repeat this call."""
         self.transport, self._adjust, self.hidden = replay, replay.adjust, checkpointing.unseen()
 
+    def local_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the local moments of x; if they cannot be computed, those of no samples, and the error travels."""
+        try:
+            return self.steps.local_moments(x, mask, self.numbers, self.status)
+        except Exception as error:  # of any kind: a tensor of a kind that no check knows, or no memory left
+            received = f"{type(x).__name__}: {type(error).__name__}: {error}"
+            self._error = RuntimeError(f"{NAME} needs an input that it can sum; received a {received}")
+            self._x, self._mask = torch.empty(0, self._settings[0], device=x.device), None
+            self.status = _status(True, self._grad_enabled, False, None)
+            return self.steps.local_moments(self._x, None, self.numbers, self.status)
+
     def all_reduce(self, wire: Tensor) -> Tensor:
         """Sums a forward wire over the ranks. If it shows an error on any rank, all ranks raise it.
 
@@ -195,8 +207,12 @@ class Call:
 
     def differentiable(self, x: Tensor, mask: Tensor | None, wire: Tensor) -> tuple[DifferentiableCall, Tensor]:
         """Returns this call and its statistics in operators that autograd differentiates again (create_graph=True)."""
-        call = DifferentiableCall(self.transport.sender, self.message, self._site)
+        call = self.batched()
         return call, call.stats(x, mask, wire, self.eps)
+
+    def batched(self) -> DifferentiableCall:
+        """Returns this call in operators that take many gradients at once and send a message for each."""
+        return DifferentiableCall(self.transport.sender, self.message, self._site)
 
     def _notes(self) -> tuple[str, str]:
         return self._site.notes(self._settings, self.transport.group_id)

@@ -200,6 +200,23 @@ _library.define(
 _library.impl("all_reduce_moments", _all_reduce_moments, "CompositeImplicitAutograd")
 
 
+def _all_reduce_each(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    wire: Tensor,
+    anchor: Tensor | None,
+    identity: Tensor,
+    group: int,
+    direction: int,
+) -> tuple[Tensor, int]:
+    """Sends a message for each wire of a vmap, as a loop would: its length does not depend on how many there are."""
+    assert in_dims[0] is not None
+    return torch.stack([all_reduce(w, anchor, identity, group, direction) for w in wire.unbind(in_dims[0])]), 0
+
+
+torch.library.register_vmap("syncbn::all_reduce", _all_reduce_each, lib=_library)
+
+
 def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int) -> Tensor:
     """Sums a wire over the ranks. Its gradient is the sum of the gradients of all ranks.
 

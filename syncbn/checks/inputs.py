@@ -13,12 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.checks.kinds import MAX_DIMS, NAME, counter_error, kind_error, name_of, vector_error
 from syncbn.moments import DTYPES
-
-NAME = "SyncBatchNorm"
-MAX_DIMS = 32
-"""The most dims that the compiled kernels take."""
-_STRIDED = torch.strided
 
 
 class Dims(NamedTuple):
@@ -47,17 +43,15 @@ def input_error(x: object, num_features: int | None, dims: Dims = ANY_DIMS) -> E
         return TypeError(
             f"{NAME} needs a floating-point input ({names}); received {name_of(x.dtype)}. Call x.float() first."
         )
+    if x.is_nested:
+        return kind_error("input", x)
     if not dims[0] <= x.dim() <= dims[1]:
         remedy = dims.remedy
         if x.dim() < 2:
             remedy = "Add a batch dimension with x.unsqueeze(0), or a channel dimension with x.unsqueeze(1)."
         return ValueError(f"{dims.need}; received {x.dim()}, shape {tuple(x.shape)}. {remedy}")
-    if x.layout is not _STRIDED or x.is_meta:
-        received = "a meta tensor" if x.is_meta else f"layout {x.layout}"
-        return TypeError(
-            f"{NAME} needs an input whose values are in memory, one after another; received {received}. "
-            "Call x.to_dense(), or make it on a device that holds data."
-        )
+    if x.layout is not torch.strided or x.is_meta:
+        return kind_error("input", x)
     if not x.size(1):
         return ValueError(
             f"{NAME} needs an input of at least 1 channel; received shape {tuple(x.shape)}. Leave the layer out where "
@@ -72,34 +66,49 @@ def input_error(x: object, num_features: int | None, dims: Dims = ANY_DIMS) -> E
 
 
 def call_error(x: object, mask: object, num_features: int, eps: float, dims: Dims = ANY_DIMS) -> Exception | None:
-    """Returns the error of the input, the mask or eps of a call, or None."""
+    """Returns the error of the input, the mask or eps of a training call, or None."""
     if not eps > 0:
         return ValueError(
             f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {eps:g}. The "
             "default is 1e-5."
         )
     error = input_error(x, num_features, dims)
-    if error is None and mask is not None:
-        assert isinstance(x, Tensor)
-        error = mask_error(mask, x)
-    return error
+    if error is not None:
+        return error
+    assert isinstance(x, Tensor)
+    error = kind_error("input", x) or mask_error(mask, x)
+    return error if error is not None or mask is None else kind_error("mask", mask)  # type: ignore[arg-type]
 
 
-def parameter_error(parameters: Mapping[str, Tensor | None], x: object, num_features: int) -> Exception | None:
-    """Returns the error of a weight, bias or running statistic that a caller passed, or None."""
-    for name, p in parameters.items():
-        if p is None:
+def tensors_error(tensors: Mapping[str, Tensor | None], x: Tensor, num_features: int) -> Exception | None:
+    """Returns the error of a parameter or buffer for a good input x, or None.
+
+    Args:
+        tensors: weight, bias, running_mean, running_var and num_batches_tracked, by name.
+        x: (N, C, *spatial).
+        num_features: C.
+    """
+    for name, t in tensors.items():
+        if t is None or name == "num_batches_tracked":
             continue
-        if tuple(p.shape) != (num_features,) or not p.is_floating_point():
+        error = vector_error(name, t, num_features)
+        if error is not None:
+            return error
+        if t.device != x.device:
             return ValueError(
-                f"{NAME} needs {name} of shape ({num_features},) and a floating dtype; received shape "
-                f"{tuple(p.shape)}, {name_of(p.dtype)}. Make it with torch.ones({num_features}), for example."
+                f"{NAME} needs {name} on the device of the input, {x.device}; received {t.device}. Move it there."
             )
-        if isinstance(x, Tensor) and p.device != x.device:
-            return ValueError(
-                f"{NAME} needs {name} on the device of the input, {x.device}; received {p.device}. Move it there."
-            )
-    return None
+        error = kind_error(name, t)
+        if error is not None:
+            return error
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    if (mean is None) != (var is None):
+        missing, there = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
+        return ValueError(
+            f"{NAME} needs running_mean and running_var, or neither; received {there} without {missing}. Set both to "
+            "None to train without them."
+        )
+    return counter_error(tensors.get("num_batches_tracked"))
 
 
 def most_common_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
@@ -160,8 +169,3 @@ def mask_values_error(mask: Tensor | None) -> Exception | None:
         f"{values.nan_to_num(posinf=torch.inf).max().item():g}, {int(values.isnan().sum())} of them NaN. "
         "Use booleans, or weights that are never negative."
     )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Returns the name of a dtype without ``torch.``."""
-    return str(dtype).removeprefix("torch.")

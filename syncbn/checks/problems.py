@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from syncbn import moments
-from syncbn.checks.inputs import NAME, mask_values_error, name_of
+from syncbn.checks.inputs import mask_values_error
+from syncbn.checks.kinds import NAME, name_of
 from syncbn.moments import DTYPES, Counters, Message, Status
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.gather import Notes, by_rank, calls_differ, gather_notes, raise_gathered

@@ -2,7 +2,18 @@
 """The steps on one process's data. ``base.py`` is the contract, ``choose`` picks an implementation."""
 
 from syncbn.kernels.base import AbstractKernels
-from syncbn.kernels.dispatch import CHOICES, Choice, check, choose, explain, explain_device, for_call, look, on_device
+from syncbn.kernels.dispatch import (
+    CHOICES,
+    Choice,
+    check,
+    choose,
+    explain,
+    explain_device,
+    for_call,
+    look,
+    on_device,
+    sound,
+)
 
 __all__ = [
     "CHOICES",
@@ -15,4 +26,5 @@ __all__ = [
     "for_call",
     "look",
     "on_device",
+    "sound",
 ]

@@ -6,14 +6,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from syncbn.checks import kinds
 from syncbn.kernels.base import AbstractKernels
 from syncbn.kernels.cuda import geometry
 from syncbn.transports.base import AbstractTransport
@@ -64,6 +67,29 @@ def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
     if x.numel() > geometry.MOST and prod(x.shape[2:]) > geometry.MOST:
         return _torch_kernels()
     return cuda_kernels(transport.host_synchronous)
+
+
+def sound(x: object, tensors: tuple[Tensor | None, ...], C: int) -> bool:
+    """Whether the steps can take the tensors of a call. A quick answer: if False, there may still be no error.
+
+    Args:
+        x: (N, C, *spatial), or what was passed as input.
+        tensors: weight, bias, running_mean, running_var and num_batches_tracked, or None.
+        C: the channels of the layer.
+    """
+    if forward_ad._current_level >= 0:  # one of them may have a tangent
+        return False
+    quick: Callable[..., bool] = _sound_on_cpu() if isinstance(x, Tensor) and x.is_cpu else kinds.sound
+    return quick(x, *tensors, C)
+
+
+@cache
+def _sound_on_cpu() -> Callable[..., bool]:
+    if explain().name == "torch":
+        return kinds.sound
+    from syncbn.kernels.host.ops import sound
+
+    return sound
 
 
 def look(device: torch.device) -> None:

@@ -50,11 +50,8 @@ class TorchKernels(AbstractKernels):
         mean, _, invstd = moments.finalize(wire, eps)
         if running is not None:
             moments.update_running(running, wire)
-        y = _centered(x, mean) * _channels(_scale(invstd, weight), x)
-        if bias is not None:
-            y = y + _channels(bias, x)
         stats = torch.cat((mean, invstd, moments.count(wire).view(1)))
-        return _laid_out(y, x), stats
+        return affine(x, mean, invstd, weight, bias), stats
 
     def backward_sums(
         self,
@@ -117,6 +114,14 @@ def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat((weighted.sum(dims), (weighted * x).sum(dims)))
 
 
+def affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Returns (x - mean) * (invstd * weight) + bias in the dtype and layout of x; mean and invstd are float64 (C,)."""
+    y = _centered(x, mean) * _channels(_scale(invstd, weight), x)
+    if bias is not None:
+        y = y + _channels(bias, x)
+    return _laid_out(y, x)
+
+
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
     return invstd if weight is None else invstd * weight.double()
 
@@ -132,7 +137,10 @@ def _centered(x: Tensor, mean: Tensor) -> Tensor:
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
     """Returns values in the dtype and layout of x. Operators may choose another layout if a dim has size 1."""
-    if values.stride() != x.stride() and not torch.compiler.is_compiling():
+    fixed = (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )  # no copy into new memory there
+    if not fixed and values.stride() != x.stride():
         like = torch.empty_like(x)
         if values.stride() != like.stride():
             return like.copy_(values)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks(1)
 DIMS = {nn.BatchNorm1d: (4, 3), nn.BatchNorm2d: (4, 3, 2, 2), nn.BatchNorm3d: (4, 3, 2, 2, 2)}
 
 
-@pytest.mark.prompt_verdict
+@pytest.mark.immediate_errors
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("where", ["first", "last", "all"])
 @pytest.mark.parametrize("cls", DIMS)

@@ -26,7 +26,8 @@ struct Normalize {
     Values weight, bias;
     double *mean, *invstd, *count;
     Values running_mean, running_var;
-    Int* num_batches_tracked;
+    void* num_batches_tracked;  // int64, or float64 where num_batches_tracked has another dtype
+    Int counts_in_float64;
     Int stats_blocks;
     double momentum;  // negative: averages over all batches counted
     double eps;
@@ -72,9 +73,12 @@ __device__ inline void finalize(const Normalize& a, const Counters& counters) {
     const int threads = blockDim.x * blockDim.y, me = threadIdx.y * blockDim.x + threadIdx.x;
     const bool moves = a.running_mean.data != nullptr && counters.count > 0 && !counters.refused;
     const bool counts = blockIdx.x == 0 && a.num_batches_tracked != nullptr;
-    const Int seen = counts ? *a.num_batches_tracked + 1 : 0;
+    Int* const integer = static_cast<Int*>(a.num_batches_tracked);
+    double* const real = static_cast<double*>(a.num_batches_tracked);
+    double seen = 0;
+    if (counts) seen = 1 + (a.counts_in_float64 ? *real : double(*integer));
     double momentum = a.momentum;
-    if (momentum < 0) momentum = seen > 0 ? 1 / double(seen) : 0;
+    if (momentum < 0) momentum = counts ? 1 / (seen < 1 ? 1 : seen) : 0;
     for (Int c = Int(blockIdx.x) * threads + me; c < a.shape.C; c += a.stats_blocks * threads) {
         const Sums sums(a, c);
         const Value old_mean = fetch(a.running_mean, c), old_var = fetch(a.running_var, c);
@@ -90,7 +94,9 @@ __device__ inline void finalize(const Normalize& a, const Counters& counters) {
     if (blockIdx.x != 0 || me != 0) return;
     *a.count = counters.count;
     if (counters.refused) return defer(a.error, a.ranks, counters.same, counters.count, counters.status);
-    if (counts) *a.num_batches_tracked = seen;
+    if (!counts) return;
+    if (a.counts_in_float64) *real = seen;
+    else *integer = Int(seen);
 }
 
 template <class T, template <class> class Layout>

@@ -25,12 +25,12 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 # The structs of the .cu files: every field has 8 bytes. Shape 7q, Values Qqq, Numbers 4d, Reduction QQ,
 # DeferredError Qd.
 LOCAL_MOMENTS = struct.Struct(f"=7qQQ4d{1 + len(STATUS_SLOTS)}dQQ")
-NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqdd4ddQd")
+NORMALIZE = struct.Struct("=7qQQQQqqQqqQQQQqqQqqQqqdd4ddQd")
 BACKWARD_SUMS = struct.Struct("=7qQQQQQ4dQqqQqqQQ")
 BACKWARD_INPUT = struct.Struct("=7qQQQQQQQQqq4ddQd")
 _ABSENT = (0, 0, 0)
 _NO_SCRATCH = Scratch(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), (0, 0))
-_STAYS = (*_ABSENT, *_ABSENT, 0)
+_STAYS = (*_ABSENT, *_ABSENT, 0, 0)
 REMEMBERED = 4096
 """How many kinds of inputs stay prepared. Beyond them all are forgotten and prepared again."""
 
@@ -86,13 +86,14 @@ class CupyKernels(AbstractKernels):
         y = torch.empty_like(dense)
         stats = wire.new_empty(2 * C + 1)
         first, pointer, out = stats.data_ptr(), dense.data_ptr(), y.data_ptr()
-        moves, momentum = _STAYS, 0.0
+        moves, momentum, counter = _STAYS, 0.0, None
         if running is not None:
             mean, var, tracked, factor = running
             momentum = -1.0 if factor is None else factor
             stats_blocks = 1 if factor is None else stats_blocks  # a single block counts the batches: no race
             counter = _counter(tracked, like)
-            moves = (*_values(mean, like), *_values(var, like), counter)
+            address = 0 if counter is None else counter.data_ptr()
+            moves = (*_values(mean, like), *_values(var, like), address, counter is not tracked)
         values = (
             *shapes[(pointer | out) & 15],
             *(pointer, out, wire.data_ptr()),
@@ -106,6 +107,9 @@ class CupyKernels(AbstractKernels):
         if dense is not x:
             y = torch.empty_like(x).copy_(y)
         if running is not None:
+            tracked = running.num_batches_tracked
+            if tracked is not None and counter is not None and counter is not tracked:
+                tracked.copy_(counter)
             moments.tell_autograd(running)
         return y, stats
 
@@ -213,16 +217,11 @@ def _values(values: Tensor | None, like: Prepared) -> tuple[int, int, int]:
     return values.data_ptr(), 1 if values.is_contiguous() else values.stride(0), code
 
 
-def _counter(tracked: Tensor | None, like: Prepared) -> int:
-    """Returns the address of num_batches_tracked, or 0."""
-    if tracked is None:
-        return 0
-    if tracked.dtype != torch.int64 or tracked.device != like.device:
-        raise ValueError(
-            f"num_batches_tracked must be int64 on {like.device}; received {tracked.dtype} on {tracked.device}. "
-            "Move the layer with layer.to(x.device)."
-        )
-    return tracked.data_ptr()
+def _counter(tracked: Tensor | None, like: Prepared) -> Tensor | None:
+    """Returns num_batches_tracked, or float64 that one added to gives what its dtype holds after this batch."""
+    if tracked is None or (tracked.dtype is torch.int64 and tracked.device == like.device):
+        return tracked
+    return (tracked + 1).to(like.device, torch.float64) - 1
 
 
 def _like(grad_y: Tensor, x: Tensor, like: Prepared) -> Tensor:

@@ -90,6 +90,15 @@ PyObject* select(PyObject*, PyObject* name) {
     return PyErr_Format(PyExc_ValueError, "this machine does not run %s", text);
 }
 
+// sound(x, weight, bias, running_mean, running_var, num_batches_tracked, C)
+PyObject* sound(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    int64_t C;
+    if (!expect(n, 7) || !integer(args[6], &C)) return nullptr;
+    if (syncbn::sound(args, C)) Py_RETURN_TRUE;
+    PyErr_Clear();
+    Py_RETURN_FALSE;
+}
+
 // local_moments(x, wire, numbers, status, threads)
 PyObject* local_moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
     const char* const names[] = {"x"};
@@ -167,7 +176,7 @@ PyObject* check_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
 bool read_momentum(PyObject* given, int64_t* tracked, double* momentum) {
     if (given != Py_None && !number(given, momentum)) return false;
     if (tracked != nullptr) ++*tracked;
-    if (given == Py_None) *momentum = tracked == nullptr ? 0.0 : 1.0 / double(*tracked);
+    if (given == Py_None) *momentum = tracked == nullptr ? 0.0 : 1.0 / (*tracked < 1 ? 1.0 : double(*tracked));
     return true;
 }
 
@@ -258,6 +267,7 @@ PyMethodDef METHODS[] = {
     {"instruction_sets", available, METH_NOARGS, "Lists what this machine can run, the fastest first."},
     {"instruction_set", selected, METH_NOARGS, "Names the instruction set in use."},
     {"use_instruction_set", select, METH_O, "Selects another one, for tests and measurements."},
+    {"sound", method(sound), METH_FASTCALL, "Whether the steps can take the tensors of a call."},
     {"local_moments", method(local_moments), METH_FASTCALL, "Writes the forward wire."},
     {"read_counters", method(read_counters), METH_FASTCALL, "Compares the call of a forward wire; reads its counters."},
     {"agreement", method(agreement), METH_FASTCALL, "Returns a summary of the counters of a forward wire."},

@@ -19,6 +19,8 @@ from syncbn.kernels.base import AbstractKernels, Parameters
 from syncbn.kernels.host import _host
 from syncbn.moments import Counters, Message, Numbers, Running, Status
 
+sound = _host.sound
+"""Whether the steps can take x, weight, bias, running mean and var, and an int64 counter, for C channels."""
 _host.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
 # torch.empty would obey torch.set_default_device; new_empty of this tensor does not.
@@ -53,6 +55,8 @@ class HostKernels(AbstractKernels):
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
         """See :meth:`AbstractKernels.normalize`."""
         weight, bias, eps, running = parameters
+        if running is not None and not moments.is_plain_count(running.num_batches_tracked):
+            running = moments.counted(running)
         y, stats = torch.empty_like(x), _FLOAT64.new_empty(2 * x.size(1) + 1)
         rest = (wire, weight, bias, stats, *(running or _ABSENT), eps, torch.get_num_threads())
         if not _host.normalize(x, y, *rest):

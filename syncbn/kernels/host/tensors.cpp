@@ -3,6 +3,7 @@
 #include "tensors.hpp"
 
 #include <algorithm>
+#include <memory>
 
 namespace syncbn {
 namespace {
@@ -29,6 +30,17 @@ bool borrow_any(PyObject* object, const char* name, dlpack::Tensor* tensor) {
         return PyErr_Format(PyExc_ValueError, "%s must have memory of its own", name), false;
     tensor->data = static_cast<char*>(tensor->data) + tensor->byte_offset;
     return true;
+}
+
+bool one_value(const dlpack::Tensor& t) {
+    return std::all_of(t.shape, t.shape + t.ndim, [](int64_t size) { return size == 1; });
+}
+
+// Whether an address is so low that it may be an offset into memory that has been given back: the checks in Python decide.
+// The heap of a program at a fixed place begins low, too.
+bool low(const dlpack::Tensor& t) {
+    static const uintptr_t lowest = std::min(reinterpret_cast<uintptr_t>(&*std::make_unique<char>()) / 2, uintptr_t(1) << 32);
+    return t.data != nullptr && reinterpret_cast<uintptr_t>(t.data) < lowest;
 }
 
 bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
@@ -153,10 +165,24 @@ bool counter(PyObject* object, const char* name, int64_t** data) {
     if (object == Py_None) return true;
     dlpack::Tensor t{};
     if (!borrow_any(object, name, &t)) return false;
-    if (t.dtype.code != dlpack::INT || t.dtype.bits != 64 || t.ndim != 0)
-        return PyErr_Format(PyExc_ValueError, "%s must be int64 ()", name), false;
+    if (t.dtype.code != dlpack::INT || t.dtype.bits != 64 || !one_value(t))
+        return PyErr_Format(PyExc_ValueError, "%s must be int64 and hold one value", name), false;
     *data = static_cast<int64_t*>(t.data);
     return true;
+}
+
+bool sound(PyObject* const* objects, int64_t C) {
+    dlpack::Tensor t{};
+    DType dtype;
+    if (!borrow(objects[0], "x", &t, &dtype) || t.ndim < 2 || C < 1 || t.shape[1] != C || low(t)) return false;
+    for (int i = 1; i <= 4; ++i) {
+        if (objects[i] == Py_None) continue;
+        if (!borrow(objects[i], "a vector", &t, &dtype) || t.ndim != 1 || t.shape[0] != C || low(t)) return false;
+    }
+    if ((objects[3] == Py_None) != (objects[4] == Py_None)) return false;
+    if (objects[5] == Py_None) return true;
+    return borrow_any(objects[5], "a counter", &t) && t.dtype.code == dlpack::INT && t.dtype.bits == 64 &&
+           one_value(t) && !low(t);
 }
 
 }  // namespace syncbn

@@ -28,7 +28,11 @@ bool doubles(PyObject* object, const char* name, int64_t length, double** data);
 // Per-channel numbers (C,), or None.
 bool values(PyObject* object, const char* name, int64_t C, Values* out);
 
-// An int64 () tensor, or None: then null.
+// An int64 tensor of one value, or None: then null.
 bool counter(PyObject* object, const char* name, int64_t** data);
+
+// Whether the steps can take x (N, C, ...), weight, bias, running mean and var (C,) or None, and an int64 counter or
+// None. False leaves a Python error set.
+bool sound(PyObject* const* objects, int64_t C);
 
 }  // namespace syncbn
