@@ -17,7 +17,7 @@ A tour, in reading order:
     checks/           the errors of a call
     calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized
     layer.py          the module, SyncBatchNorm
-    convert/          conversion of torch's batch norms and back, refused if something would be lost
+    convert/          conversion of torch's and timm's batch norms and back, refused if something would be lost
     training/         freeze, no_sync, recalibrate, join
     world/            init(): which launcher started this process, and connecting it
     cli/              `syncbn doctor` and `syncbn bench`
@@ -26,6 +26,15 @@ A tour, in reading order:
 from syncbn import functional
 from syncbn.calls.renorm import RenormLimits
 from syncbn.convert import convert_sync_batchnorm, name_layers, revert_sync_batchnorm
+from syncbn.convert.classes import (
+    LazySyncBatchNorm1d,
+    LazySyncBatchNorm2d,
+    LazySyncBatchNorm3d,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+)
+from syncbn.convert.known import optional_class
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
 from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
@@ -33,13 +42,25 @@ from syncbn.training.recalibration import recalibrate
 from syncbn.transports.groups import GroupSpec
 from syncbn.world.init import World, init
 
+
+def __getattr__(name: str) -> type:
+    """Finds a class that needs timm, also for a pickle that holds one."""
+    return optional_class(name)
+
+
 __version__ = "0.1.0"
 
 __all__ = [
     "GroupSpec",
     "LazySyncBatchNorm",
+    "LazySyncBatchNorm1d",
+    "LazySyncBatchNorm2d",
+    "LazySyncBatchNorm3d",
     "RenormLimits",
     "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
     "World",
     "convert_sync_batchnorm",
     "freeze",

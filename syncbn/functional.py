@@ -92,6 +92,7 @@ def forward(
     layer: eager.Layer,
     device: torch.device,
     error: Exception | None = None,
+    dims: inputs.Dims = inputs.ANY_DIMS,
 ) -> Tensor:
     """Checks x and the mask, then runs the skeleton. See :func:`sync_batch_norm`.
 
@@ -102,13 +103,14 @@ def forward(
         layer: who calls.
         device: where a rank with a refused input joins the all-reduce.
         error: what is wrong with a parameter or with the device of x, or None.
+        dims: the numbers of dims that x may have.
     """
     C, eps, momentum, tracks, _ = layer.settings
     weight, bias, mean, var, tracked = tensors
     running = None
     if tracks and mean is not None and var is not None:
         running = record(Running, (mean, var, tracked, momentum))
-    found = inputs.input_error(x, C) if mask is None and eps > 0 else inputs.call_error(x, mask, C, eps)
+    found = inputs.input_error(x, C, dims) if mask is None and eps > 0 else inputs.call_error(x, mask, C, eps, dims)
     error = error if found is None else found
     if error is not None:  # this rank joins the all-reduce without samples, then raises with the others
         x, mask = torch.empty(0, C or 1, device=device), None

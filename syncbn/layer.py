@@ -6,6 +6,7 @@ N batch, C channels, S product of the spatial dims, W ranks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -16,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedParameter
 
 from syncbn import functional, transports
-from syncbn.calls import renorm
+from syncbn.calls import renorm, traced
 from syncbn.calls.eager import Layer
 from syncbn.calls.renorm import RenormLimits
 from syncbn.calls.sites import Settings, Site
-from syncbn.checks import inputs, placement
+from syncbn.checks import converters, inputs, placement
 from syncbn.moments import record
 from syncbn.transports import gather
 from syncbn.transports.groups import GroupSpec
@@ -76,6 +77,8 @@ class SyncBatchNorm(_BatchNorm):
 
     converter: ClassVar[Callable[[torch.nn.Module, Any], torch.nn.Module]]
     """``syncbn.convert_sync_batchnorm``. ``convert/`` sets it, since it imports this file."""
+    dims: ClassVar[inputs.Dims] = inputs.ANY_DIMS
+    """The numbers of dims of an input."""
 
     def __init__(
         self,
@@ -98,6 +101,18 @@ class SyncBatchNorm(_BatchNorm):
             self.register_parameter("bias", None)
         self._site = Site("SyncBatchNorm", specify_blocks(process_group, group_size), replays=replays)
         self.renorm_limits = renorm_limits
+
+    @property
+    def affine(self) -> bool:
+        """Whether the layer has weight and bias. Refuses the conversions of other libraries, see ``converters.py``."""
+        if not torch.compiler.is_compiling() and converters.converts(caller := sys._getframe(1)):
+            raise converters.conversion_error(caller, self._site.name or type(self).__name__)
+        affine: bool = self.__dict__["affine"]
+        return affine
+
+    @affine.setter
+    def affine(self, affine: bool) -> None:
+        self.__dict__["affine"] = affine
 
     @property
     def process_group(self) -> GroupSpec | None:
@@ -155,26 +170,40 @@ class SyncBatchNorm(_BatchNorm):
             return self._eval_forward(input, mask)
         tensors = _held(self)
         device, error = placement.place(input, tensors[0], tensors[2])
+        if error is not None and traced.is_proxy(input):
+            return self._traced_forward(input, mask)
         site = self._site
         layer = record(Layer, (site, self.settings(), site.group, self))
-        return functional.forward(input, mask, tensors, layer, device, error)
+        return functional.forward(input, mask, tensors, layer, device, error, self.dims)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Raises the error of an input, as torch's layers do here. A patch of theirs would not run: forward checks."""
+        error = inputs.input_error(input, self.num_features, self.dims)
+        if error is not None:
+            raise error
 
     def settings(self) -> Settings:
         """Returns what must be equal on every rank."""
         return self.num_features, self.eps, self.momentum, self.track_running_stats, self._site.renorm
 
     def _eval_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        error = None
-        if not inputs.is_recorded(x):
-            error = inputs.input_error(x, self.num_features) or inputs.mask_error(mask, x)
+        recorded = inputs.is_recorded(x)
+        if recorded and traced.is_proxy(x):
+            return self._traced_forward(x, mask)
+        error = None if recorded else inputs.input_error(x, self.num_features, self.dims) or inputs.mask_error(mask, x)
         if error is not None:
             raise error
         mean, var = self.running_mean, self.running_var
-        if mean is not None and var is not None and not inputs.is_recorded(x) and self._records(x):
+        if mean is not None and var is not None and not recorded and self._records(x):
             # backward needs them as they are now: a training step in between moves the buffers
             mean, var = mean.clone(), var.clone()
         local = mean is None  # without running statistics: use the local batch's, without communication
         return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
+
+    def _traced_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        leaf = traced.is_leaf(self, SyncBatchNorm.forward)
+        y: Tensor = traced.call(self, x, mask) if leaf else traced.call_inner(normalize, self, x, mask)
+        return y
 
     def _records(self, x: Tensor) -> bool:
         """Whether autograd records an eval forward."""
@@ -214,6 +243,9 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     __module__ = "syncbn"
 
     cls_to_become = SyncBatchNorm
+    # a base of a subclass that is a lazy layer of torch comes before SyncBatchNorm
+    forward = SyncBatchNorm.forward
+    _check_input_dim = SyncBatchNorm._check_input_dim
 
     def __init__(
         self,
@@ -239,7 +271,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Takes ``num_features`` from the first input. In training, a wrong input on any rank raises on all ranks."""
         del mask  # forward checks it
-        error = inputs.input_error(input, None)
+        error = inputs.input_error(input, None, self.dims)
         if self.training:
             transport = transports.choose(
                 self._site.group, placement.device_type(input, self.weight, self.running_mean)
@@ -253,6 +285,16 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         super().initialize_parameters(input)
         if without_bias:
             self.register_parameter("bias", None)
+
+
+def normalize(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Calls a layer without its hooks and without what a subclass adds, as a graph of torch.fx does that has these."""
+    if not isinstance(layer, SyncBatchNorm):
+        raise TypeError(
+            "A graph of torch.fx that holds the hooks of a SyncBatchNorm needs that layer; received a "
+            f"{type(layer).__name__}. Revert the model before you trace it."
+        )
+    return SyncBatchNorm.forward(layer, x, mask)
 
 
 def _held(layer: _BatchNorm) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-python3.11}
 TOOLS=${TOOLS:?the folder with the python of an environment that has the extra dist; make dist sets it}
 cd "$(dirname "$0")/.."
 ROOT=$PWD
-TESTS=(tests/test_layer.py tests/test_convert.py) # in one process, then on two:
+TESTS=(tests/test_layer.py tests/convert/test_conversion.py) # in one process, then on two:
 RANKS=(tests/multiprocess/test_exactness.py)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

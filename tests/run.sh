@@ -56,7 +56,7 @@ stage() {
         mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $several ;;
         fake-gpu)
             SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -m "not program" "${more[@]}" \
-                tests/kernels/cuda/test_fake_cuda.py tests/test_{layer,convert}.py tests/calls/test_derivatives.py tests/benchmarks
+                tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks
             ;;
         fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $several ;;
         fake-gpu-torchrun) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 torchrun -m "$brief" $gloo ;;

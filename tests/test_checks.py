@@ -31,7 +31,7 @@ def test_a_refused_call_joins_on_the_device_of_its_layer(x, layer, expected):
         assert placement.device(x, *layer) == torch.device(expected)
         assert placement.device_type(x, *layer) == torch.device(expected).type
         usable = x is not None and not x.is_meta
-        error = placement.device_error(x, *layer) if usable else None
+        error = placement.device_error(x, *layer) if usable else inputs.input_error(x, None)
         place, same = placement.place(x, *layer)
         assert (place, str(same)) == (torch.device(expected), str(error))
 

@@ -8,6 +8,7 @@ see ``functional.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,24 @@ MAX_DIMS = 32
 _STRIDED = torch.strided
 
 
-def input_error(x: object, num_features: int | None) -> Exception | None:
+class Dims(NamedTuple):
+    """The numbers of dims that a layer takes, and the words for another one."""
+
+    least: int
+    most: int
+    need: str
+    remedy: str = "Reshape the input. syncbn.SyncBatchNorm takes any number of spatial dimensions."
+
+
+ANY_DIMS = Dims(
+    2,
+    MAX_DIMS,
+    f"{NAME} needs input.dim() >= 2, (N, C, *spatial), and at most {MAX_DIMS}",
+    "Join spatial dimensions with x.flatten(2).",
+)
+
+
+def input_error(x: object, num_features: int | None, dims: Dims = ANY_DIMS) -> Exception | None:
     """Returns the error of an input of a layer of ``num_features`` channels (None: any number), or None."""
     if not isinstance(x, Tensor):
         return TypeError(f"{NAME} needs a torch.Tensor; received {type(x).__name__}. Convert the input.")
@@ -29,16 +47,11 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
         return TypeError(
             f"{NAME} needs a floating-point input ({names}); received {name_of(x.dtype)}. Call x.float() first."
         )
-    if not 2 <= x.dim() <= MAX_DIMS:
-        remedy = (
-            "Add a batch dimension with x.unsqueeze(0), or a channel dimension with x.unsqueeze(1)."
-            if x.dim() < 2
-            else "Join spatial dimensions with x.flatten(2)."
-        )
-        return ValueError(
-            f"{NAME} needs input.dim() >= 2, (N, C, *spatial), and at most {MAX_DIMS}; received {x.dim()}, "
-            f"shape {tuple(x.shape)}. {remedy}"
-        )
+    if not dims[0] <= x.dim() <= dims[1]:
+        remedy = dims.remedy
+        if x.dim() < 2:
+            remedy = "Add a batch dimension with x.unsqueeze(0), or a channel dimension with x.unsqueeze(1)."
+        return ValueError(f"{dims.need}; received {x.dim()}, shape {tuple(x.shape)}. {remedy}")
     if x.layout is not _STRIDED or x.is_meta:
         received = "a meta tensor" if x.is_meta else f"layout {x.layout}"
         return TypeError(
@@ -58,14 +71,14 @@ def input_error(x: object, num_features: int | None) -> Exception | None:
     return None
 
 
-def call_error(x: object, mask: object, num_features: int, eps: float) -> Exception | None:
+def call_error(x: object, mask: object, num_features: int, eps: float, dims: Dims = ANY_DIMS) -> Exception | None:
     """Returns the error of the input, the mask or eps of a call, or None."""
     if not eps > 0:
         return ValueError(
             f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {eps:g}. The "
             "default is 1e-5."
         )
-    error = input_error(x, num_features)
+    error = input_error(x, num_features, dims)
     if error is None and mask is not None:
         assert isinstance(x, Tensor)
         error = mask_error(mask, x)

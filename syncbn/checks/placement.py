@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.checks.inputs import NAME
+from syncbn.checks.inputs import NAME, input_error
 
 _CPU = torch.device("cpu")
 
 
 def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception | None]:
-    """Returns :func:`device` and :func:`device_error`, with a fast path if there is no error."""
+    """Returns :func:`device`, and the error of an x that is elsewhere or nowhere. Fast if there is none."""
     if isinstance(x, Tensor) and x.is_cpu:  # faster than comparing x.device, which makes an object
         for t in tensors:
             if t is not None and not t.is_cpu:
@@ -24,7 +24,7 @@ def place(x: object, *tensors: Tensor | None) -> tuple[torch.device, Exception |
             if t is not None and t.device != here:
                 return device(x, *tensors), device_error(x, *tensors)
         return here, None
-    return device(x, *tensors), None
+    return device(x, *tensors), input_error(x, None)
 
 
 def device_type(x: object, *tensors: Tensor | None) -> str:

@@ -8,7 +8,7 @@ and an attribute of the instance that has the name of an attribute of the new cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from syncbn.convert import classes
 from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
-
-EAGER = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-_OURS = (SyncBatchNorm, LazySyncBatchNorm)
 
 _CALLS_SUPER = frozenset({"train", "initialize_parameters", "__setstate__"})
 """Our methods that call the method they override, so that a patch on a base class still runs."""
@@ -30,21 +27,39 @@ _ABOUT_CLASSES = frozenset({"__init__", "__new__", "__init_subclass__", "convert
 _MISSING = object()
 
 
-def to_ours(layer: nn.Module) -> str:
+def to_ours(layer: nn.Module, becomes: classes.Table) -> str:
     """Says what conversion to SyncBatchNorm would lose. Empty if nothing."""
     if isinstance(layer, torch.jit.ScriptModule):
         return "it is a compiled ScriptModule; convert before torch.jit.script"
     if isinstance(layer, SyncBatchNorm):  # its class stays
         return _replaced(["forward"], SyncBatchNorm) if "forward" in vars(layer) else ""
-    target = LazySyncBatchNorm if type(layer) in LAZY else SyncBatchNorm
+    _learn(becomes)
+    target = becomes.get(type(layer), SyncBatchNorm)
     return (
-        _class_obstacle(layer, EAGER + LAZY, "convert")
+        _class_obstacle(layer, becomes, "convert")
         or _patch_obstacle(type(layer), target)
         or _attribute_obstacle(layer, target)
     )
 
 
-def to_original(layer: SyncBatchNorm, original: type[_BatchNorm] | None) -> str:
+def skipped(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the batch norms that their owner does not call with every input, and the reason.
+
+    The BatchNorm of torch_geometric does so: on a rank that has one node it normalises without calling its ``module``.
+    """
+    found: dict[nn.Module, str] = {}
+    for owner in model.modules():
+        layer = getattr(owner, "module", None) if vars(owner).get("allow_single_element") else None
+        if isinstance(layer, _BatchNorm):
+            name = f"{type(owner).__module__}.{type(owner).__qualname__}"
+            found[layer] = (
+                f"its owner, a {name}, skips it on a rank with one element, and the others would wait for that rank; "
+                "set allow_single_element=False there: in a group of several ranks one element is enough"
+            )
+    return found
+
+
+def to_original(layer: SyncBatchNorm, original: type[_BatchNorm] | None, becomes: classes.Table) -> str:
     """Says what the change from SyncBatchNorm back to ``original`` would lose. Empty if nothing."""
     if original is None:
         return "it was created as SyncBatchNorm; pass otherwise=torch.nn.BatchNorm2d, for example"
@@ -53,19 +68,21 @@ def to_original(layer: SyncBatchNorm, original: type[_BatchNorm] | None) -> str:
             f"it is lazy and {original.__name__} is not; run one batch first, or pass a lazy class, for example "
             "otherwise=torch.nn.LazyBatchNorm2d"
         )
-    if original in LAZY and not isinstance(layer, LazySyncBatchNorm):
-        original = original.cls_to_become
+    if original in classes.LAZY and not isinstance(layer, LazySyncBatchNorm):
+        original = original.cls_to_become  # type: ignore[attr-defined]
+    assert original is not None
+    _learn(becomes)
     spec = layer.process_group
-    if original is nn.SyncBatchNorm and spec is not None and spec.kind != "torch":
+    if issubclass(original, nn.SyncBatchNorm) and spec is not None and spec.kind != "torch":
         return f"torch.nn.SyncBatchNorm cannot have its process_group ({spec}); assign None or a torch group first"
     return (
-        _class_obstacle(layer, _OURS, "revert")
+        _class_obstacle(layer, {SyncBatchNorm, LazySyncBatchNorm, *becomes.values()}, "revert")
         or _patch_obstacle(type(layer), original)
         or _attribute_obstacle(layer, original)
     )
 
 
-def _class_obstacle(layer: nn.Module, convertible: Sequence[type], verb: str) -> str:
+def _class_obstacle(layer: nn.Module, convertible: Collection[type], verb: str) -> str:
     """Refuses a subclass, including one that torch made for this layer."""
     cls = type(layer)
     if cls in convertible:
@@ -80,7 +97,10 @@ def _class_obstacle(layer: nn.Module, convertible: Sequence[type], verb: str) ->
         )
     base = next((base for base in cls.__mro__ if base in convertible), _BatchNorm)
     lost = "class and methods" if _attributes(cls)["forward"] is _attributes(base)["forward"] else "forward"
-    return f"its {lost} ({name}) would be lost; replace the layer by hand"
+    advice = (
+        f"pass replace={{{cls.__name__}: function}}, or leave it out by only=" if verb == "convert" else "replace it"
+    )
+    return f"its {lost} ({name}) would be lost; {advice}"
 
 
 def _patch_obstacle(source: type, target: type) -> str:
@@ -118,7 +138,7 @@ def _attribute_obstacle(layer: nn.Module, target: type) -> str:
 
 
 def _replaced(methods: Sequence[str], target: type) -> str:
-    unsynchronised = "forward" in methods and target in _OURS
+    unsynchronised = "forward" in methods and issubclass(target, SyncBatchNorm)
     effect = "go on unsynchronised" if unsynchronised else f"not fit {target.__name__}"
     return f"its {', '.join(methods)} was replaced on the instance, and would {effect}; delete the replacement first"
 
@@ -138,10 +158,10 @@ def _owner(cls: type, name: str) -> type:
 
 
 def _unpatched(cls: type) -> dict[str, Any]:
-    """Returns the attributes of a class, without a forward that was patched before syncbn was imported."""
+    """Returns the attributes of a class, without a forward that was patched before its attributes were first read."""
     attributes = _attributes(cls)
     module = getattr(attributes["forward"], "__globals__", {}).get("__name__", "")  # functools.wraps cannot set it
-    if module.split(".")[0] not in ("torch", "syncbn"):
+    if module.split(".")[0] not in ("torch", "syncbn", cls.__module__.split(".")[0]):
         del attributes["forward"]
     return attributes
 
@@ -152,5 +172,15 @@ def _instance_keys(cls: type) -> frozenset[str]:
     return frozenset(vars(cls(device="meta") if lazy else cls(1, device="meta")))
 
 
-_AT_IMPORT: dict[type, dict[str, Any]] = {cls: _unpatched(cls) for cls in EAGER + LAZY + _OURS}
-_INSTANCE_KEYS: dict[type, frozenset[str]] = {cls: _instance_keys(cls) for cls in EAGER + LAZY + _OURS}
+_AT_IMPORT: dict[type, dict[str, Any]] = {}
+_INSTANCE_KEYS: dict[type, frozenset[str]] = {}
+
+
+def _learn(becomes: classes.Table) -> None:
+    """Notes classes as they are now, unless they are known."""
+    for cls in {*becomes, *becomes.values()} - _AT_IMPORT.keys():
+        _AT_IMPORT[cls], _INSTANCE_KEYS[cls] = _unpatched(cls), _instance_keys(cls)
+
+
+_learn({**classes.TORCH, nn.LazyBatchNorm1d: LazySyncBatchNorm})
+_learn(classes.TORCH)
