@@ -11,7 +11,7 @@ from syncbn.layer import SyncBatchNorm
 
 def table() -> Table:
     """Returns what each class becomes, with the classes of timm if the program has imported it."""
-    if "timm.layers.norm_act" not in sys.modules:
+    if sys.modules.get("timm.layers.norm_act") is None:
         return TORCH
     from syncbn.convert import timm_layers
 
