@@ -104,7 +104,7 @@ CASES = {
     "mobilenetv3_small": Case("timm", timm("mobilenetv3_small_050")),
     "regnetx_002": Case("timm", timm("regnetx_002")),
     "densenet121": Case("timm", timm("densenet121")),
-    "ghostnet_050": Case("timm", timm("ghostnet_050")),
+    "ghostnet_050": Case("timm", timm("ghostnet_050", drop_rate=0.0)),
     "hrnet_w18_small": Case("timm", timm("hrnet_w18_small"), (3, 64, 64)),
     "shufflenet": Case("torchvision", torchvisions("shufflenet_v2_x0_5")),
     "U-Net, ResNet-18": Case("segmentation-models-pytorch", smp),

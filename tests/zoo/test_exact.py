@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import syncbn
 from tests.zoo.networks import CASES
 
-pytestmark = pytest.mark.ranks(2)
+pytestmark = [pytest.mark.ranks(2), pytest.mark.filterwarnings("ignore")]  # of libraries, about themselves
 
 TOLERANCE = 1e-9
 """Relative to the largest value: float64 rounding, which tens of layers and small variances amplify."""
