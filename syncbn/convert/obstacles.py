@@ -45,7 +45,7 @@ def to_ours(layer: nn.Module, becomes: classes.Table) -> str:
 def skipped(model: nn.Module) -> dict[nn.Module, str]:
     """Returns the batch norms that their owner does not call with every input, and the reason.
 
-    The BatchNorm of torch_geometric does so: on a rank that has one node it normalises without calling its ``module``.
+    The BatchNorm of torch_geometric does so: with at most one node it does not call its ``module``.
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
@@ -53,8 +53,8 @@ def skipped(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(layer, _BatchNorm):
             name = f"{type(owner).__module__}.{type(owner).__qualname__}"
             found[layer] = (
-                f"its owner, a {name}, skips it on a rank with one element, and the others would wait for that rank; "
-                "set allow_single_element=False there: in a group of several ranks one element is enough"
+                f"its owner, a {name}, skips it on a rank with at most one element, and the others would wait; "
+                "set allow_single_element=False there: with several ranks, one element on one of them is enough"
             )
     return found
 
