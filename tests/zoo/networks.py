@@ -76,7 +76,7 @@ def torchvisions(name):
 def smp():
     import segmentation_models_pytorch
 
-    return segmentation_models_pytorch.Unet("resnet18", encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8))
+    return segmentation_models_pytorch.Unet("resnet18", encoder_depth=3, encoder_weights=None, decoder_channels=(32, 16, 8))
 
 
 def monai():
@@ -99,13 +99,13 @@ def yolo():
 
 
 CASES = {
-    "resnet50": Case("timm", timm("resnet50")),
+    "resnet50": Case("timm", timm("resnet50", channels=(16, 32, 64, 128), stem_width=16)),
     "efficientnet_b0": Case("timm", timm("efficientnet_b0")),
     "mobilenetv3_small": Case("timm", timm("mobilenetv3_small_050")),
     "regnetx_002": Case("timm", timm("regnetx_002")),
-    "densenet121": Case("timm", timm("densenet121")),
+    "densenet121": Case("timm", timm("densenet121", growth_rate=8)),
     "ghostnet_050": Case("timm", timm("ghostnet_050", drop_rate=0.0)),
-    "hrnet_w18_small": Case("timm", timm("hrnet_w18_small"), (3, 64, 64)),
+    "hrnet_w18_small": Case("timm", timm("hrnet_w18_small")),
     "shufflenet": Case("torchvision", torchvisions("shufflenet_v2_x0_5")),
     "U-Net, ResNet-18": Case("segmentation-models-pytorch", smp),
     "3d UNet": Case("MONAI", monai, (1, 16, 16, 16)),
