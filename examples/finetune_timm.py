@@ -17,7 +17,6 @@ loads weights from its hub.
 
 import argparse
 import copy
-import itertools
 
 import digits_data
 import torch
@@ -44,7 +43,7 @@ def build(args, classes):
 
 
 def enlarge(x):
-    return F.interpolate(x, size=(64, 64), mode="bilinear")  # the network halves the sides five times
+    return F.interpolate(x, size=(32, 32), mode="bilinear")  # the network halves the sides five times
 
 
 def train(world, name, model, data, args, *, alone=False):
@@ -83,7 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description="A network of timm on 2 images a process, synchronised and not.")
     parser.add_argument("--model", default="mobilenetv3_small_050", help="of timm (default mobilenetv3_small_050)")
     parser.add_argument("--pretrained", action="store_true", help="start from weights of timm's hub")
-    parser.add_argument("--steps", type=at_least(1), default=400, help="default 400")
+    parser.add_argument("--steps", type=at_least(1), default=200, help="default 200")
     parser.add_argument("--lr", type=float, default=0.01, help="default 0.01")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order, default 0")
     args, model, error = parse(world, parser), None, None

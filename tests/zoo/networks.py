@@ -76,7 +76,9 @@ def torchvisions(name):
 def smp():
     import segmentation_models_pytorch
 
-    return segmentation_models_pytorch.Unet("resnet18", encoder_depth=3, encoder_weights=None, decoder_channels=(32, 16, 8))
+    return segmentation_models_pytorch.Unet(
+        "resnet18", encoder_depth=3, encoder_weights=None, decoder_channels=(32, 16, 8)
+    )
 
 
 def monai():

@@ -4,8 +4,10 @@
 import pytest
 import timm
 import torch
+from timm.layers import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, SplitBatchNorm2d
 from timm.utils import freeze, unfreeze
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
 
@@ -83,3 +85,15 @@ def test_every_converted_layer_is_an_instance_of_its_class():
             layer = model.get_submodule(key)
             assert isinstance(layer, cls), (name, key)
             assert isinstance(layer, syncbn.SyncBatchNorm), (name, key)
+
+
+def test_a_class_that_would_lose_its_forward_is_refused():
+    with pytest.raises(TypeError, match="SplitBatchNorm2d"):
+        syncbn.convert_sync_batchnorm(nn.Sequential(SplitBatchNorm2d(4)))
+
+
+@pytest.mark.parametrize("cls", [EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, FrozenBatchNorm2d])
+def test_a_class_that_is_no_batch_norm_of_torch_stays(cls):
+    model = nn.Sequential(cls(4))
+    syncbn.convert_sync_batchnorm(model)
+    assert type(model[0]) is cls
