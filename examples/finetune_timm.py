@@ -2,7 +2,8 @@
 """Train a network of timm on real images, 2 images a process, in three ways.
 
 MobileNetV3 has timm's BatchNormAct2d, a batch norm that also applies the activation. syncbn.convert_sync_batchnorm
-converts it as it does torch's layers. The same weights, images, order and SGD each time:
+converts it as it does torch's layers. The same weights, images, order and SGD each time, in float64, since few images
+amplify rounding:
 
     one process    rank 0 computes the whole batch with timm's layers; the others sleep in a barrier
     local          each process normalises its own 2 images; gradients are averaged
@@ -39,11 +40,11 @@ def build(args, classes):
         need = f'examples/finetune_timm.py needs timm; importing it failed: {error}. pip install "syncbn[zoo]"'
         raise RuntimeError(need) from None
     torch.manual_seed(args.seed)
-    return timm.create_model(args.model, pretrained=args.pretrained, in_chans=1, num_classes=classes)
+    return timm.create_model(args.model, pretrained=args.pretrained, in_chans=1, num_classes=classes).double()
 
 
 def enlarge(x):
-    return F.interpolate(x, size=(32, 32), mode="bilinear")  # the network halves the sides five times
+    return F.interpolate(x, size=(64, 64), mode="bilinear")  # the network halves the sides five times
 
 
 def train(world, name, model, data, args, *, alone=False):
@@ -82,11 +83,11 @@ def main():
     parser = argparse.ArgumentParser(description="A network of timm on 2 images a process, synchronised and not.")
     parser.add_argument("--model", default="mobilenetv3_small_050", help="of timm (default mobilenetv3_small_050)")
     parser.add_argument("--pretrained", action="store_true", help="start from weights of timm's hub")
-    parser.add_argument("--steps", type=at_least(1), default=200, help="default 200")
+    parser.add_argument("--steps", type=at_least(1), default=150, help="default 150")
     parser.add_argument("--lr", type=float, default=0.01, help="default 0.01")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order, default 0")
     args, model, error = parse(world, parser), None, None
-    data = digits_data.load(None, smallest_batch=EACH * world.size, seed=args.seed)
+    data = digits_data.load(None, smallest_batch=EACH * world.size, seed=args.seed, dtype=torch.float64)
     try:
         model = build(args, data.classes)
     except RuntimeError as problem:
