@@ -20,7 +20,8 @@ def test_a_network_of_timm_trains_as_in_one_process_if_converted_and_only_then()
     assert done.returncode == 0, done.stderr
     found = differences(done.stdout)
     assert found["one process"] == 0
-    assert found["SyncBatchNorm"] < 1e-6 < 1e-3 < found["local"], done.stdout
+    assert found["SyncBatchNorm"] < 1e-6, done.stdout
+    assert found["local"] > 1e-3, done.stdout
     assert "mobilenetv3_small_050 after 5 steps of 4 images, 2 a process" in done.stdout
 
 
