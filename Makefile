@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo     four processes train on real data, synchronized and not
 # make test     every claim of the core, on 1 to 4 processes, in minutes
-# make test-all that, and all other tests: programs, compilers, MPICH, CUDA tensors on a device made of host memory
+# make test-all that, and all other tests: programs, compilers, MPICH, model libraries, CUDA tensors on a device made of
+#               host memory
 # make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
@@ -10,6 +11,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 BIN_MPICH := $(CURDIR)/$(VENV)-mpich/bin
+BIN_ZOO := $(CURDIR)/$(VENV)-zoo/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # $(call quietly,ENVIRONMENT,SENTENCE,COMMAND): one line for the step; what pip says is kept, and shown where it fails.
 quietly = @echo "$(2)"; $(3) >>$(1)/pip.log 2>&1 || { cat $(1)/pip.log; echo "FAILED: $(2)" >&2; exit 1; }
@@ -28,8 +30,8 @@ demo: $(VENV)/demo-ready
 test: $(VENV)/ready
 	tests/run.sh quick
 
-test-all: test $(VENV)-mpich/ready
-	BIN_MPICH=$(BIN_MPICH) tests/run.sh rest
+test-all: test $(VENV)-mpich/ready $(VENV)-zoo/ready
+	BIN_MPICH=$(BIN_MPICH) BIN_ZOO=$(BIN_ZOO) tests/run.sh rest
 
 # Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
 TORCH ?= 2.11.0
@@ -92,5 +94,17 @@ $(VENV)-mpich/ready: constraints.txt pyproject.toml
 	$(call quietly,$(VENV)-mpich,  syncbn with MPICH and tools of the tests,$(BIN_MPICH)/python $(INSTALL) -e ".[test]" mpi4py mpich)
 	@touch $@
 
+# Sees the packages of $(VENV) and adds to them. Without dependencies: ultralytics asks for an OpenCV that needs a display,
+# torchvision for a torch with CUDA, and polars, of 170 MB, is for tables of results. What is needed stands in ZOO.
+ZOO := kornia_rs opencv-python-headless ultralytics-thop xxhash
+$(VENV)-zoo/ready: $(VENV)/ready
+	@echo "Making $(VENV)-zoo: model libraries"
+	@$(PYTHON) -m venv $(VENV)-zoo
+	@rm -f $(VENV)-zoo/pip.log
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		>$$($(BIN_ZOO)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	$(call quietly,$(VENV)-zoo,  timm torchvision MONAI PyG ultralytics and others,$(call extras,$(VENV)-zoo,zoo) --no-deps $(ZOO))
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-mpich $(VENV)-dist out site build dist
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-zoo $(VENV)-dist out site build dist

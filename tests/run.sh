@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # The tests in stages, one line each; what a stage prints is kept in out/tests and shown where it fails.
 #     tests/run.sh quick            what make test runs: every claim of the core, once each
-#     tests/run.sh rest             what make test-all adds: programs, compilers, MPICH, CUDA tensors
+#     tests/run.sh rest             what make test-all adds: programs, compilers, MPICH, model libraries, CUDA tensors
 #     tests/run.sh mpi-3 torchrun   some stages by name; PYTEST_WORDS="-k masks" goes to each
 # BIN is the folder of the commands of the environment, BIN_MPICH of that with MPICH.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 BIN=${BIN:-$(dirname "$(command -v python)")}
 BIN_MPICH=${BIN_MPICH:-$PWD/.venv-mpich/bin}
+BIN_ZOO=${BIN_ZOO:-$PWD/.venv-zoo/bin}
 LOGS=${LOGS:-out/tests}
 read -ra more <<<"--color=no ${PYTEST_WORDS:-}"
 export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1
@@ -26,7 +27,7 @@ stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
             *) echo "$word" ;;
         esac
     done
@@ -43,17 +44,20 @@ ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
 # shellcheck disable=SC2086 # lists of files
 stage() {
     case $1 in
-        one) timeout -k 10 900 python -m pytest -n 2 -m "$brief and not builds and not nvrtc" --ignore $several "${more[@]}" ;;
+        one) timeout -k 10 900 python -m pytest -n 2 -m "$brief and not builds and not nvrtc" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         mpi-3) ranks 3 mpirun -m "$brief" $several ;;
         mpi-2) ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup -m program --ignore $several "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup -m program --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
-        kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program" --ignore $several "${more[@]}" ;;
+        kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) ranks 2 mpirun -m slow $several ;;
         compiled-torchrun) ranks 2 torchrun -m slow $several/test_{compile_order,call_identity}.py ;;
         mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $several ;;
+        zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
+        zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
+        zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
         fake-gpu)
             SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -m "not program" "${more[@]}" \
                 tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks

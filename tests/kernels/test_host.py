@@ -233,7 +233,9 @@ REFUSED = {
     "x must be a strided CPU tensor of": lambda: local_moments(X[0].to_sparse()),
     "bias must be a strided CPU tensor": lambda: normalize(bias=torch.ones(3, device="meta")),
     "running_mean and running_var must both": lambda: normalize(running=Running(C3, None, None, 0.1)),
-    "num_batches_tracked must be int64": lambda: normalize(running=Running(C3, C3, torch.tensor(0.0), 0.1)),
+    "num_batches_tracked must be int64": lambda: normalize(
+        running=Running(C3, C3, torch.zeros(2, dtype=torch.int64), 0.1)
+    ),
     "grad_y must have the shape and dtype of x": lambda: HOST.backward_sums(X[:1], X, STATS, NUMBERS),
     "stats must be contiguous float64": lambda: HOST.backward_sums(X, X, STATS.float(), NUMBERS),
     "stats must be contiguous float64 .7,": lambda: backward_input(stats=STATS[:6]),

@@ -468,9 +468,6 @@ def test_parameters_elsewhere_are_refused_before_a_pointer_is_used():
             ValueError, match=r"must be floating-point of shape \(5,\) on cpu; received .* Move the layer"
         ):
             k.normalize(x, wire, Parameters(wrong, eps=EPS), MESSAGE)
-    running = Running(torch.zeros(5), torch.ones(5), torch.tensor(0.0), 0.1)
-    with pytest.raises(ValueError, match="num_batches_tracked must be int64 on cpu"):
-        k.normalize(x, wire, Parameters(eps=EPS, running=running), MESSAGE)
 
 
 def test_the_layer_trains_on_them_as_on_the_readable_ones(monkeypatch):
