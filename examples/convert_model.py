@@ -4,7 +4,7 @@
 The model has a forward hook, one batch norm used in two places, and a frozen one.
 
     $ NPROC=2 launch/mpirun.sh examples/convert_model.py
-    converted: SyncBatchNorm(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    converted: SyncBatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     the shared layer is still one: True
     the frozen layer is still frozen: True
     the parameters are the same objects: True

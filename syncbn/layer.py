@@ -20,7 +20,7 @@ from syncbn import functional, transports
 from syncbn.calls import renorm, traced
 from syncbn.calls.renorm import RenormLimits
 from syncbn.calls.sites import Layer, Settings, Site
-from syncbn.checks import converters, inputs, placement
+from syncbn.checks import converters, inputs, kinds, placement
 from syncbn.moments import record
 from syncbn.transports import gather
 from syncbn.transports.groups import GroupSpec
@@ -107,6 +107,8 @@ class SyncBatchNorm(_BatchNorm):
         """Whether the layer has weight and bias. Refuses the conversions of other libraries, see ``converters.py``."""
         if not torch.compiler.is_compiling() and converters.converts(caller := sys._getframe(1)):
             raise converters.conversion_error(caller, self._site.name or type(self).__name__)
+        if "affine" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'affine'")
         affine: bool = self.__dict__["affine"]
         return affine
 
@@ -197,9 +199,19 @@ class SyncBatchNorm(_BatchNorm):
             mean, var = mean.clone(), var.clone()
         parameters = (mean, var, self.weight, self.bias)
         if isinstance(x, Tensor) and (mean is None) == (var is None) and functional.mixes_dtypes(x, *parameters):
+            if not recorded:
+                self._require_vectors(parameters)
             return functional.eval_batch_norm(x, *parameters, self.eps)
         local = mean is None  # without running statistics: use the local batch's, without communication
         return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
+
+    def _require_vectors(self, parameters: tuple[Tensor | None, ...]) -> None:
+        """Raises for a parameter or buffer that torch's batch_norm would refuse."""
+        names = ("running_mean", "running_var", "weight", "bias")
+        for name, t in zip(names, parameters, strict=True):
+            error = None if t is None else kinds.vector_error(name, t, self.num_features)
+            if error is not None:
+                raise error
 
     def _traced_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         leaf = traced.is_leaf(self, SyncBatchNorm.forward)

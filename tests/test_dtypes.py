@@ -144,3 +144,26 @@ def test_eval_of_a_mix_of_dtypes_exports_and_traces():
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
     assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.ones(1, dtype=torch.float64),
+        torch.ones((), dtype=torch.float64),
+        torch.ones(3, 3, dtype=torch.float64),
+        torch.ones(5, dtype=torch.float64),
+        torch.ones(3, dtype=torch.int64),
+        torch.ones(3, dtype=torch.complex64),
+    ],
+    ids=lambda t: f"{tuple(t.shape)} {t.dtype}",
+)
+def test_eval_refuses_what_would_broadcast_or_lose_a_part(name, wrong):
+    layer = syncbn.SyncBatchNorm(3).eval().requires_grad_(False)
+    if name in ("weight", "bias"):
+        layer._parameters[name] = wrong
+    else:
+        layer._buffers[name] = wrong
+    with pytest.raises(ValueError, match=rf"needs {name} of shape \(3,\) and a floating dtype"):
+        layer(torch.randn(4, 3))

@@ -26,8 +26,8 @@ def conversion_error(caller: FrameType, label: str) -> TypeError:
         label: how to call the layer that it would replace.
     """
     return TypeError(
-        f"{caller.f_code.co_name} of {_module(caller)} needs layers that are not synchronised yet; received {label}, a "
-        "layer of syncbn. It would replace the layer and lose its hooks, name and group. Leave that call out (in "
+        f"{caller.f_code.co_name} of {_module(caller)} needs layers that are not synchronised yet; received {label!r}, "
+        "a layer of syncbn. It would replace the layer and lose its hooks, name and group. Leave that call out (in "
         "Lightning it is sync_batchnorm=True), or call syncbn.revert_sync_batchnorm(model) first."
     )
 

@@ -50,6 +50,7 @@ class ModelReport:
             "converts": converts,
             "refused": self.refused,
             "rows": rows,
+            "error": self.error,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -83,6 +84,8 @@ class ModelReport:
             return f"Conversion would refuse {_plural(len(self.refused), 'layer')} and change nothing."
         waiting = sum(row.reason == standing.NOT_YET for row in self.rows)
         left = len(self._left())
+        if not waiting and not left:
+            return "Nothing is left to convert."
         return f"Conversion would succeed for {_plural(waiting, 'layer')}" + (f", and leave {left}." if left else ".")
 
 
@@ -141,7 +144,7 @@ def _build(factory: str) -> nn.Module:
         try:
             found = found()
         except (Exception, SystemExit) as error:
-            raise _Wrong(f"{path}() raised {type(error).__name__}: {error}") from error
+            raise _Wrong(f"{path}() raised {_line(error)}") from error
     if not isinstance(found, nn.Module):
         raise _Wrong(f"{path}() must return a torch.nn.Module; received {type(found).__name__}")
     return found
@@ -155,7 +158,13 @@ def _imported(name: str) -> Any:
             raise _Wrong(f"there is no module {error.name}, looked for in {os.getcwd()} and in sys.path") from error
         raise _Wrong(f"importing {name} raised ModuleNotFoundError: {error}") from error
     except (Exception, SystemExit) as error:
-        raise _Wrong(f"importing {name} raised {type(error).__name__}: {error}") from error
+        raise _Wrong(f"importing {name} raised {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    """Returns an error in one line of a readable length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ def convert_sync_batchnorm(
     Communication:
         None.
     """
+    selection.require_module(module, "convert_sync_batchnorm")
     functions, becomes = replacement.checked(replace), known.table()
     chosen = selection.choose(module, only, lambda layer: is_batch_norm(layer) or type(layer) in functions)
     old = {name: layer for name, layer in chosen.items() if type(layer) in functions}
@@ -119,6 +120,7 @@ def name_layers(model: nn.Module) -> nn.Module:
     Communication:
         None.
     """
+    selection.require_module(model, "name_layers")
     return _name(model, model.modules())
 
 
@@ -155,6 +157,13 @@ def revert_sync_batchnorm(
         None.
     """
     becomes = known.table()
+    selection.require_module(module, "revert_sync_batchnorm")
+    if otherwise is not None and otherwise not in classes.TORCH:
+        raise TypeError(
+            "otherwise= needs a batch norm class of torch, such as torch.nn.BatchNorm2d; received "
+            f"{otherwise.__qualname__ if isinstance(otherwise, type) else otherwise!r}. A layer that was created as "
+            "SyncBatchNorm has only what these have."
+        )
     chosen = selection.choose(module, only, lambda layer: _is_ours(layer) or replacement.original(layer) is not None)
     news = {name: layer for name, layer in chosen.items() if replacement.original(layer) is not None}
     _refuse(chosen, {name: why for name, new in news.items() if (why := replacement.obstacle(new))}, "its original")

@@ -27,10 +27,14 @@ def checked(replace: Functions | None) -> Functions:
     for cls, function in replace.items():
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise TypeError(f"{need}; received the key {cls!r}. Pass a class of torch.nn.Module.")
-        if not callable(function) or isinstance(function, nn.Module):
-            received = f"{type(function).__name__} for {cls.__name__}"
+        if not callable(function) or isinstance(function, nn.Module | type):
+            received = f"{'the class ' if isinstance(function, type) else ''}{_name(function)} for {cls.__name__}"
             raise TypeError(f"{need}; received {received}. Pass a function that makes a module for each layer.")
     return replace
+
+
+def _name(thing: object) -> str:
+    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
 
 
 def make(model: nn.Module, layers: Mapping[str, nn.Module], functions: Functions) -> dict[nn.Module, nn.Module]:
@@ -52,7 +56,11 @@ def make(model: nn.Module, layers: Mapping[str, nn.Module], functions: Functions
             continue
         inside = set(old.modules())
         covered |= inside
-        new = functions[type(old)](old)
+        try:
+            new = functions[type(old)](old)
+        except Exception as error:
+            error.add_note(f"raised by the function of replace= for {name!r}, a {type(old).__name__}")
+            raise
         what = f"replace= needs a new module for each {type(old).__name__}; received"
         if not isinstance(new, nn.Module):
             raise TypeError(f"{what} {type(new).__name__} for {name!r}. Return the module that takes its place.")
@@ -100,7 +108,7 @@ def original(module: nn.Module) -> nn.Module | None:
 def remember(made: Mapping[nn.Module, nn.Module]) -> None:
     """Keeps each original in its replacement."""
     for old, new in made.items():
-        new.__dict__[MARK] = old  # an assignment would make it a submodule
+        new.__dict__[MARK] = vars(old).pop(MARK, old)  # an assignment would make it a submodule
 
 
 def obstacle(new: nn.Module) -> str:
@@ -116,7 +124,7 @@ def obstacle(new: nn.Module) -> str:
 
 def restore(news: Collection[nn.Module]) -> None:
     """Gives the originals the parameters, buffers and training mode that their replacements have by now."""
-    for new in news:
+    for new in reversed(list(news)):  # inner ones first: an outer one holds the originals of those in it by now
         old = original(new)
         assert old is not None
         held = {name: tables[leaf] for name, tables, leaf in _tensors(new)}
@@ -133,4 +141,4 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, object], str]]:
         for tables in (part._parameters, part._buffers):
             for leaf, tensor in tables.items():
                 if tensor is not None:
-                    yield f"{prefix}.{leaf}", tables, leaf
+                    yield f"{prefix}.{leaf}".lstrip("."), tables, leaf

@@ -14,6 +14,19 @@ Only = str | Iterable[str] | Predicate | None
 """A pattern, several of them, a function of (name, layer), or None for all layers."""
 
 
+def require_module(model: object, what: str) -> None:
+    """Raises unless a model is one.
+
+    Raises:
+        TypeError: with the name of the function ``what``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{what} needs a torch.nn.Module; received {type(model).__name__}. Pass the model, or one layer; for a "
+            "list of them, call it for each."
+        )
+
+
 def choose(model: nn.Module, only: Only, candidate: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
     """Returns the selected candidates of a model, once each, under their first name.
 
@@ -51,7 +64,7 @@ def _matcher(only: str | Iterable[str] | Predicate, names: list[str]) -> Predica
     patterns = list(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise _type_error(only)
+            raise TypeError(f"only= needs patterns as str; received {pattern!r:.60} among them.")
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(_no_match(pattern, names))
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -69,8 +82,8 @@ def _type_error(only: object) -> TypeError:
 def _no_match(pattern: str, names: list[str]) -> str:
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
     listed = ", ".join(repr(name) for name in close)
-    near = f"Names that are close: {listed}." if names else "The model has no such layer."
+    near = f"Names that are close: {listed}." if names else "The model has none."
     return (
-        f"only= needs patterns that match the name of a batch norm; received {pattern!r}, which matches none of "
+        f"only= needs patterns that match the name of a layer to change; received {pattern!r}, which matches none of "
         f"{len(names)}. {near} A pattern matches a whole name, and * also matches dots."
     )

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from torch import nn
 
 from syncbn.convert import standing, unregistered
+from syncbn.convert.selection import require_module
 from syncbn.layer import SyncBatchNorm
 
 _NAMED = 10
@@ -101,6 +102,7 @@ def summary(model: nn.Module) -> Summary:
     Communication:
         None.
     """
+    require_module(model, "summary")
     return Summary([row for row, _ in _rows(model)], type(model).__name__)
 
 

@@ -29,6 +29,7 @@ made: dict[tuple[GroupSpec | None, str], _Live] = {}
 _locks: dict[tuple[GroupSpec | None, str], threading.Lock] = {}
 _locking = threading.Lock()
 _adopted: set[GroupSpec | None] = set()
+"""Groups that :func:`adopt` has kept. A layer may make one of them again after it was closed."""
 
 
 def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTransport:
@@ -101,12 +102,11 @@ def free(spec: GroupSpec) -> bool:
     """Closes a group that :func:`adopt` kept. Returns whether there was one. By every rank of the group."""
     if spec not in _adopted:
         return False
-    _adopted.discard(spec)
     live = [made.pop(key) for key in list(made) if key[0] == spec]
     for each in live:
         if _holds(each):
             each.transport.close()
-    return True
+    return bool(live)
 
 
 def _lock_of(spec: GroupSpec | None, device_type: str) -> threading.Lock:

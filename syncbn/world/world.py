@@ -7,7 +7,6 @@ import operator
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
@@ -20,6 +19,9 @@ from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify
 from syncbn.world import packs
+
+_LARGEST = 2**53
+"""Counts up to it are exact in float64."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class World:
         Raises:
             ValueError: on every rank, if a count is negative or all are 0.
         """
-        usable = isinstance(count, SupportsIndex) and operator.index(count) >= 0
-        error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r}. Pass len(x).")
+        usable = isinstance(count, SupportsIndex) and 0 <= operator.index(count) <= _LARGEST
+        error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r:.100}. Pass len(x).")
         gather.raise_together(None if usable else error, self.transport, "World.loss_scale")
         mine = torch.tensor([float(count)], dtype=torch.float64, device="cpu")
         total = gather.exchange(mine, self.transport, "World.loss_scale").item()
@@ -128,11 +130,8 @@ class World:
         Raises:
             ValueError, TypeError: on every rank, if a value is not one number, a weight is not one >= 0, or all are 0.
         """
-        error, number = _number_error(value, weight), 0.0
-        if error is None and weight:
-            number = (value.item() if isinstance(value, Tensor) else float(value)) * weight
-        own = (number, float(weight), 0.0) if error is None else (0.0, 0.0, 1.0)
-        mine = torch.tensor(own, dtype=torch.float64, device="cpu")
+        own, error = _weighted(value, weight)
+        mine = torch.tensor((*own, float(error is not None)), dtype=torch.float64, device="cpu")
         summed, total, errors = gather.exchange(mine, self.transport, "World.average").tolist()
         if errors:
             gather.raise_gathered(error, self.transport)
@@ -161,7 +160,8 @@ class World:
     def free(self, process_group: GroupSpec | None) -> None:
         """Closes a group that :meth:`subgroup` made: over gloo it holds some 4 open files.
 
-        A layer that still has the group makes another one at its next forward.
+        A layer that still has the group makes another one at its next forward. A backward that is still to come, and
+        what :meth:`within` returned, need the group: free it after them.
 
         Communication:
             By every rank of the group, at the same time.
@@ -169,10 +169,12 @@ class World:
         Raises:
             ValueError: if the group is not one that :meth:`subgroup` made, or is closed already.
         """
-        if self.size > 1 and (process_group is None or not transports.free(process_group)):
+        if process_group is None and self.size == 1:  # what subgroup returns in a job of one process
+            return
+        if not isinstance(process_group, GroupSpec) or not transports.free(process_group):
             raise ValueError(
                 "World.free needs a group that World.subgroup made and that is still open; received "
-                f"{process_group or 'None'}. A group of your own is closed by the library that made it."
+                f"{process_group}. A group of your own is closed by the library that made it."
             )
 
     def subgroup(self, size: int) -> GroupSpec | None:
@@ -245,12 +247,27 @@ class World:
                 parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
 
 
-def _number_error(value: object, weight: object) -> Exception | None:
-    """Returns what is wrong with the arguments of :meth:`World.average`, or None."""
-    single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
-    if not single:
-        received = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        return TypeError(f"World.average needs one real number; received {received}. Pass loss.item(), for example.")
-    if not isinstance(weight, Real) or not 0 <= float(weight) < float("inf"):
-        return ValueError(f"World.average needs a finite weight >= 0; received {weight!r}. Pass len(x), for example.")
-    return None
+def _weighted(value: object, weight: object) -> tuple[tuple[float, float], Exception | None]:
+    """Returns weight * value and weight, or zeros and what is wrong with the arguments of :meth:`World.average`."""
+    nothing = (0.0, 0.0)
+    number, error = _number(value)
+    if error is not None:
+        need = f"World.average needs one real number; received {error}"
+        return nothing, TypeError(f"{need}. Pass loss.item(), for example.")
+    counts, error = _number(weight)
+    if error is not None or not 0 <= counts < float("inf"):
+        need = f"World.average needs a finite weight >= 0; received {error or f'{counts:g}'}"
+        return nothing, ValueError(f"{need}. Pass len(x), for example.")
+    return (number * counts if counts else 0.0, counts), None
+
+
+def _number(given: object) -> tuple[float, str | None]:
+    """Returns a number and None, or 0 and what was given instead. Whatever converting it raises must not leave here."""
+    if isinstance(given, Tensor) and (given.numel() != 1 or given.is_complex()):
+        return 0.0, f"a tensor of shape {tuple(given.shape)}, {str(given.dtype).removeprefix('torch.')}"
+    if not isinstance(given, Tensor) and (isinstance(given, str) or not hasattr(given, "__float__")):
+        return 0.0, f"{type(given).__name__} {given!r:.60}"
+    try:
+        return float(given.item() if isinstance(given, Tensor) else given), None
+    except Exception as error:  # of any kind: raised on this rank alone, it would leave the others waiting
+        return 0.0, f"{type(given).__name__}, of which float() raised {type(error).__name__}: {error}"[:200]

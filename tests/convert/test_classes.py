@@ -119,7 +119,7 @@ def test_the_conversion_of_another_library_is_refused_and_replaces_nothing(conve
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ModuleDict({"norm": nn.BatchNorm2d(3)}))
     convert(copy.deepcopy(model))
     layer = convert_sync_batchnorm(model)[1]["norm"]
-    words = rf"of {module} needs layers that are not synchronised yet; received 1\.norm, .*revert_sync_batchnorm"
+    words = rf"of {module} needs layers that are not synchronised yet; received '1\.norm', .*revert_sync_batchnorm"
     with pytest.raises(TypeError, match=words):
         convert(model)
     assert model[1]["norm"] is layer

@@ -228,3 +228,71 @@ def test_a_batch_norm_that_its_owner_skips_on_some_ranks_is_refused():
     model[1].allow_single_element = False
     convert_sync_batchnorm(model)
     assert type(model[1].module) is syncbn.SyncBatchNorm1d
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(x)
+
+
+class OtherHolder(Holder):
+    pass
+
+
+def plain(old):
+    new = SyncLeaky(old.num_features)
+    new.load_state_dict(old.state_dict())
+    return new
+
+
+def test_a_replacement_inside_another_hands_over_what_was_learnt():
+    model = nn.Sequential(Holder())
+    convert_sync_batchnorm(model, replace={Holder: lambda old: OtherHolder()})
+    convert_sync_batchnorm(model, replace={syncbn.SyncBatchNorm2d: plain})
+    weight = model[0].bn.weight
+    with torch.no_grad():
+        weight.fill_(7.0)
+        model[0].bn.running_mean.fill_(5.0)
+    revert_sync_batchnorm(model)
+    assert type(model[0]) is Holder
+    assert type(model[0].bn) is nn.BatchNorm2d
+    assert model[0].bn.weight is weight
+    assert model[0].bn.running_mean.tolist() == [5.0] * 3
+
+
+def test_a_replacement_of_a_replacement_gives_the_first_layer_back():
+    model = nn.Sequential(Leaky(3))
+    convert_sync_batchnorm(model, replace={Leaky: plain})
+    convert_sync_batchnorm(model, replace={SyncLeaky: plain})
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)
+    revert_sync_batchnorm(model)
+    assert type(model[0]) is Leaky
+    assert model[0].weight.tolist() == [7.0] * 3
+
+
+def test_an_error_of_the_function_says_for_which_layer():
+    def fails(old):
+        raise KeyError("eps")
+
+    with pytest.raises(KeyError) as caught:
+        convert_sync_batchnorm(nn.Sequential(Leaky(3)), replace={Leaky: fails})
+    assert caught.value.__notes__ == ["raised by the function of replace= for '0', a Leaky"]
+
+
+def test_what_is_no_model_is_refused_by_name():
+    for function in (convert_sync_batchnorm, revert_sync_batchnorm, syncbn.name_layers, syncbn.summary):
+        with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module; received list"):
+            function([nn.BatchNorm2d(3)])
+
+
+def test_otherwise_is_a_class_that_has_no_more_than_the_layer():
+    model = nn.Sequential(syncbn.SyncBatchNorm(3))
+    for otherwise in (Leaky, nn.Linear, "BatchNorm2d"):
+        with pytest.raises(TypeError, match="otherwise= needs a batch norm class of torch"):
+            revert_sync_batchnorm(model, otherwise=otherwise)
+    assert type(model[0]) is syncbn.SyncBatchNorm

@@ -171,6 +171,10 @@ def test_average_is_weighted_and_the_same_on_every_rank(ranks, as_tensor):
         (torch.ones(2), 1, TypeError, "a tensor of shape (2,)"),
         (1.0, -1, ValueError, "weight >= 0; received -1"),
         (1.0, float("nan"), ValueError, "weight >= 0; received nan"),
+        (10**400, 1, TypeError, "of which float() raised OverflowError"),
+        (1.0, 10**400, ValueError, "of which float() raised OverflowError"),
+        (torch.empty((), device="meta"), 1, TypeError, "of which float() raised"),
+        (1 + 2j, 1, TypeError, "one real number; received complex"),
     ],
 )
 def test_average_refuses_alike(ranks, value, weight, kind, part):

@@ -142,5 +142,5 @@ def test_accelerate_with_a_converted_model_trains_as_one_process(tmp_path):
     last = "accelerator.end_training()"
     (kinds, state), (_, without) = results(head, *trainings, last=last, tmp_path=tmp_path)
     assert gap(state, reference) < 1e-12
-    assert kinds[1] == "SyncBatchNorm"
+    assert kinds[1] == "SyncBatchNorm1d"
     assert gap(without, reference) > 1e-4
