@@ -201,8 +201,8 @@ def test_many_gradients_at_once_are_those_of_one_process(ranks, how, dims):
     """The measure is torch's layer over the whole batch."""
     draw = torch.Generator().manual_seed(3)
     W = ranks.size
-    x = torch.randn(3 * W, 5, *dims, generator=draw, dtype=torch.float64).to(DEVICE)
-    vectors = torch.randn(4, 3 * W, 5, *dims, generator=draw, dtype=torch.float64).to(DEVICE)
+    x = torch.randn(3 * W, 5, *dims, generator=draw, dtype=torch.float64, device="cpu").to(DEVICE)
+    vectors = torch.randn(4, 3 * W, 5, *dims, generator=draw, dtype=torch.float64, device="cpu").to(DEVICE)
     if dims:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     whole, mine = x.clone().requires_grad_(), x[3 * ranks.rank : 3 * ranks.rank + 3].clone().requires_grad_()
@@ -224,7 +224,7 @@ def test_many_gradients_at_once_are_those_of_one_process(ranks, how, dims):
 @pytest.mark.parametrize("name", ["jacobian", "hessian"])
 def test_vectorised_derivatives_are_those_of_a_loop(ranks, name):
     draw = torch.Generator().manual_seed(ranks.rank)
-    x = torch.randn(3, 2, generator=draw, dtype=torch.float64).to(DEVICE)
+    x = torch.randn(3, 2, generator=draw, dtype=torch.float64, device="cpu").to(DEVICE)
     layer = syncbn.SyncBatchNorm(2, dtype=torch.float64)
     derivative = getattr(torch.autograd.functional, name)
     call = layer if name == "jacobian" else lambda x: layer(x).pow(3).sum()
