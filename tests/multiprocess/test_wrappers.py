@@ -144,6 +144,28 @@ def test_fsdp2_in_bfloat16_keeps_float32_statistics_equal_on_all_ranks(ranks, to
     ranks.check_equal(norm.running_var, everyones)
 
 
+@fsdp
+@pytest.mark.parametrize("way", ["eval", "frozen"])
+def test_fsdp2_in_bfloat16_takes_its_input_in_eval_and_frozen_too(ranks, torch_world, way):
+    """torch's batch_norm refuses bfloat16 weights beside float32 buffers. Ours rounds once, as in training."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(syncbn.convert_sync_batchnorm(Network()), mp_policy=policy)
+    train(model, [mine(ranks, x).float() for x in batches(ranks)])
+    layer, seen = model.blocks[0][1], []
+    layer.register_forward_hook(
+        lambda layer, args, y: seen.append((args[0], y, layer.weight.clone(), layer.bias.clone()))
+    )
+    model.eval() if way == "eval" else syncbn.freeze(model)
+    model(mine(ranks, batches(ranks)[0]).float())
+    x, y, weight, bias = (t.detach() for t in seen[0])
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    mean, var, weight, bias = (t.double().view(shape) for t in (layer.running_mean, layer.running_var, weight, bias))
+    exact = (x.double() - mean) / (var + layer.eps).sqrt() * weight + bias
+    ranks.check((x.dtype, y.dtype, layer.running_mean.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32))
+    gap = ((y.double() - exact).abs() / exact.abs().clamp(min=1e-3)).max().item()
+    ranks.check(gap <= 2**-8 * 1.01, f"{way}: rounded more than once: {gap}")
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True}], ids=["mean", "ema"]
 )
