@@ -16,7 +16,7 @@ A tour, in reading order:
                       errors that all ranks raise alike
     checks/           the errors of a call
     calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized
-    layer.py          the module, SyncBatchNorm
+    layer.py          the module, SyncBatchNorm; evaluation.py is eval of mixed dtypes
     convert/          conversion of torch's and timm's batch norms and back, refused if something would be lost;
                       summary() says what stays local
     training/         freeze, no_sync, recalibrate, join

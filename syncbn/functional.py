@@ -19,19 +19,16 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from syncbn import kernels, moments
+from syncbn import kernels
 from syncbn.calls import compiled, eager
 from syncbn.calls.operators import FUNCTION
 from syncbn.calls.sites import Layer
 from syncbn.checks import inputs, placement
-from syncbn.checks.kinds import NAME
 from syncbn.kernels.base import Parameters
-from syncbn.kernels.torch_ops import affine, local_sums
 from syncbn.moments import Running, record
 from syncbn.transports.specify import specify
 
 _CPU = torch.device("cpu")
-_HALVES = (torch.float16, torch.bfloat16)
 _NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -157,35 +154,6 @@ def _error(
     if layer.site is not FUNCTION:
         error = placement.device_error(x, tensors[0], tensors[2])
     return error or inputs.tensors_error(dict(zip(_NAMES, tensors, strict=True)), x, layer.settings[0])
-
-
-def eval_batch_norm(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Normalises x by the given statistics, or by its own. For dtypes that torch's batch_norm does not take together.
-
-    Rounds as training does: numbers per channel are float64, elementwise arithmetic is float32 (float64 for float64
-    input), and y is rounded once to the dtype of x. Sends nothing.
-    """
-    if mean is not None and var is not None:
-        return affine(x, mean.double(), (var.double() + eps).rsqrt(), weight, bias)
-    count = x.numel() // x.size(1)
-    if count == 1:
-        raise ValueError(
-            f"{NAME} without running statistics needs at least 2 values per channel in eval; received shape "
-            f"{tuple(x.shape)}. Give it more samples, or keep running statistics."
-        )
-    own_mean, _, invstd = moments.finalize_sums(x.new_tensor(count, dtype=torch.float64), local_sums(x, None), eps)
-    return affine(x, own_mean, invstd, weight, bias)
-
-
-def mixes_dtypes(x: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether torch's batch_norm refuses the dtypes: it takes one, or float16 or bfloat16 input with float32."""
-    own = x.dtype
-    for t in tensors:
-        if t is not None and t.dtype != own:
-            return own not in _HALVES or any(t is not None and t.dtype != torch.float32 for t in tensors)
-    return False
 
 
 def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedParameter
 
-from syncbn import functional, transports
+from syncbn import evaluation, functional, transports
 from syncbn.calls import renorm, traced
 from syncbn.calls.renorm import RenormLimits
 from syncbn.calls.sites import Layer, Settings, Site
@@ -198,10 +198,10 @@ class SyncBatchNorm(_BatchNorm):
             # backward needs them as they are now: a training step in between moves the buffers
             mean, var = mean.clone(), var.clone()
         parameters = (mean, var, self.weight, self.bias)
-        if isinstance(x, Tensor) and (mean is None) == (var is None) and functional.mixes_dtypes(x, *parameters):
+        if isinstance(x, Tensor) and (mean is None) == (var is None) and evaluation.mixes_dtypes(x, *parameters):
             if not recorded:
                 self._require_vectors(parameters)
-            return functional.eval_batch_norm(x, *parameters, self.eps)
+            return evaluation.eval_batch_norm(x, *parameters, self.eps)
         local = mean is None  # without running statistics: use the local batch's, without communication
         return F.batch_norm(x, mean, var, self.weight, self.bias, local, self.momentum or 0.0, self.eps)
 
