@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -164,6 +164,20 @@ def test_fsdp2_in_bfloat16_takes_its_input_in_eval_and_frozen_too(ranks, torch_w
     ranks.check((x.dtype, y.dtype, layer.running_mean.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32))
     gap = ((y.double() - exact).abs() / exact.abs().clamp(min=1e-3)).max().item()
     ranks.check(gap <= 2**-8 * 1.01, f"{way}: rounded more than once: {gap}")
+
+
+@fsdp
+@pytest.mark.parametrize("way", ["eval", "frozen"])
+def test_fsdp1_with_low_precision_parameters_takes_its_input_in_eval_and_frozen_too(ranks, torch_world, way):
+    """``param_dtype`` alone casts parameters and input, and leaves the buffers in float32."""
+    policy = MixedPrecision(param_dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(6, 8), syncbn.SyncBatchNorm(8), nn.Linear(8, 2))
+    model = FullyShardedDataParallel(model, mixed_precision=policy, device_id=torch.device("cpu"), use_orig_params=True)
+    x = torch.randn(4, 6) + ranks.rank
+    model(x).float().square().mean().backward()
+    model.eval() if way == "eval" else syncbn.freeze(model)
+    y = model(x)
+    ranks.check(y.dtype == torch.bfloat16 and bool(y.isfinite().all()), f"{way}: {y.dtype}")
 
 
 @pytest.mark.parametrize(
