@@ -96,17 +96,21 @@ class Replay(AbstractTransport):
     def serial(self, serial: int) -> None:
         self._inner.serial = serial
 
-    def all_reduce(self, wire: Tensor) -> Tensor:
+    def reduce(self, wire: Tensor, message: Message) -> Tensor:
         """Sums a wire. If this forward repeats an earlier one, returns the sums of that one instead."""
         if self._first is not None:
-            return self._inner.all_reduce(wire)
+            return self._inner.reduce(wire, message)
         self._first = first = first_call(self._owner, wire, self._error)
         if first.reduced is None or first.group is None:
-            return self._inner.all_reduce(wire)
+            return self._inner.reduce(wire, message)
         assert first.message is not None
         self.repeated = first.message if first.alone else first.message._replace(numbers=ABSTAINS)
         self._take(first.group)  # no_sync may have begun or ended since
         return first.reduced
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`."""
+        return self._inner.all_reduce(wire)
 
     def adjust(
         self, wire: Tensor, running: Running | None, eps: float, weight: Tensor | None, bias: Tensor | None
@@ -119,6 +123,10 @@ class Replay(AbstractTransport):
             first.message = self._message
             keep(self._owner, first, wire, group=self._inner)
         return (weight, bias) if first.correction is None else corrected(*first.correction, weight, bias)
+
+    def leave(self) -> None:
+        """See :meth:`AbstractTransport.leave`."""
+        self._inner.leave()
 
     def exchange_notes(self, note: str) -> list[str | None]:
         """See :meth:`AbstractTransport.exchange_notes`."""

@@ -56,7 +56,7 @@ def begin(
     grad_enabled = torch.is_grad_enabled()
     checkpointed = site.replays and checkpointing.concerns(grad_enabled)
     if transport.group_id not in site.orders and not (checkpointed and checkpointing.repeats(owner)):
-        agree_once(site, settings, transport)
+        agree_once(site, settings, transport, owner)
     needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
     needs_grad = needs_grad or (bias is not None and bias.requires_grad)
     limits = settings[4]
@@ -141,7 +141,7 @@ class Call:
         transport, x = self.transport, self._x
         assert x is not None
         try:
-            wire = transport.all_reduce(wire)
+            wire = transport.reduce(wire, self.message)
         except MismatchError as error:
             raise gather.calls_differ(self.message, self._notes, transport, str(error)) from error
         if transport.repeated is None:
@@ -198,7 +198,7 @@ class Call:
         """
         transport = self.transport
         try:
-            wire = transport.all_reduce(wire)
+            wire = transport.reduce(wire, message)
         except MismatchError as error:
             raise gather.calls_differ(message, self._notes, transport, str(error)) from error
         if not self.steps.check_sums(wire, message):

@@ -18,6 +18,7 @@ from syncbn import moments
 from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
+from syncbn.waits import status
 
 Settings = tuple[int, float, float | None, bool, "tuple[float, float] | None"]
 """What must be equal on every rank, in the order of ``SETTINGS``. A compiled graph holds it as :func:`as_floats`."""
@@ -62,6 +63,8 @@ class Site:
         self._hash = (0, 0)
         number = next(_numbers)
         _sites[number] = self
+        self.module: weakref.ref[torch.nn.Module] | None = None
+        """The layer, once it has been in a call: the watchdog asks whether it is in eval mode."""
         self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
         """int64 (), unique in this process. A compiled graph holds it in place of the site."""
 
@@ -126,13 +129,14 @@ def of_floats(values: Sequence[float]) -> Settings:
     return int(C), eps, None if momentum == -1.0 else momentum, bool(tracks), limits
 
 
-def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> None:
+def agree_once(site: Site, settings: Settings, transport: AbstractTransport, module: Any = None) -> None:
     """Compares name and settings of a layer over the ranks, if this is its first training step in the group.
 
     Args:
         site: the layer.
         settings: its settings on this rank.
         transport: the group.
+        module: the layer, or None.
 
     Communication:
         One all-reduce of 7 W + 7 float64 values, by every rank of the group; one more of texts if names differ.
@@ -155,6 +159,17 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> 
     what = f"{site.kind} {name}" if site.name else site.kind
     gather.raise_unless_equal(table[:, 1:], SETTINGS, transport, what, remedy)
     site.orders[transport.group_id] = next_order(transport)
+    if isinstance(module, torch.nn.Module):
+        site.module = weakref.ref(module)
+
+
+def in_eval_mode() -> list[str]:
+    """Returns the names of layers that have been in a call and are in eval mode now."""
+    modules = [(site.label, site.module()) for site in list(_sites.values()) if site.module is not None]
+    return [label for label, module in modules if module is not None and not module.training]
+
+
+status.describers.append(in_eval_mode)
 
 
 def of_number(number: int) -> Site | None:

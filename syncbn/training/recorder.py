@@ -17,6 +17,7 @@ from syncbn import moments, transports
 from syncbn.calls import operators
 from syncbn.calls.sites import Site, agree_once
 from syncbn.layer import SyncBatchNorm
+from syncbn.moments import Message
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 
@@ -52,14 +53,22 @@ class Recorder(AbstractTransport):
         self.mean = torch.zeros(C, dtype=torch.float64, device=device)
         self.m2 = torch.zeros(C, dtype=torch.float64, device=device)
 
-    def all_reduce(self, wire: Tensor) -> Tensor:
+    def reduce(self, wire: Tensor, message: Message) -> Tensor:
         """Merges a forward wire into the moments, then sums it over the ranks."""
         if wire.numel() == moments.wire_length(self.C):
             if not self.counts:
                 moments.count(wire).zero_()
                 moments.sums(wire).zero_()
             self._merge(wire)
+        return self.inner.reduce(wire, message)
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`."""
         return self.inner.all_reduce(wire)
+
+    def leave(self) -> None:
+        """See :meth:`AbstractTransport.leave`."""
+        self.inner.leave()
 
     def exchange_notes(self, note: str) -> list[str | None]:
         """See :meth:`AbstractTransport.exchange_notes`."""

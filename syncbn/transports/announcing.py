@@ -65,7 +65,8 @@ def announce(said: Announcement, transport: AbstractTransport) -> Outcome:
     active = float(said.operation is not None)
     numbers = (said.forward, said.forward**2, said.flags, said.flags**2, float(said.fresh)) if active else (0.0,) * 5
     row = [*own, active, *numbers, float(said.needs_example), float(said.error is not None)]
-    wire = transport.all_reduce(torch.tensor(row, dtype=torch.float64, device="cpu")).tolist()
+    message = transport.named("the end of syncbn.join" if said.operation is None else f"syncbn.join: {said.operation}")
+    wire = transport.reduce(torch.tensor(row, dtype=torch.float64, device="cpu"), message).tolist()
     votes, (count, forward, forward2, flags, flags2, fresh, needs, errors) = wire[:_N], wire[_N:]
     if errors:
         gather.raise_gathered(said.error, transport)

@@ -8,10 +8,13 @@ implementation passes the one test body of ``tests/multiprocess/test_transports.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
 
 from torch import Tensor
 
-from syncbn.moments import Message
+from syncbn.moments import ABSTAINS, Message
 from syncbn.transports.groups import GroupSpec
 
 PATIENCE = 10.0
@@ -43,6 +46,14 @@ class AbstractTransport(ABC):
     """How many layers have compared their settings in this group."""
     repeated: Message | None = None
     """The forward whose sums a wrapper returned again, without communication. None if the last wire was sent."""
+    begun = 0
+    """How many calls this rank has begun in the group."""
+    current: Message | None = None
+    """The call that this rank is in. The watchdog reads it from a thread of its own, see ``waits/``."""
+    completed: Message | None = None
+    """The last call that this rank has completed."""
+    patience: float | None = None
+    """Seconds that the current call may wait, if it has a limit of its own."""
     host_synchronous = False
     """Whether all_reduce waits on the host for the sum of a GPU tensor, so that reading it costs no further wait."""
 
@@ -50,6 +61,50 @@ class AbstractTransport(ABC):
     def sender(self) -> AbstractTransport:
         """The transport that sends: this one, unless it is a wrapper that may return earlier sums."""
         return self
+
+    def reduce(self, wire: Tensor, message: Message) -> Tensor:
+        """Does :meth:`all_reduce` on record, so that a rank that waits can say in which call.
+
+        Raises:
+            MismatchError: as ``all_reduce`` does. The rank stays in the call until :meth:`leave`, to ask the others.
+        """
+        self.begun += 1
+        self.current = message
+        try:
+            wire = self.all_reduce(wire)
+        except MismatchError:
+            raise
+        except BaseException:
+            self.current = None
+            raise
+        self.completed = message
+        self.current = None
+        return wire
+
+    def leave(self) -> None:
+        """Ends a call that has failed."""
+        self.current = None
+
+    @final
+    @contextmanager
+    def call(self, what: str, patience: float | None = None) -> Iterator[None]:
+        """Puts a collective on record that is not an all-reduce.
+
+        Args:
+            what: its name, for example "World.broadcast".
+            patience: seconds that it may wait for other ranks; None for the limit of the job.
+        """
+        self.begun += 1
+        self.patience, self.current = patience, self.named(what)
+        try:
+            yield
+        finally:
+            self.completed, self.current, self.patience = self.current, None, None
+
+    @final
+    def named(self, what: str) -> Message:
+        """Returns the identity of a call that is not a layer's."""
+        return Message(ABSTAINS, self.size, what, -1, self.serial)
 
     @abstractmethod
     def all_reduce(self, wire: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from typing import Any, NamedTuple
 
-from syncbn.transports import choices, launchers
+from syncbn.transports import choices, launchers, watched
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.connect import connect_block, connect_subset, over_torch
 from syncbn.transports.groups import GroupSpec
@@ -40,8 +40,9 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
         device_type: the device type of the tensors to be reduced.
 
     Communication:
-        At the first use of a group, on every member: the communicator is duplicated and a number is
-        broadcast. Later calls are a dictionary look-up, until torch.distributed's world changes.
+        At the first use of a group, on every member: the communicator is duplicated, a number is broadcast, and the
+        ranks meet in a side channel, see :func:`syncbn.transports.watched.watch`. Later calls are a dictionary look-up,
+        until torch.distributed's world changes.
         Threads may use their groups for the first time in any order, with one exception: if this process has no handle,
         torch makes the group from ranks, and the order must be the same on every rank.
 
@@ -63,6 +64,7 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
             transport = connect_block(spec.size, choose(None, device_type))
         else:
             transport = connect_subset(spec, device_type)
+        watched.watch(transport)
         made[spec, device_type] = _Live(_epoch(spec), transport)
     return transport
 

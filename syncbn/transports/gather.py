@@ -59,7 +59,7 @@ def no_notes() -> tuple[str, str]:
 def all_reduce(wire: Tensor, transport: AbstractTransport, message: Message, notes: Notes = no_notes) -> Tensor:
     """Sums a wire over the ranks. If the library refuses the message, raises an error that names the calls."""
     try:
-        return transport.all_reduce(wire)
+        return transport.reduce(wire, message)
     except MismatchError as error:
         raise calls_differ(message, notes, transport, str(error)) from error
 
@@ -77,6 +77,7 @@ def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, s
         sys.stderr.write(f"syncbn: rank {transport.ranks[transport.rank]} was in {message}; {said}\n")
         sys.stderr.flush()
     rows = transport.exchange_notes("\n".join((str(message), *notes())))
+    transport.leave()
     parts = [("an unknown call: it sent no word",) * 3 if row is None else tuple(row.split("\n")) for row in rows]
     calls, orders, settings = ([part[i] for part in parts] for i in range(3))
     library = f" The library below said: {said}." if said else ""

@@ -44,7 +44,7 @@ class TorchTransport(AbstractTransport):
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.spec = GroupSpec(self.name, self.ranks, group.group_name)
         self.device_type = device_type
-        self._exchanges = 0
+        self._exchanges = self._barriers = 0
         _check_backend(group, device_type)
         generator = torch.Generator("cpu")
         generator.seed()  # by the operating system: the user's manual_seed is neither used nor changed
@@ -110,8 +110,15 @@ class TorchTransport(AbstractTransport):
         return TorchTransport(made[color], self.device_type)
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
-        self.all_reduce(torch.zeros(1, dtype=torch.float64, device=self.device_type))
+        """See :meth:`AbstractTransport.barrier`. Uses the group's store: a collective of gloo has a time limit."""
+        store, pause = self.group.get_group_store(), 1e-4
+        self._barriers += 1
+        key = f"syncbn/barrier/{self.group_id}/{self._barriers}"
+        if store.add(key, 1) == self.size:
+            store.set(f"{key}/all", "")
+        while not store.check([f"{key}/all"]):
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-2)
 
     def close(self) -> None:
         """See :meth:`AbstractTransport.close`."""

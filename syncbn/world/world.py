@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import zlib
 from collections.abc import Mapping
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import kernels, transports
-from syncbn.transports import gather, groups
+from syncbn.transports import gather, groups, watched
 from syncbn.transports.announcing import announced
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify
+from syncbn.waits import limits
 from syncbn.world import packs
 
 _LARGEST = 2**53
@@ -51,7 +53,7 @@ class World:
         """
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self._require_same_layout(tensors, "World.broadcast")
-        with torch.no_grad():
+        with torch.no_grad(), self.transport.call("World.broadcast"):
             for pack in packs.by_dtype(tensors.values(), lambda t: t.dtype):
                 flat = torch.cat([t.detach().reshape(-1) for t in pack])
                 self.transport.broadcast(flat, root)
@@ -190,11 +192,24 @@ class World:
             ValueError: on every rank, if ``size`` does not divide the number of ranks.
         """
         groups.require_divisor(size, self.size, "World.subgroup(size)")
-        return transports.adopt(self.transport.split(self.rank // size), self.device.type)
+        with self.transport.call("World.subgroup"):
+            group = self.transport.split(self.rank // size)
+        watched.watch(group)
+        return transports.adopt(group, self.device.type)
 
-    def barrier(self) -> None:
-        """Waits until every rank has called this, without keeping a core busy."""
-        self.transport.barrier()
+    def barrier(self, timeout: float | None = None) -> None:
+        """Waits until every rank has called this, without keeping a core busy.
+
+        Args:
+            timeout: seconds to wait at most; None for as long as it takes. So rank 0 may evaluate while the others wait
+                here. A rank that has ended meanwhile is noticed in any case.
+
+        Raises:
+            ValueError: if ``timeout`` is not a number above 0.
+        """
+        patience = math.inf if timeout is None else limits.checked(timeout, "World.barrier(timeout)")
+        with self.transport.call("World.barrier", patience):
+            self.transport.barrier()
 
     def check(self) -> None:
         """Waits for this process's GPU and raises the deferred error of its layers, if there is one.
@@ -238,7 +253,7 @@ class World:
         flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
         parts = [packs.real(torch.zeros_like(p) if p.grad is None else p.grad) for p in pack]
         wire = torch.cat([*[part.to(dtype).reshape(-1) for part in parts], flags])
-        self.transport.all_reduce(wire)
+        gather.all_reduce(wire, self.transport, self.transport.named("World.average_gradients"))
         *summed, flags = torch.split(wire, [*[part.numel() for part in parts], len(pack)])
         for parameter, part, gradient, found in zip(pack, parts, summed, flags.tolist(), strict=True):
             if found:

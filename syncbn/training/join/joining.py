@@ -25,7 +25,7 @@ from syncbn.training.join import backward, empty_batch, errors, optimizer_state,
 from syncbn.training.join.empty_batch import Call
 from syncbn.training.join.nested_values import Group
 from syncbn.training.join.optimizer_state import Source
-from syncbn.transports import announcing, gather, groups
+from syncbn.transports import announcing, gather, groups, watched
 from syncbn.transports.announcing import Announcement, Hook, Outcome
 from syncbn.transports.base import AbstractTransport
 from syncbn.world.world import World
@@ -295,4 +295,5 @@ def _own_group(everyone: AbstractTransport) -> AbstractTransport:
     """Makes a group for announcements, once: they must not be mixed with the wires of layers."""
     if everyone not in _groups:
         _groups[everyone] = everyone.split(0)
+        watched.watch(_groups[everyone])
     return _groups[everyone]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Puts a group under watch at its first use: its ranks meet in a side channel, unless they have one. See ``waits/``."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import warnings
+
+import torch
+
+from syncbn.transports import gather, launchers
+from syncbn.transports.base import AbstractTransport
+from syncbn.waits import channel, limits, processes, watchdog
+from syncbn.waits.channel import LOOPBACK, SERVERS, Channel, Hub, Link
+from syncbn.waits.processes import Process
+
+_WHAT = "the first use of a group"
+
+
+def watch(transport: AbstractTransport) -> None:
+    """Watches the calls of a group from now on.
+
+    Communication:
+        One all-reduce of 5 W + 7 float64 values over the group; if its ranks have no channel in common yet, two more of
+        2 W + 7, and TCP connections to the first two ranks, on loopback if all are on one host.
+
+    Raises:
+        ValueError: on every rank, if ``SYNCBN_TIMEOUT`` is wrong on any.
+    """
+    if transport.size == 1:
+        return
+    error: Exception | None = None
+    try:
+        limits.give(limits.limit())  # from now on the variable is not read again
+    except ValueError as wrong:
+        error = wrong
+    covered = watchdog.covers(transport.ranks)
+    row = [float(error is not None), float(covered), *map(float, processes.own())]
+    table = gather.gather(torch.tensor(row, dtype=torch.float64, device="cpu"), transport, _WHAT)
+    if table[:, 0].any():
+        gather.raise_gathered(error, transport)
+    members = [Process(*map(int, each)) for each in table[:, 2:].tolist()]
+    new = None if table[:, 1].all() else _meet(transport, members)
+    if new is not None or covered:
+        launch = launchers.detect()
+        watchdog.watch(transport, new, transport.ranks[transport.rank], launch.name)
+
+
+def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | None:
+    """Makes the channel of a group. Returns None on every rank if any rank cannot reach another one."""
+    rank, together = transport.rank, len({process.host for process in members}) == 1
+    key, why, port, hub = secrets.randbits(52), "", 0, None
+    if rank < SERVERS:
+        try:
+            listener = channel.listen(LOOPBACK if together else "", backlog=transport.size)
+            port, hub = listener.getsockname()[1], Hub(listener, str(key), transport.size)
+        except OSError as error:
+            why = str(error)
+    row = torch.tensor([float(port), float(key)], dtype=torch.float64, device="cpu")
+    rows = gather.gather(row, transport, _WHAT).tolist()
+    names = [LOOPBACK] * transport.size if together else gather.gather_notes(_address(), transport)
+    links = []
+    for server in range(min(SERVERS, transport.size)):
+        port, key = map(int, rows[server])
+        try:
+            if server != rank:
+                links.append(Link(names[server], port, str(key), rank))
+        except OSError as error:
+            why = f"{names[server]} port {port}: {error}"
+    failed = gather.gather(torch.tensor([float(bool(why))], dtype=torch.float64, device="cpu"), transport, _WHAT)
+    if failed.any():
+        if why:
+            warnings.warn(_unwatched(why), RuntimeWarning, stacklevel=2)
+        return None
+    return Channel(transport.ranks, rank, members, hub, links)
+
+
+def _address() -> str:
+    """Returns the address by which other hosts reach this one."""
+    name = socket.gethostname()
+    try:
+        return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
+    except OSError:
+        return name
+
+
+def _unwatched(why: str) -> str:
+    return (
+        f"syncbn watches no waits in this job: this rank does not reach the side channel ({why:.300}). A rank that "
+        "waits still ends at the limit, without a report. Let the hosts of the job reach each other by their names."
+    )

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""No rank waits without a limit and a name. See docs/waiting.md and docs/decisions/0009.
+
+limits.py      how long a call may wait, and the variables that say so
+status.py      what a rank says of itself: its calls, the line of the user's code, how it ended
+processes.py   whether the process of another rank of this host runs, is stopped or is gone
+channel.py     two stores, beside the transports, where ranks leave their status
+diagnosis.py   from the status of all ranks: who waits for whom, and what that means
+report.py      the table, and the JSON
+watchdog.py    the thread that looks, warns, and ends the job
+"""

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The side channel: TCP connections, beside whatever hangs, by which every rank tells its status.
+
+Every rank tells it to the first two ranks of the group. If one of them is stopped or gone, the other one still knows.
+All sockets are used by the watchdog's thread alone, and none of them blocks. A line is a message: a status to the hub,
+a dot or a verdict back.
+
+W ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import socket
+import time
+from typing import Any, final
+
+from syncbn.waits.limits import TICK
+from syncbn.waits.processes import Process
+
+SERVERS = 2
+"""How many ranks serve a hub, if there are as many."""
+LOOPBACK = "127.0.0.1"
+CONNECT_SECONDS = 20.0
+_HEARD, _VERDICT = b".", b"V"
+_MOST = 2**22
+"""Bytes of a line. Whoever sends more is cut off."""
+
+
+def listen(address: str, port: int = 0, backlog: int = 128) -> socket.socket:
+    """Opens a socket that listens on a port of an address; port 0 for a free one, "" for all of this host's."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(backlog)
+    return listener
+
+
+class _Lines:
+    """A connection, read and written without waiting."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection, self.broken = connection, False
+        self._in, self._out = b"", b""
+
+    def send(self, line: bytes) -> None:
+        """Sends a line, unless the one before it is still on its way: the peer does not read, and gets a later one."""
+        if not self._out:
+            self._out = line + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what is left of a line."""
+        try:
+            while self._out and not self.broken:
+                self._out = self._out[self.connection.send(self._out) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.broken = True
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether nothing is left to send, or never will be."""
+        return self.broken or not self._out
+
+    def receive(self) -> list[bytes]:
+        """Returns the lines that have come."""
+        try:
+            while data := self.connection.recv(65536):
+                self._in += data
+                if len(self._in) > _MOST:
+                    break
+            self.broken = True  # the peer has closed the connection, or sends what no rank would
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.broken = True
+        *lines, self._in = self._in.split(b"\n")
+        return lines
+
+
+@final
+class Hub:
+    """What a rank that serves hears from the others.
+
+    Args:
+        listener: where they connect.
+        key: what they must say first.
+        size: W.
+    """
+
+    def __init__(self, listener: socket.socket, key: str, size: int) -> None:
+        listener.setblocking(False)
+        self.listener, self._key, self._size = listener, key.encode(), size
+        self.texts: dict[int, str] = {}
+        """The last status of each rank, by its rank in the group."""
+        self.lost: set[int] = set()
+        """Ranks whose connection is closed."""
+        self._peers: dict[_Lines, int | None] = {}
+        self.verdict = ""
+
+    def say_verdict(self, verdict: str) -> None:
+        """Tells every rank why the job ends."""
+        self.verdict = verdict
+        for peer in self._peers:
+            peer.send(_VERDICT + verdict.encode())
+
+    def accept(self, selector: selectors.BaseSelector) -> None:
+        """Takes new connections."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                peer = _Lines(self.listener.accept()[0])
+                self._peers[peer] = None
+                selector.register(peer.connection, selectors.EVENT_READ, (self.hear, peer))
+
+    def hear(self, peer: _Lines, selector: selectors.BaseSelector) -> None:
+        """Reads what has come from a rank."""
+        for line in peer.receive():
+            rank = self._peers[peer]
+            if rank is None:
+                key, _, said = line.partition(b" ")
+                if key != self._key or not said.isdigit() or int(said) >= self._size:
+                    peer.broken = True
+                    break
+                self._peers[peer] = int(said)
+            else:
+                self.texts[rank] = line.decode(errors="replace")
+                peer.send(_VERDICT + self.verdict.encode() if self.verdict else _HEARD)
+        if peer.broken:
+            rank = self._peers.pop(peer)
+            if rank is not None:
+                self.lost.add(rank)
+            selector.unregister(peer.connection)
+            peer.connection.close()
+
+
+@final
+class Link:
+    """This rank's connection to a hub of another process."""
+
+    def __init__(self, address: str, port: int, key: str, rank: int) -> None:
+        self._lines = _Lines(socket.create_connection((address, port), CONNECT_SECONDS))
+        self._lines.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._lines.send(f"{key} {rank}".encode())
+        self._answered = time.monotonic()
+        self.verdict = ""
+
+    @property
+    def connection(self) -> socket.socket:
+        """The socket."""
+        return self._lines.connection
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the hub's host has taken all that was said."""
+        return self._lines.is_sent
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the hub answers."""
+        return not self._lines.broken and time.monotonic() - self._answered < 6 * TICK
+
+    def post(self, text: str) -> None:
+        """Tells the hub this rank's status."""
+        self._lines.send(text.encode())
+
+    def hear(self, selector: selectors.BaseSelector) -> None:
+        """Reads what has come from the hub."""
+        for line in self._lines.receive():
+            self._answered = time.monotonic()
+            if line.startswith(_VERDICT):
+                self.verdict = line[len(_VERDICT) :].decode()
+        if self._lines.broken:
+            selector.unregister(self.connection)
+
+
+@final
+class Channel:
+    """The hubs of a group, as one of its ranks uses them.
+
+    Args:
+        ranks: the members, by their rank in the whole job, in group order.
+        rank: of this process in the group.
+        processes: of all members.
+        hub: of this process, or None.
+        links: to the hubs of others.
+    """
+
+    def __init__(
+        self, ranks: tuple[int, ...], rank: int, processes: list[Process], hub: Hub | None, links: list[Link]
+    ) -> None:
+        self.ranks, self.rank, self.processes = ranks, rank, processes
+        self.hub, self.links = hub, links
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Lets a selector wait for what the others say. Its data are a function of the selector, and an argument."""
+        if self.hub is not None:
+            selector.register(self.hub.listener, selectors.EVENT_READ, (self.hub.accept,))
+        for link in self.links:
+            selector.register(link.connection, selectors.EVENT_READ, (link.hear,))
+
+    def post(self, text: str) -> None:
+        """Tells this rank's status to every hub."""
+        if self.hub is not None:
+            self.hub.texts[self.rank] = text
+        for link in self.links:
+            link.post(text)
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether all that was posted is on its way, or cannot be sent."""
+        return all(link.is_sent for link in self.links)
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """Why the job ends, or None."""
+        found = next((link.verdict for link in self.links if link.verdict), "")
+        return None if not found else json.loads(found)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether a rank that looks at all of them can be reached."""
+        return self.hub is not None or any(link.is_heard for link in self.links)
+
+    def covers(self, ranks: tuple[int, ...]) -> bool:
+        """Whether all of these ranks are members."""
+        return set(ranks) <= set(self.ranks)
+
+    def on_this_host(self) -> list[int]:
+        """Returns the members on this host, by their rank in the group."""
+        own = self.processes[self.rank].host
+        return [rank for rank, process in enumerate(self.processes) if process.host == own]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How long a call may wait for other ranks, and what decides that."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+
+TIMEOUT = "SYNCBN_TIMEOUT"
+"""Seconds that a call may wait; "inf" for no limit."""
+REPORT = "SYNCBN_REPORT"
+"""A file that gets the report as JSON."""
+DEFAULT = 300.0
+WARNS_AT = 0.2
+"""The part of the limit after which a rank that waits is warned of."""
+BUSY_FACTOR = 10.0
+"""A rank that compiles, or saves or loads a file, may keep the others waiting for this many limits."""
+TICK = 0.5
+"""Seconds between two looks."""
+
+_given: list[float] = []
+
+
+def limit() -> float:
+    """Returns the seconds that a call may wait: what ``syncbn.init`` was given, else the variable, else 300.
+
+    Raises:
+        ValueError: if the variable is not a number above 0.
+    """
+    return _given[-1] if _given else of_environment()
+
+
+def give(seconds: float) -> None:
+    """Sets the limit of this process, see :func:`syncbn.init`."""
+    _given[:] = [seconds]
+
+
+def of_environment(environ: Mapping[str, str] = os.environ) -> float:
+    """Reads the limit from ``SYNCBN_TIMEOUT``.
+
+    Raises:
+        ValueError: if it is not a number above 0.
+    """
+    text = environ.get(TIMEOUT)
+    if not text:
+        return DEFAULT
+    try:
+        return checked(float(text), TIMEOUT)
+    except ValueError:
+        raise error(text, TIMEOUT) from None
+
+
+def checked(seconds: object, name: str) -> float:
+    """Returns seconds as a float.
+
+    Raises:
+        ValueError: if it is not a number above 0.
+    """
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not seconds > 0:  # type: ignore[operator]
+        raise error(seconds, name)
+    return float(seconds)  # type: ignore[arg-type]
+
+
+def error(received: object, name: str) -> ValueError:
+    """Returns the error for a limit that is not one."""
+    return ValueError(
+        f"{name} must be a number of seconds above 0, or inf to wait without a limit; received {received!r:.100}. "
+        f"Correct it or leave it out: the default is {DEFAULT:g}."
+    )
+
+
+def spoken(seconds: float) -> str:
+    """Returns seconds as a short text."""
+    if math.isinf(seconds):
+        return "without a limit"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The report of a wait: a table with a row a rank, what it means and what to do; and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from syncbn.waits.diagnosis import Finding, Member, place, ranks_of
+from syncbn.waits.limits import spoken
+from syncbn.waits.processes import GONE, RUNS, STOPPED
+
+ROWS = 16
+"""Up to so many ranks each have a row of their own; beyond, ranks with equal rows share one."""
+_COLUMNS = ("rank", "is in", "for", "last completed", "at")
+
+
+def text(finding: Finding, members: list[Member], status: int) -> str:
+    """Returns the report for people.
+
+    Args:
+        finding: why ranks wait.
+        members: every rank.
+        status: with which the job ends.
+    """
+    if finding.kind == "ended" and "KeyboardInterrupt" in finding.sentence:
+        return f"\nsyncbn: {finding.sentence}\n"  # Ctrl-C: nothing is to be found
+    rows = _merged([_row(member) for member in members])
+    widths = [max(len(row[i]) for row in (_COLUMNS, *rows)) for i in range(len(_COLUMNS))]
+    lines = ["  ".join(c.rjust(w) if i == 0 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in (_COLUMNS, *rows)]  # fmt: skip
+    table = "\n".join(line.rstrip() for line in lines)
+    return (
+        f"\n{_wrapped(f'syncbn: {finding.sentence}')}\n\n{table}\n\n{_wrapped(finding.remedy)}\n"
+        f"All ranks end now, with status {status}. See docs/waiting.md.\n"
+    )
+
+
+def write(text: str) -> None:
+    """Writes to stderr, past Python: the main thread may hold Python's stream."""
+    data = text.encode(errors="replace")
+    while data:
+        data = data[os.write(2, data) :]
+
+
+def warning(finding: Finding, limit: float) -> str:
+    """Returns one line about a wait that has come to a part of its limit."""
+    after = f"the job ends after {spoken(limit)}" if limit < float("inf") else "it waits without a limit"
+    return f"syncbn: after {spoken(finding.waited)}: {finding.sentence[:-1]}; {after}.\n"
+
+
+def as_json(finding: Finding, members: list[Member], status: int) -> str:
+    """Returns the report for programs."""
+    found: dict[str, Any] = {**finding._asdict(), "status": status, "ranks": [_entry(member) for member in members]}
+    return json.dumps(found, indent=2) + "\n"
+
+
+def write_json(path: str, content: str) -> str:
+    """Writes a report. Returns what went wrong, or an empty string."""
+    try:
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        return f"syncbn: the report could not be written to {path}: {error}\n"
+    return ""
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False))
+
+
+def _entry(member: Member) -> dict[str, Any]:
+    status, line = member.status, member.status.line
+    calls = [
+        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed")} for wait in status.waits
+    ]
+    for wait, call in zip(status.waits, calls, strict=True):
+        call["waited"] = round(wait.waited, 1)
+    return {
+        "rank": member.rank,
+        "process": member.state,
+        "silent": member.silent,
+        "ended": status.ended,
+        "busy": status.busy,
+        "evaluates": status.evaluates,
+        "line": None if line is None else {"file": line[0], "line": line[1], "function": line[2]},
+        "calls": calls,
+    }
+
+
+def _row(member: Member) -> tuple[str, str, str, str, str]:
+    status = member.status
+    current = max(status.waits, key=lambda wait: (wait.current is not None, wait.waited, wait.begun), default=None)
+    inside = current is not None and current.current is not None
+    if status.ended is not None:
+        state = f"has {status.ended}"
+    elif member.state == GONE:
+        state = "its process is gone"
+    elif member.state == STOPPED:
+        state = "stopped by a signal"
+    elif member.silent:
+        state = "gives no sign of life"
+    elif inside and current is not None:
+        state = str(current.current)
+    else:
+        state = "not in a call"
+        if status.busy or status.evaluates:
+            state += f": {status.busy}" if status.busy else ": layers in eval mode"
+    waited = spoken(current.waited) if inside and current is not None and not member.has_ended else ""
+    completed = (current.completed if current is not None else None) or "nothing"
+    line = "" if status.line is None or status.ended is not None else place(status.line)
+    if line and (member.state != RUNS or member.silent):
+        line = f"last heard of at {line}"
+    return str(member.rank), state, waited, completed, line
+
+
+def _merged(rows: list[tuple[str, str, str, str, str]]) -> list[tuple[str, str, str, str, str]]:
+    if len(rows) <= ROWS:
+        return rows
+    alike: dict[tuple[str, str, str], list[tuple[str, str, str, str, str]]] = {}
+    for row in rows:
+        alike.setdefault((row[1], row[3], row[4]), []).append(row)
+    return [(ranks_of([int(row[0]) for row in some]), *some[0][1:]) for some in alike.values()]

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a rank says of itself. The watchdog reads it from the outside, so that the hot path only stores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import sysconfig
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Protocol
+
+DEBUGGED, COMPILES, FILES = "is under a debugger", "is compiling", "is saving or loading a file"
+_BUSY = {
+    "torch/_dynamo/convert_frame": COMPILES,
+    "torch/_inductor/": COMPILES,
+    "torch/utils/cpp_extension": COMPILES,
+    "torch/serialization": FILES,
+    "torch/distributed/checkpoint/": FILES,
+    "/bdb.py": DEBUGGED,
+    "/pdb.py": DEBUGGED,
+    "/pydevd": DEBUGGED,
+}
+"""Parts of paths of code, and what a process does whose main thread is in it."""
+
+
+class Group(Protocol):
+    """A transport, as this room uses it. The three counters are stored by :meth:`AbstractTransport.reduce`."""
+
+    @property
+    def group_id(self) -> int:
+        """A number that is equal on all members, and on no other group."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The members."""
+
+    begun: int
+    current: Any
+    completed: Any
+    patience: float | None
+
+
+@dataclass
+class Wait:
+    """What a rank does in one group."""
+
+    group: int
+    begun: int
+    """How many calls it has begun."""
+    current: str | None
+    """The call that it is in, or None."""
+    completed: str | None
+    """The last call that it completed."""
+    waited: float = 0.0
+    """Seconds that it has been in the current call."""
+    patience: float | None = None
+    """A limit of this call's own; inf for none."""
+
+    @property
+    def done(self) -> int:
+        """How many calls it has completed."""
+        return self.begun if self.current is None else self.begun - 1
+
+
+@dataclass
+class Status:
+    """What a rank says of itself, every half second."""
+
+    rank: int
+    beat: int = 0
+    limit: float = 300.0
+    waits: list[Wait] = field(default_factory=list)
+    line: tuple[str, int, str] | None = None
+    """File, line and function of the user's code where the main thread is."""
+    busy: str | None = None
+    """Why it keeps the others waiting although nothing is wrong."""
+    evaluates: list[str] = field(default_factory=list)
+    """Layers that have been in a call, and are in eval mode now."""
+    ended: str | None = None
+    """How it ended, or None."""
+    terminated: bool = False
+    """Whether it has got a SIGTERM: it ends in a moment, by no fault of its own."""
+    sees: dict[int, str] = field(default_factory=dict)
+    """Ranks of its host whose process is stopped or gone."""
+
+    def text(self) -> str:
+        """Returns it as JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def of_text(text: str) -> Status:
+        """Undoes :meth:`text`."""
+        values = json.loads(text)
+        values["waits"] = [Wait(**each) for each in values["waits"]]
+        values["line"] = None if values["line"] is None else tuple(values["line"])
+        values["sees"] = {int(rank): state for rank, state in values["sees"].items()}
+        return Status(**values)
+
+
+describers: list[Callable[[], list[str]]] = []
+"""Functions that name layers in eval mode, see ``Status.evaluates``. The room of the layers adds one."""
+
+
+class Reader:
+    """Reads the status of this process.
+
+    Args:
+        rank: of this process in the whole job.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.ended = rank, None
+        self._groups: list[weakref.ref[Group]] = []
+        self._lock = threading.Lock()
+        self._seen: dict[int, tuple[int, Any]] = {}
+        self._waited: dict[int, float] = {}
+        self._beats = itertools.count(1)
+        self._main = threading.main_thread()
+
+    ended: str | None
+
+    def add(self, group: Group) -> None:
+        """Reads this group too, as long as it lives."""
+        with self._lock:
+            self._groups.append(weakref.ref(group))
+
+    def groups(self) -> list[Group]:
+        """Returns the groups that are alive."""
+        with self._lock:
+            self._groups = [each for each in self._groups if each() is not None]
+            return [group for each in self._groups if (group := each()) is not None]
+
+    def read(self, seconds: float, limit: float) -> Status:
+        """Returns the status.
+
+        Args:
+            seconds: since the last reading. A wait is as long as the readings that found it.
+            limit: seconds that a call may wait.
+        """
+        status = Status(self.rank, next(self._beats), limit, ended=self.ended)
+        if self.ended is None:
+            status.line, status.busy = _where(self._main.ident)
+        for group in self.groups():
+            begun, current = group.begun, group.current
+            key = id(group)
+            same = current is not None and self._seen.get(key) == (begun, current)
+            self._waited[key] = self._waited.get(key, 0.0) + seconds if same else 0.0
+            self._seen[key] = begun, current
+            if begun:
+                now, last = (None if m is None else str(m) for m in (current, group.completed))
+                status.waits.append(Wait(group.group_id, begun, now, last, self._waited[key], group.patience))
+        if not any(wait.waited for wait in status.waits):
+            status.evaluates = sorted({name for describe in describers for name in describe()})[:20]
+        return status
+
+
+def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None]:
+    """Returns the innermost line of a thread that is the user's, and what keeps it busy."""
+    frame: FrameType | None = sys._current_frames().get(thread or 0)
+    line: tuple[str, int, str] | None = None
+    busy = DEBUGGED if _traced() else None
+    innermost = frame
+    while frame is not None:
+        code = frame.f_code
+        users, what = _about(code)
+        busy = busy or what
+        if users and line is None:
+            line = _short(code.co_filename), frame.f_lineno, code.co_name
+        frame = frame.f_back
+    if line is None and innermost is not None:
+        line = _short(innermost.f_code.co_filename), innermost.f_lineno, innermost.f_code.co_name
+    return line, busy
+
+
+@lru_cache(4096)
+def _about(code: CodeType) -> tuple[bool, str | None]:
+    """Returns whether code is the user's, and what a process does that is in it."""
+    name = code.co_filename
+    return not name.startswith(_LIBRARIES), next((what for part, what in _BUSY.items() if part in name), None)
+
+
+_LIBRARIES = (
+    *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+    str(Path(__file__).parent.parent) + os.sep,
+    "<frozen",
+)
+
+
+def _short(filename: str) -> str:
+    """Returns a path from the current directory, if it is below it."""
+    return filename.removeprefix(_HERE)
+
+
+_HERE = os.getcwd() + os.sep
+
+
+def _traced() -> bool:
+    """Whether a debugger holds this process: one of Python's, or one like gdb."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    if monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None:
+        return True
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in lines)
+
+
+def of_exception(error: BaseException) -> str:
+    """Returns how a rank ended by an exception, in a line."""
+    text = " ".join(str(error).split())
+    return f"ended with {type(error).__name__}" + (f": {text[:500]}" if text else "")
+
+
+ENDED = "ended"
+"""How a rank ended that came to the end of its program."""

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The thread of each process that looks at its own calls, and, on one rank, at those of all.
+
+Rank 0 looks at all, or rank 1 if rank 0 has ended, is stopped or is gone. Every rank ends when that one has found a
+reason. A rank that can reach neither ends by itself a little after the limit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import selectors
+import signal
+import sys
+import threading
+import time
+from typing import final
+
+from syncbn.waits import limits, processes, report
+from syncbn.waits.channel import Channel
+from syncbn.waits.judge import ENDED_STATUS, LIMIT_STATUS, Judge
+from syncbn.waits.limits import TICK
+from syncbn.waits.status import ENDED, Group, Reader, Status, of_exception
+
+GRACE = 3.0
+"""Seconds after the limit at which a rank ends that can reach no other one."""
+FAREWELL, QUIET = 5.0, 1.5
+"""Seconds for which a rank that ends by an exception lets the others report it, and that long only if one waits."""
+LINGER = 0.6
+"""Seconds for which a rank lives after SIGTERM, so that one of them can report. Open MPI kills after a second."""
+_LAUNCHERS = ("torchrun", "openmpi", "mpich")
+_WAKE = b"w"
+
+
+@final
+class Watchdog(threading.Thread):
+    """Watches the calls of this process.
+
+    Args:
+        rank: of this process in the whole job.
+        launcher: its name, see ``transports/launchers.py``.
+    """
+
+    def __init__(self, rank: int, launcher: str) -> None:
+        super().__init__(name="syncbn-watchdog", daemon=True)
+        self.reader, self.pid = Reader(rank), os.getpid()
+        self.channels: list[Channel] = []
+        self._judges: dict[Channel, Judge | None] = {}
+        self._parent = os.getppid() if launcher in _LAUNCHERS else None
+        self._ends, self._told = threading.Event(), threading.Event()
+        self._terminated = 0.0
+        self._selector = selectors.DefaultSelector()
+        signals, self._signal_end = os.pipe()
+        os.set_blocking(self._signal_end, False)
+        self._selector.register(signals, selectors.EVENT_READ, (self._hear_signal, signals))
+
+    def run(self) -> None:
+        """Looks every half second."""
+        last = time.monotonic()
+        next_look = last
+        try:
+            while not self._ends.is_set():
+                for key, _ in self._selector.select(max(0.0, next_look - time.monotonic())):
+                    hear, *arguments = key.data
+                    hear(*arguments, self._selector)
+                    if hear == self._hear_signal:
+                        next_look = 0.0
+                now = time.monotonic()
+                if now >= next_look:
+                    self._look(min(now - last, 2 * TICK))  # a process that was stopped has not waited meanwhile
+                    last, next_look = now, now + self._pause()
+                if self._terminated and now >= self._terminated + LINGER:
+                    _die_by_sigterm()
+        finally:
+            _hear_sigterm_no_more()
+
+    def _pause(self) -> float:
+        if self._terminated or self.reader.ended is not None:
+            return 0.05
+        return TICK * max(1.0, max((len(channel.ranks) for channel in self.channels), default=1) / 256)
+
+    def _look(self, seconds: float) -> None:
+        """Reads the status of this process, tells it to the others, and acts on what they have said."""
+        own = self.reader.read(seconds, limits.limit())
+        own.terminated = self._terminated > 0
+        for channel in list(self.channels):
+            if channel not in self._judges:
+                channel.register(self._selector)
+                self._judges[channel] = None if channel.hub is None else Judge(channel, self.reader)
+            judge = self._judges[channel]
+            own.sees = _sees(channel)
+            channel.post(own.text())
+            if channel.verdict is not None:
+                self._end(channel, channel.verdict["status"])
+            if judge is not None:
+                judge.look(own, seconds, self._end)
+        if self.reader.ended is not None and all(channel.is_sent for channel in self.channels):
+            self._told.set()
+        if self._parent is not None and os.getppid() != self._parent:
+            report.write(f"syncbn: rank {own.rank} ends, as its launcher (process {self._parent}) is gone.\n")
+            exit_now(ENDED_STATUS)
+        self._look_alone(own)
+
+    def farewell(self, ended: str) -> None:
+        """Tells the others how this process ends. After an exception, lets them report it. On the main thread."""
+        self.reader.ended = ended
+        self.wake()
+        self._told.wait(1.0)
+        began = time.monotonic()
+        while ended != ENDED and self.is_alive() and time.monotonic() < began + QUIET:
+            time.sleep(0.05)  # the thread goes on, and ends this process if somebody has reported
+        self._ends.set()
+        self.wake()
+        self.join(2.0)
+
+    def wake(self) -> None:
+        """Makes the thread look now."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._signal_end, _WAKE)
+
+    def hear_sigterm(self) -> None:
+        """Makes SIGTERM leave time for a report, if this process does nothing else on it. Launchers send it.
+
+        Python's handlers run in the main thread, which may be in a library that does not return. So faulthandler
+        writes to a pipe that this thread reads.
+        """
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            faulthandler.register(signal.SIGTERM, file=self._signal_end, all_threads=False, chain=False)
+
+    def _hear_signal(self, pipe: int, selector: selectors.BaseSelector) -> None:
+        del selector
+        if os.read(pipe, 65536).strip(_WAKE) and not self._terminated:
+            self._terminated = time.monotonic()
+
+    def _look_alone(self, own: Status) -> None:
+        """Ends this process if it has come to its limit and can reach no rank that looks at all."""
+        if any(channel.is_heard for channel in self.channels):
+            return
+        for wait in own.waits:
+            patience = own.limit if wait.patience is None else wait.patience
+            if wait.current is not None and wait.waited >= patience + GRACE:
+                report.write(
+                    f"syncbn: rank {own.rank} has waited for {limits.spoken(wait.waited)} in {wait.current}, and no "
+                    f"rank that could say for whom answers. It ends with status {LIMIT_STATUS}.\n"
+                )
+                exit_now(LIMIT_STATUS)
+
+    def _end(self, channel: Channel, status: int) -> None:
+        for rank in channel.on_this_host():
+            if rank != channel.rank:
+                processes.kill_stopped(channel.processes[rank])  # it hears nothing else
+        exit_now(status)
+
+
+def _sees(channel: Channel) -> dict[int, str]:
+    """Returns the ranks of this host that are stopped or gone, if this rank is the first one here that runs."""
+    states = {}
+    for rank in channel.on_this_host():
+        state = processes.RUNS if rank == channel.rank else processes.state(channel.processes[rank])
+        if state == processes.RUNS and rank < channel.rank:
+            return {}
+        if state != processes.RUNS:
+            states[channel.ranks[rank]] = state
+    return states
+
+
+def exit_now(status: int) -> None:
+    """Ends this process although its main thread does not return. What the program has printed is written first."""
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(0.3)
+    os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _hear_sigterm_no_more() -> None:
+    faulthandler.unregister(signal.SIGTERM)
+
+
+def _die_by_sigterm() -> None:
+    _hear_sigterm_no_more()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.0)
+
+
+_running: list[Watchdog] = []
+_starting = threading.Lock()
+
+
+def watch(group: Group, channel: Channel | None, rank: int, launcher: str) -> None:
+    """Watches the calls of a group.
+
+    Args:
+        group: its transport.
+        channel: a new one, or None if one that covers the group is there.
+        rank: of this process in the whole job.
+        launcher: its name.
+    """
+    with _starting:
+        if not _running or _running[0].pid != os.getpid():  # a fork has no thread
+            _running[:] = [Watchdog(rank, launcher)]
+            _running[0].hear_sigterm()
+            _running[0].start()
+            atexit.register(_at_exit)
+            os.register_at_fork(after_in_child=_hear_sigterm_no_more)
+        dog = _running[0]
+        if channel is not None:
+            dog.channels = [*dog.channels, channel]
+            dog.wake()
+        dog.reader.add(group)
+
+
+def covers(ranks: tuple[int, ...]) -> bool:
+    """Whether this process has a channel with all of these ranks."""
+    return any(channel.covers(ranks) for dog in _running if dog.pid == os.getpid() for channel in dog.channels)
+
+
+def _at_exit() -> None:
+    for dog in _running:
+        if dog.pid == os.getpid():
+            error = getattr(sys, "last_value", None)
+            dog.farewell(ENDED if error is None else of_exception(error))
