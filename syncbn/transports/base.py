@@ -8,6 +8,7 @@ implementation passes the one test body of ``tests/multiprocess/test_transports.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
@@ -19,6 +20,10 @@ from syncbn.transports.groups import GroupSpec
 
 PATIENCE = 10.0
 """Seconds that a rank waits for the notes of the others, after it has found an error."""
+
+
+RECENT = 512
+"""Length of ``AbstractTransport.recent``."""
 
 
 class MismatchError(RuntimeError):
@@ -54,6 +59,8 @@ class AbstractTransport(ABC):
     """The last call that this rank has completed."""
     patience: float | None = None
     """Seconds that the current call may wait, if it has a limit of its own."""
+    recent: deque[tuple[int, Message]] | None = None
+    """The last calls and their numbers, if the host does not wait for the sums of a GPU."""
     host_synchronous = False
     """Whether all_reduce waits on the host for the sum of a GPU tensor, so that reading it costs no further wait."""
 
@@ -79,6 +86,8 @@ class AbstractTransport(ABC):
             raise
         self.completed = message
         self.current = None
+        if self.recent is not None:
+            self.recent.append((self.begun, message))
         return wire
 
     def leave(self) -> None:

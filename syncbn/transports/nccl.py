@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections import deque
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor
 
 from syncbn.transports import gather
-from syncbn.transports.base import AbstractTransport
+from syncbn.transports.base import RECENT, AbstractTransport
 from syncbn.transports.mpi_staged import StagedTransport
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class NcclTransport(AbstractTransport):
 
     def __init__(self, host: MPITransport) -> None:
         nccl = _nccl()
-        self.host, self._nccl = host, nccl
+        self.host, self._nccl, self.recent = host, nccl, deque(maxlen=RECENT)
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.group_id, self.spec = host.group_id, host.spec
         number = torch.zeros(ID_BYTES, dtype=torch.uint8, device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from datetime import timedelta
 from typing import Any, final
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.transports import groups
-from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
+from syncbn.transports.base import PATIENCE, RECENT, AbstractTransport, MismatchError
 from syncbn.transports.groups import GroupSpec
 
 _SUM = dist.AllreduceOptions()
@@ -45,6 +46,7 @@ class TorchTransport(AbstractTransport):
         self.spec = GroupSpec(self.name, self.ranks, group.group_name)
         self.device_type = device_type
         self._exchanges = self._barriers = 0
+        self.recent = None if device_type == "cpu" else deque(maxlen=RECENT)
         _check_backend(group, device_type)
         generator = torch.Generator("cpu")
         generator.seed()  # by the operating system: the user's manual_seed is neither used nor changed

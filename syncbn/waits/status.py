@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -46,6 +47,7 @@ class Group(Protocol):
     current: Any
     completed: Any
     patience: float | None
+    recent: deque[tuple[int, Any]] | None
 
 
 @dataclass
@@ -109,6 +111,10 @@ describers: list[Callable[[], list[str]]] = []
 """Functions that name layers in eval mode, see ``Status.evaluates``. The room of the layers adds one."""
 
 
+pending: list[Callable[[], Callable[[], list[Any]] | None]] = []
+"""Weak references to functions that return the calls which a device has not done yet. The kernels for GPUs add one."""
+
+
 class Reader:
     """Reads the status of this process.
 
@@ -148,8 +154,9 @@ class Reader:
         status = Status(self.rank, next(self._beats), limit, ended=self.ended)
         if self.ended is None:
             status.line, status.busy = _where(self._main.ident)
+        devices = [message for each in pending if (unfinished := each()) is not None for message in unfinished()]
         for group in self.groups():
-            begun, current = group.begun, group.current
+            begun, current = _call_of(group, devices)
             key = id(group)
             same = current is not None and self._seen.get(key) == (begun, current)
             self._waited[key] = self._waited.get(key, 0.0) + seconds if same else 0.0
@@ -160,6 +167,18 @@ class Reader:
         if not any(wait.waited for wait in status.waits):
             status.evaluates = sorted({name for describe in describers for name in describe()})[:20]
         return status
+
+
+def _call_of(group: Group, devices: list[Any]) -> tuple[int, Any]:
+    """Returns how many calls a rank has begun in a group, and the one that it is in.
+
+    Where the host does not wait for a GPU, the rank is in the first call that the GPU has not done.
+    """
+    if group.current is None and group.recent:
+        for number, message in list(group.recent):
+            if any(message is each for each in devices):
+                return number, message
+    return group.begun, group.current
 
 
 def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None]:

@@ -175,7 +175,9 @@ class CupyLauncher(AbstractLauncher):
         if found is None:
             self._refuse_capture("the first training step")
             memory = torch.zeros(DeferredErrors.SIZE, dtype=torch.float64, device="cpu").pin_memory()
-            found = self._deferred_errors[x.get_device()] = DeferredErrors(memory)
+            found = self._deferred_errors[x.get_device()] = DeferredErrors(
+                memory, torch.cuda.is_current_stream_capturing
+            )
         return found
 
     def _argument(self) -> tuple[Any, int]:

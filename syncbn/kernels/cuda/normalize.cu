@@ -93,6 +93,7 @@ __device__ inline void finalize(const Normalize& a, const Counters& counters) {
     __syncthreads();  // all have read num_batches_tracked
     if (blockIdx.x != 0 || me != 0) return;
     *a.count = counters.count;
+    mark(a.error);
     if (counters.refused) return defer(a.error, a.ranks, counters.same, counters.count, counters.status);
     if (!counts) return;
     if (a.counts_in_float64) *real = seen;

@@ -38,11 +38,20 @@ __device__ inline bool same_call(const double* wire, const Numbers& numbers) {
     return same;
 }
 
-// Host memory, see kernels/cuda/errors.py: [number, ranks, same_call, count, status (7)]; number is 0 while it is empty.
+constexpr int ERROR_SLOTS = 4 + STATUS, MARKS = 512;
+
+// Host memory, see kernels/cuda/errors.py: [number, ranks, same_call, count, status (7), marks (MARKS)]; number is 0 while it
+// is empty.
 struct DeferredError {
     volatile double* memory;  // null if the host compares the calls
-    double number;            // of this launch; above 0
+    double number;            // of this launch; below 0 in a CUDA graph, which may run any number of times
 };
+
+// One thread of a launch calls this once it has read the wire: the host sees that the all-reduce has ended.
+__device__ inline void mark(const DeferredError& error) {
+    if (error.memory == nullptr || error.number < 0) return;
+    error.memory[ERROR_SLOTS + static_cast<unsigned long long>(error.number) % MARKS] = error.number;
+}
 
 // One thread of a launch calls this. The first error stays until the host has read it: later ones follow from it.
 __device__ inline void defer(const DeferredError& error, double ranks, bool same, double count, const double* status) {
@@ -52,5 +61,5 @@ __device__ inline void defer(const DeferredError& error, double ranks, bool same
     error.memory[3] = count;
     for (int i = 0; i < STATUS; ++i) error.memory[4 + i] = status == nullptr ? 0 : status[i];
     __threadfence_system();  // all values arrive before the number
-    error.memory[0] = error.number;
+    error.memory[0] = fabs(error.number);
 }
