@@ -20,8 +20,11 @@ from typing import Any, Protocol
 
 DEBUGGED, COMPILES, FILES = "is under a debugger", "is compiling", "is saving or loading a file"
 _BUSY = {
+    "torch/_dynamo/__init__.py": COMPILES,  # its first import takes seconds
     "torch/_dynamo/convert_frame": COMPILES,
-    "torch/_inductor/": COMPILES,
+    "torch/_inductor/__init__.py": COMPILES,
+    "torch/_inductor/compile_fx": COMPILES,
+    "torch/_inductor/codecache": COMPILES,
     "torch/utils/cpp_extension": COMPILES,
     "torch/serialization": FILES,
     "torch/distributed/checkpoint/": FILES,
