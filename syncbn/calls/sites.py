@@ -157,6 +157,12 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport) -> 
     site.orders[transport.group_id] = next_order(transport)
 
 
+def site_of(layer: Any) -> Site:
+    """Returns the site of a SyncBatchNorm."""
+    site: Site = layer._site
+    return site
+
+
 def of_number(number: int) -> Site | None:
     """Returns the site with this number, or None if the layer is gone."""
     return _sites.get(number)

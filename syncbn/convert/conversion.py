@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.calls.sites import Site
+from syncbn.calls.sites import Site, site_of
 from syncbn.convert import classes, known, obstacles, replacement, selection
 from syncbn.convert.replacement import Functions
 from syncbn.convert.selection import Only
@@ -102,7 +102,7 @@ def _convert(layer: Any, spec: GroupSpec | None, becomes: classes.Table) -> None
     kept_group = layer.__dict__.pop("process_group", None)
     layer.__class__ = becomes[original]
     layer._site = Site("SyncBatchNorm", specify(kept_group) if spec is None else spec)
-    layer._site.converted_from = original
+    site_of(layer).converted_from = original
 
 
 def name_layers(model: nn.Module) -> nn.Module:
@@ -128,7 +128,7 @@ def _name(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
     chosen = set(layers)
     for name, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm) and layer in chosen:
-            layer._site.name = name.replace("_orig_mod.", "")  # of torch.compile: a compiled model is the same model
+            site_of(layer).name = name.replace("_orig_mod.", "")  # of torch.compile: a compiled model is the same model
     return model
 
 

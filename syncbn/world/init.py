@@ -31,7 +31,7 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
             processes on a host than GPUs and no ``device`` is given.
     """
     launch = rendezvous.placed(launchers.detect())
-    where = _device(launch) if device is None else torch.device(device)
+    where = device_of(launch) if device is None else torch.device(device)
     if where.type == "cuda":
         where = where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(where)  # NCCL and the kernels take the current one
@@ -45,10 +45,11 @@ def init(*, torch_distributed: bool | None = None, device: torch.device | str | 
     return World(transport.rank, transport.size, launch.local_rank, where, launch.name, transport)
 
 
-def _device(launch: Launch) -> torch.device:
+def device_of(launch: Launch) -> torch.device:
+    """Returns the GPU of the local rank, or the CPU where there is none. Raises alike on every rank of the host."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if rendezvous.shares_gpus(launch):  # the same on every rank of the host
+    if rendezvous.shares_gpus(launch):
         raise RuntimeError(
             f"syncbn.init() needs a GPU for each process of a host; received {launch.local_size} processes and "
             f"{torch.cuda.device_count()} GPUs on the host of rank {launch.rank}. Start fewer processes, call "

@@ -285,7 +285,7 @@ def gpu(monkeypatch):
     for operator in OPERATORS:
         library.impl(operator.__name__, operator)
     monkeypatch.setattr(methods, "REAL", "gloo")
-    monkeypatch.setattr(timing, "_steps_in_a_turn", lambda step, seconds: 3)
+    monkeypatch.setattr(timing, "steps_in_a_turn", lambda step, seconds: 3)
     monkeypatch.setattr(timing, "profiled", profiled)
     graph = partial(SimpleNamespace, reset=lambda: None)
     monkeypatch.setattr(Capturer, "captured_step", lambda self, step: graph(replay=step))
