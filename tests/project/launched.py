@@ -40,6 +40,7 @@ layer(torch.randn(4, 1))
 """
 
 
+# What launchers tell glibc, so that it keeps memory that is freed.
 KEPT = ["33554432", "2000000000"]
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 # Who this rank is, what glibc is told, and where the ranks of torchrun meet.

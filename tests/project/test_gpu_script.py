@@ -147,6 +147,15 @@ def test_gpu_runs_its_five_parts_in_order_and_prints_the_table_after_each(gpu):
     assert not (tree.folder / "not ours").exists()
 
 
+@pytest.mark.parametrize("script", ["launch/gpu.sh", "tests/run.sh", "tests/sanitize.sh"])
+def test_the_test_files_that_a_script_names_exist(script):
+    text = (processes.ROOT / script).read_text().replace("$several", "tests/multiprocess")
+    words = sorted(set(re.findall(r"\btests/[\w/.{},]+", text)))
+    named = processes.run("bash", "-c", f"ls -d {' '.join(words)}", limit=LIMIT)
+    assert named.returncode == 0, named.stderr
+    assert len(words) > 1
+
+
 def test_gpu_packs_every_log_and_result(gpu):
     tree = gpu("mpirun", "compute-sanitizer")
     done = tree.run()
