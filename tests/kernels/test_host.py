@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the compiled kernels promise beyond the contract of test_kernels.py."""
+"""What the compiled kernels promise beyond the contract of test_contract.py."""
 
 import os
 import shutil
