@@ -15,7 +15,7 @@ from syncbn.kernels.cuda import geometry
 from syncbn.moments import Message
 from syncbn.transports.single import SingleTransport
 from tests.gpu.graphs import capture
-from tests.kernels.test_contract import EPS, SHAPES, STATUS, bound, exact, kernels_of_gpu, moved
+from tests.kernels.contract import EPS, SHAPES, STATUS, bound, exact, kernels_of_gpu, moved
 from tests.tolerances import error
 
 MESSAGE = Message((1, 3, 200_000, 77), 1, "'layer'", 0, 3)
