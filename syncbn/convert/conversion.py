@@ -15,11 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calls.sites import Site, site_of
 from syncbn.convert import classes, known, obstacles, replacement, selection
+from syncbn.convert.lazy import LazySyncBatchNorm
 from syncbn.convert.replacement import Functions
 from syncbn.convert.selection import Only
 from syncbn.convert.standing import is_batch_norm
 from syncbn.convert.summary import warn_of_local
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify, specify_blocks
