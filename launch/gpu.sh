@@ -209,10 +209,10 @@ contact() { # without CuPy the tests of the kernels would be skipped, so look at
     # shellcheck disable=SC2016 # the inner bash expands it
     on_gpu tests/gpu/stress.py 60 cases bash -c 'seq 0 7 | xargs -P 8 -I{} "$PYTHON" -m tests.gpu.stress --only {} --small'
     wait_for_jobs
-    on_gpu tests/gpu/test_gpu.py 110 gpu "$PYTHON" "${tests[@]}" tests/gpu/test_gpu.py
+    on_gpu tests/gpu/test_gpu.py 110 gpu "$PYTHON" "${tests[@]}" tests/gpu/test_{gpu,bits}.py
     on_gpu tests/gpu/test_nccl.py 110 nccl "$PYTHON" "${tests[@]}" tests/gpu/test_nccl.py
-    pytest 110 contract tests/kernels/test_contract.py
-    pytest 110 alone tests/test_{layer,convert,moments}.py tests/calls/test_derivatives.py
+    pytest 110 contract tests/kernels/test_{contract,contract_calls}.py
+    pytest 110 alone tests/test_{layer,moments}.py tests/convert tests/calls/test_derivatives.py
     pytest 110 compile -k "not inductor" tests/calls/test_compile.py
     over torchrun 2 60 torchrun2-bits -m tests.gpu.ranks
     over mpirun 2 60 mpirun2-bits -m tests.gpu.ranks

@@ -36,8 +36,9 @@ from syncbn.convert.classes import (
     SyncBatchNorm3d,
 )
 from syncbn.convert.known import optional_class
+from syncbn.convert.lazy import LazySyncBatchNorm
 from syncbn.convert.summary import summary
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.layer import SyncBatchNorm
 from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
 from syncbn.training.recalibration import recalibrate

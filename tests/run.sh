@@ -17,7 +17,7 @@ mkdir -p "$LOGS" || exit 1
 
 several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
-counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining}.py)
+counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining,joining_errors}.py)
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
 gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"

@@ -293,5 +293,8 @@ def test_a_lazy_layer_keeps_replays_and_conversion_turns_them_on():
     layer = syncbn.LazySyncBatchNorm(replays=False)
     layer(torch.randn(4, 3))
     assert type(layer) is syncbn.SyncBatchNorm
-    assert not copy.deepcopy(layer)._site.replays
-    assert syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3))._site.replays
+    x = torch.randn(5, 3, requires_grad=True)
+    AdjointStep.apply(x, copy.deepcopy(layer)).sum().backward()
+    converted = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3))
+    with pytest.raises(RuntimeError, match="repeats none"):
+        AdjointStep.apply(x, converted).sum().backward()

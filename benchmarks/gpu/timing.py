@@ -45,7 +45,7 @@ def in_turns(steps: dict[str, Step], repeats: int, seconds: float = TURN) -> dic
     Steps run back to back within a turn. Turns are A B C A B C, so turns of one index ran one right after the other,
     and a slow moment of the machine affects them all.
     """
-    counts = {name: _steps_in_a_turn(step, seconds) for name, step in steps.items()}
+    counts = {name: steps_in_a_turn(step, seconds) for name, step in steps.items()}
     turns: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
         for _ in range(repeats):
@@ -64,7 +64,7 @@ def wall(step: Step, count: int) -> float:
     return (time.perf_counter_ns() - start) / 1e3 / count
 
 
-def _steps_in_a_turn(step: Step, seconds: float) -> int:
+def steps_in_a_turn(step: Step, seconds: float) -> int:
     wall(step, 3)  # warms the allocator up
     return max(3, min(500, int(seconds * 1e6 / max(wall(step, 3), 1.0))))
 

@@ -148,11 +148,11 @@ def compile_all(variants: Sequence[Variant], launchers: dict[object, CupyLaunche
     kinds = sorted({(case.dtype, layout) for case in cases for layout in ("Planes", "Rows")})
     device = torch.cuda.current_device()
     for variant in {v.source: v for v in variants}.values():
-        launcher = kernels_of(variant, launchers)._launcher
+        launcher = kernels_of(variant, launchers).launcher
         names = [kernel_name(step, getattr(torch, dtype), layout, False) for step in STEPS for dtype, layout in kinds]
 
         def one(name: str, launcher: Any = launcher) -> None:
-            launcher._compile(name, device)
+            launcher.compile(name, device)
 
         with changed(variant), ThreadPoolExecutor(COMPILERS) as pool:
             list(pool.map(one, names))

@@ -172,6 +172,12 @@ def in_eval_mode() -> list[str]:
 status.describers.append(in_eval_mode)
 
 
+def site_of(layer: Any) -> Site:
+    """Returns the site of a SyncBatchNorm."""
+    site: Site = layer._site
+    return site
+
+
 def of_number(number: int) -> Site | None:
     """Returns the site with this number, or None if the layer is gone."""
     return _sites.get(number)

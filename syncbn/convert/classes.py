@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from syncbn.checks.inputs import Dims
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.convert.lazy import LazySyncBatchNorm
+from syncbn.layer import SyncBatchNorm
 
 _NEEDS = "SyncBatchNorm{}d needs input.dim() {}, as torch.nn.BatchNorm{}d does"
 

@@ -13,13 +13,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.calls.sites import Site
+from syncbn.calls.sites import Site, site_of
 from syncbn.convert import classes, known, obstacles, replacement, selection
+from syncbn.convert.lazy import LazySyncBatchNorm
 from syncbn.convert.replacement import Functions
 from syncbn.convert.selection import Only
 from syncbn.convert.standing import is_batch_norm
 from syncbn.convert.summary import warn_of_local
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify, specify_blocks
@@ -102,7 +103,7 @@ def _convert(layer: Any, spec: GroupSpec | None, becomes: classes.Table) -> None
     kept_group = layer.__dict__.pop("process_group", None)
     layer.__class__ = becomes[original]
     layer._site = Site("SyncBatchNorm", specify(kept_group) if spec is None else spec)
-    layer._site.converted_from = original
+    site_of(layer).converted_from = original
 
 
 def name_layers(model: nn.Module) -> nn.Module:
@@ -128,7 +129,7 @@ def _name(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
     chosen = set(layers)
     for name, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm) and layer in chosen:
-            layer._site.name = name.replace("_orig_mod.", "")  # of torch.compile: a compiled model is the same model
+            site_of(layer).name = name.replace("_orig_mod.", "")  # of torch.compile: a compiled model is the same model
     return model
 
 

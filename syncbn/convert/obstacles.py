@@ -18,7 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from syncbn.convert import classes
-from syncbn.layer import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.convert.lazy import LazySyncBatchNorm
+from syncbn.layer import SyncBatchNorm
 
 _CALLS_SUPER = frozenset({"train", "initialize_parameters", "__setstate__"})
 """Our methods that call the method they override, so that a patch on a base class still runs."""

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from syncbn.calls.sites import site_of
 from syncbn.convert import bytecode, known, obstacles
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
@@ -73,7 +74,7 @@ def channels(module: nn.Module) -> int | None:
 def _of_ours(layer: SyncBatchNorm, model_trains: bool) -> tuple[bool, bool, str]:
     if obstacle := obstacles.to_ours(layer, known.table()):
         return False, True, obstacle
-    if layer._site.frozen:
+    if site_of(layer).frozen:
         return False, False, "frozen by syncbn.freeze: uses its running statistics"
     group = layer.process_group
     if group == groups.ALONE:

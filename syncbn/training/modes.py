@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from syncbn.calls.sites import site_of
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
 
@@ -32,7 +33,7 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         None. A frozen layer does not communicate, so every rank must freeze the same layers.
     """
     for layer in layers_of(model):
-        layer._site.frozen = True
+        site_of(layer).frozen = True
         layer.eval()
         if affine:
             layer.requires_grad_(False)
@@ -53,9 +54,9 @@ def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         None.
     """
     for layer in layers_of(model):
-        if not layer._site.frozen:
+        if not site_of(layer).frozen:
             continue
-        layer._site.frozen = False
+        site_of(layer).frozen = False
         layer.train(model.training)
         if affine:
             layer.requires_grad_(True)
@@ -80,7 +81,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: inside, on this rank alone, if the local batch has one value per channel.
     """
-    sites = [layer._site for layer in layers_of(model)]
+    sites = [site_of(layer) for layer in layers_of(model)]
     for site in sites:
         site.enter(groups.ALONE)
     try:

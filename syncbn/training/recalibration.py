@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from syncbn import transports
+from syncbn.calls.sites import site_of
 from syncbn.layer import SyncBatchNorm
 from syncbn.training.modes import layers_of
 from syncbn.training.recorder import Recorder, merge_ranks, recording
@@ -61,7 +62,7 @@ def recalibrate(
             f"{NAME} needs every rank, and ranks that have finished in syncbn.join do not follow it; received a call "
             "inside syncbn.join. Call it after the join."
         )
-    layers = [layer for layer in layers_of(model) if layer.track_running_stats and not layer._site.frozen]
+    layers = [layer for layer in layers_of(model) if layer.track_running_stats and not site_of(layer).frozen]
     means = (layer.running_mean for layer in layers)
     somewhere = next((t for t in (*means, *model.parameters(), *model.buffers()) if t is not None), None)
     device = torch.device("cpu") if somewhere is None else somewhere.device  # even without a layer

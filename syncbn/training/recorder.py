@@ -15,7 +15,7 @@ from torch import Tensor
 
 from syncbn import moments, transports
 from syncbn.calls import operators
-from syncbn.calls.sites import Site, agree_once
+from syncbn.calls.sites import Site, agree_once, site_of
 from syncbn.layer import SyncBatchNorm
 from syncbn.moments import Message
 from syncbn.transports.base import AbstractTransport
@@ -107,11 +107,11 @@ def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
         for i, layer in enumerate(layers):
             assert layer.running_mean is not None
             device = layer.running_mean.device
-            transport = transports.choose(layer._site.group, device.type)
-            agree_once(layer._site, layer.settings(), transport)
+            transport = transports.choose(layer.process_group, device.type)
+            agree_once(site_of(layer), layer.settings(), transport)
             recorders.append(Recorder(transport, layer.num_features, str(i), device))
-            layer._site.enter(transports.adopt(recorders[-1], device.type))
-            entered.append(layer._site)
+            site_of(layer).enter(transports.adopt(recorders[-1], device.type))
+            entered.append(site_of(layer))
             layer.training, layer.track_running_stats = True, False  # this turns renormalization off, too
         yield recorders
     finally:

@@ -36,21 +36,24 @@ class GroupSpec:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles a label that is unique over all jobs, if the group has been used, see :func:`agree_on_label`."""
-        return vars(_pickled_as.get(self, self)).copy()
+        return vars(pickled_as.get(self, self)).copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores the label that this process uses for the group, if it knows the group."""
         vars(self).update(state)
-        vars(self).update(vars(_unpickled_as.get(self, self)))
+        vars(self).update(vars(unpickled_as.get(self, self)))
 
 
 ALONE = GroupSpec("alone", ())
 """This process by itself, in any job."""
 
 
-_handles: dict[GroupSpec, Callable[[], Any | None]] = {}
-_pickled_as: dict[GroupSpec, GroupSpec] = {}
-_unpickled_as: dict[GroupSpec, GroupSpec] = {}
+handles: dict[GroupSpec, Callable[[], Any | None]] = {}
+"""What returns the live handle of each group that this process was given, see :func:`keep_handle`."""
+pickled_as: dict[GroupSpec, GroupSpec] = {}
+"""Each group that has been used, and with which label it is pickled, see :func:`agree_on_label`."""
+unpickled_as: dict[GroupSpec, GroupSpec] = {}
+"""The reverse."""
 
 
 def require_divisor(size: int, ranks: int, what: str) -> None:
@@ -69,18 +72,18 @@ def require_divisor(size: int, ranks: int, what: str) -> None:
 
 def keep_handle(spec: GroupSpec, group: Any) -> None:
     """Keeps the live handle of a specification. torch owns its groups, so of those only a weak reference is kept."""
-    _handles[spec] = weakref.ref(group) if spec.kind == "torch" else lambda: group
+    handles[spec] = weakref.ref(group) if spec.kind == "torch" else lambda: group
 
 
 def handle(spec: GroupSpec) -> Any | None:
     """Returns the live handle of a specification, or None if this process has not seen one."""
-    found = _handles.get(spec)
+    found = handles.get(spec)
     return None if found is None else found()
 
 
 def forget_handle(spec: GroupSpec) -> None:
     """Drops the handle of a specification, after its owner has freed it."""
-    _handles.pop(spec, None)
+    handles.pop(spec, None)
 
 
 def agree_on_label(spec: GroupSpec, group_id: int) -> None:
@@ -89,8 +92,8 @@ def agree_on_label(spec: GroupSpec, group_id: int) -> None:
     Within the process the label stays a count. Another job has the same count for another group, and so has a rank
     whose threads made their groups in another order.
     """
-    pickled = _pickled_as.setdefault(spec, replace(spec, label=label_of_id(group_id)))
-    _unpickled_as.setdefault(pickled, spec)
+    pickled = pickled_as.setdefault(spec, replace(spec, label=label_of_id(group_id)))
+    unpickled_as.setdefault(pickled, spec)
 
 
 def label_of_id(group_id: int) -> str:

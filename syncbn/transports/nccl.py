@@ -37,7 +37,7 @@ class NcclTransport(AbstractTransport):
     name = "nccl"
 
     def __init__(self, host: MPITransport) -> None:
-        nccl = _nccl()
+        nccl = library()
         self.host, self._nccl, self.recent = host, nccl, deque(maxlen=RECENT)
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.group_id, self.spec = host.group_id, host.spec
@@ -45,7 +45,7 @@ class NcclTransport(AbstractTransport):
         if self.rank == 0:
             number = torch.tensor(list(nccl.get_unique_id()), dtype=torch.uint8, device="cpu")
         host.broadcast(number)
-        self._comm = nccl.NcclCommunicator(self.size, bytes(number.tolist()), self.rank)
+        self.communicator = nccl.NcclCommunicator(self.size, bytes(number.tolist()), self.rank)
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
 
     def all_reduce(self, wire: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class NcclTransport(AbstractTransport):
             return self.host.all_reduce(wire)
         pointer, kind = wire.data_ptr(), self._dtypes[wire.dtype]
         stream = torch._C._cuda_getCurrentRawStream(wire.get_device())
-        self._comm.allReduce(pointer, pointer, wire.numel(), kind, self._nccl.NCCL_SUM, stream)
+        self.communicator.allReduce(pointer, pointer, wire.numel(), kind, self._nccl.NCCL_SUM, stream)
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
@@ -67,7 +67,7 @@ class NcclTransport(AbstractTransport):
             return self.host.broadcast(tensor, root)
         size = tensor.numel() * tensor.element_size()
         stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
-        self._comm.bcast(tensor.data_ptr(), size, self._nccl.NCCL_INT8, root, stream)
+        self.communicator.bcast(tensor.data_ptr(), size, self._nccl.NCCL_INT8, root, stream)
         return tensor
 
     def split(self, color: int) -> AbstractTransport:
@@ -97,7 +97,7 @@ def on_gpus(host: MPITransport, override: str) -> AbstractTransport:
         RuntimeError: on every rank, if NCCL is selected but cannot be used.
     """
     reason = problem()
-    row = torch.tensor([float(bool(reason)), *_identity()], dtype=torch.float64, device="cpu")
+    row = torch.tensor([float(bool(reason)), *gpu_identity()], dtype=torch.float64, device="cpu")
     table = gather.gather(row, host, "the choice of a transport for GPUs")
     if not reason and table[:, 0].any():
         reason = f"rank {host.ranks[int(table[:, 0].argmax())]} cannot load it"
@@ -116,12 +116,12 @@ def problem() -> str:
     if importlib.util.find_spec("cupy") is None:
         return 'CuPy is not installed (pip install "syncbn[cuda13]", or [cuda12])'
     try:
-        return "" if _nccl().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
+        return "" if library().available else "CuPy finds no NCCL library (pip install nvidia-nccl-cu13, or -cu12)"
     except (ImportError, OSError) as error:  # OSError: CuPy cannot make its cache folder
         return f"CuPy does not load: {error}"
 
 
-def _nccl() -> Any:
+def library() -> Any:
     """Returns CuPy's NCCL, without its warning: ``problem`` says what is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,7 +130,7 @@ def _nccl() -> Any:
         return nccl
 
 
-def _identity() -> list[float]:
+def gpu_identity() -> list[float]:
     """Returns the unique id of the current GPU, as four exact numbers."""
     number = int(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).replace("-", ""), 16)
     return [float(number // PIECE**power % PIECE) for power in range(4)]

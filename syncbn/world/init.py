@@ -41,7 +41,7 @@ def init(
         ValueError: on every rank, if ``timeout`` is not a number above 0, or differs between ranks.
     """
     launch = rendezvous.placed(launchers.detect())
-    where = _device(launch) if device is None else torch.device(device)
+    where = device_of(launch) if device is None else torch.device(device)
     if where.type == "cuda":
         where = where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(where)  # NCCL and the kernels take the current one
@@ -68,10 +68,11 @@ def _agree_on_limit(timeout: float | None, transport: AbstractTransport) -> None
     limits.give(seconds)
 
 
-def _device(launch: Launch) -> torch.device:
+def device_of(launch: Launch) -> torch.device:
+    """Returns the GPU of the local rank, or the CPU where there is none. Raises alike on every rank of the host."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if rendezvous.shares_gpus(launch):  # the same on every rank of the host
+    if rendezvous.shares_gpus(launch):
         raise RuntimeError(
             f"syncbn.init() needs a GPU for each process of a host; received {launch.local_size} processes and "
             f"{torch.cuda.device_count()} GPUs on the host of rank {launch.rank}. Start fewer processes, call "

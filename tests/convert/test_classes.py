@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 from syncbn import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.calls.sites import site_of
 
 SHAPES = {
     nn.BatchNorm1d: [(4, 3), (4, 3, 5)],
@@ -90,7 +91,7 @@ def test_copies_and_pickles_have_the_class_and_come_back(cls):
 def test_a_pickle_of_before_still_loads():
     """A converted layer was a plain SyncBatchNorm then."""
     layer = syncbn.SyncBatchNorm(3)
-    layer._site.converted_from = nn.BatchNorm2d
+    site_of(layer).converted_from = nn.BatchNorm2d
     other = pickle.loads(pickle.dumps(layer))
     assert other(torch.randn(4, 3)).shape == (4, 3)
     assert type(revert_sync_batchnorm(other)) is nn.BatchNorm2d

@@ -10,6 +10,7 @@ from torch import nn
 
 import syncbn
 from syncbn import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.calls.sites import site_of
 
 OURS = {
     nn.BatchNorm1d: syncbn.SyncBatchNorm1d,
@@ -145,7 +146,7 @@ def test_a_pickle_names_no_file_of_ours():
 
 
 def names(model):
-    return [layer._site.name for layer in model.modules() if isinstance(layer, syncbn.SyncBatchNorm)]
+    return [site_of(layer).name for layer in model.modules() if isinstance(layer, syncbn.SyncBatchNorm)]
 
 
 def test_conversion_names_the_layers_as_the_model_does():
@@ -177,14 +178,14 @@ def test_copies_keep_their_names():
     model(torch.randn(5, 2, 4))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert names(other) == ["1", "2.1"]
-        assert other[1]._site.number != model[1]._site.number
+        assert site_of(other[1]).number != site_of(model[1]).number
 
 
 def test_an_error_calls_the_layer_by_its_name():
     """Where ranks would differ a person reads it; one process shows the words."""
     model = convert_sync_batchnorm(network())
     model(torch.randn(5, 2, 4))
-    assert [layer._site.label for layer in (model[1], model[2][1])] == ["'1'", "'2.1'"]
+    assert [site_of(layer).label for layer in (model[1], model[2][1])] == ["'1'", "'2.1'"]
     alone = syncbn.SyncBatchNorm(3)
     alone(torch.randn(4, 3))
-    assert alone._site.label == "SyncBatchNorm(3)"
+    assert site_of(alone).label == "SyncBatchNorm(3)"

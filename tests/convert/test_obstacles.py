@@ -125,7 +125,11 @@ except TypeError as error:
     assert "its class is patched (_BatchNorm.forward)" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["process_group", "renorm_limits", "converted_from", "settings", "_site"])
+OWN = sorted(vars(syncbn.SyncBatchNorm(1)).keys() - vars(nn.BatchNorm1d(1)).keys())
+"""What a layer holds beside what torch's hold."""
+
+
+@pytest.mark.parametrize("name", ["process_group", "renorm_limits", "converted_from", "settings", *OWN])
 @pytest.mark.parametrize("kind", ["attribute", "buffer", "parameter", "module"])
 def test_an_attribute_with_a_name_of_ours_is_refused(name, kind):
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3))

@@ -9,6 +9,7 @@ from torch import nn
 
 import syncbn
 from syncbn import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.calls.sites import site_of
 from syncbn.layer import SyncBatchNorm
 
 
@@ -63,9 +64,9 @@ def test_a_layer_that_is_not_selected_keeps_group_and_name():
     group = model["net"]["stem"][1].process_group
     convert_sync_batchnorm(model["net"], only=lambda name, layer: name != "stem.1")
     assert model["net"]["stem"][1].process_group is group
-    assert model["net"]["stem"][1]._site.name == "net.stem.1"
+    assert site_of(model["net"]["stem"][1]).name == "net.stem.1"
     assert model["net"]["body"]["b"][0].process_group is None
-    assert model["net"]["body"]["b"][0]._site.name == "body.b.0"
+    assert site_of(model["net"]["body"]["b"][0]).name == "body.b.0"
 
 
 def test_a_layer_that_cannot_convert_is_no_obstacle_unless_it_is_selected():

@@ -51,6 +51,9 @@ def main():
     world.check()
     if world.rank == 0:
         sys.stdout.write(f"{world.size} ranks over {world.transport.name} on {device}: the same bits as one\n")
+    if torch.distributed.is_initialized():  # a gloo group that is alive at the end can abort the process
+        world.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from syncbn.kernels.cuda import geometry
 from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.moments import DTYPES, Message, Running, Status
 from tests import fake_cuda
-from tests.kernels.test_contract import ArithmeticLauncher, bound, exact, moved
+from tests.kernels.contract import ArithmeticLauncher, bound, exact, moved
 from tests.multiprocess.batches import LAYOUTS
 from tests.tolerances import error
 

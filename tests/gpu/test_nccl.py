@@ -108,7 +108,7 @@ def test_a_split_makes_a_communicator_of_its_own(transport):
     wire = torch.ones(9, dtype=torch.float64, device="cuda")
     assert part.all_reduce(wire) is wire
     assert wire.sum().item() == 9
-    assert part._comm is not transport._comm
+    assert part.communicator is not transport.communicator
 
 
 def test_a_sum_is_captured_and_replayed(transport):
@@ -125,12 +125,14 @@ def test_a_sum_is_captured_and_replayed(transport):
         assert (wire == 1 + replay).all()
 
 
-def test_a_training_step_is_captured_and_replayed(transport, monkeypatch):
+def test_a_training_step_is_captured_and_replayed(transport, monkeypatch, request):
     """The layer's own: two all-reduces, each between two kernels."""
     counts, inner = [], transport.all_reduce
     monkeypatch.setattr(transport, "all_reduce", lambda wire: counts.append(wire.numel()) or inner(wire))
     torch.manual_seed(0)
-    layer, plain = syncbn.SyncBatchNorm(8).cuda(), syncbn.SyncBatchNorm(8).cuda()
+    group = dispatch.adopt(transport, "cuda")
+    request.addfinalizer(lambda: dispatch.discard(transport, "cuda"))
+    layer, plain = syncbn.SyncBatchNorm(8, process_group=group).cuda(), syncbn.SyncBatchNorm(8).cuda()
     x = torch.randn(16, 8, 28, 28, device="cuda", requires_grad=True)
     grad_y = torch.randn(16, 8, 28, 28, device="cuda")
 
@@ -142,21 +144,17 @@ def test_a_training_step_is_captured_and_replayed(transport, monkeypatch):
         return y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), grad_y)
 
     alone = step(plain)  # over the transport of one process
-    with monkeypatch.context() as over_nccl:
-        live = dispatch._Live(dispatch._epoch(None), transport)
-        over_nccl.setitem(dispatch.made, (None, "cuda"), live)
-        over_nccl.setattr(dispatch, "_holds", lambda live: True)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            first = step(layer)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(first, alone, strict=True))
-        assert counts[-2:] == [2 * 8 + 15, 2 * 8 + 7]
-        graph = torch.cuda.CUDAGraph()
-        with capture(graph):
-            captured = step(layer)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        first = step(layer)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(first, alone, strict=True))
+    assert counts[-2:] == [2 * 8 + 15, 2 * 8 + 7]
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph):
+        captured = step(layer)
     for seed in (1, 2):
         torch.manual_seed(seed)
         with torch.no_grad():

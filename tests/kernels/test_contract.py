@@ -1,117 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The kernel contract: one test body for every implementation, against reference.py in float64.
 
-SYNCBN_TEST_DEVICE=cuda:0 python -m pytest tests/kernels/test_contract.py     the kernels of a GPU, on that GPU
+python -m pytest tests/kernels/test_contract*.py
+SYNCBN_TEST_DEVICE=cuda:0 python -m pytest tests/kernels/test_contract*.py     the kernels of a GPU, on that GPU
 """
 
-import itertools
 import math
 
 import pytest
 import torch
 
-from syncbn import kernels, moments, reference
-from syncbn.kernels import dispatch
-from syncbn.kernels.base import Parameters, split_stats
-from syncbn.kernels.cuda.launch import AbstractLauncher
-from syncbn.kernels.cuda.ops import CupyKernels
-from syncbn.kernels.torch_ops import TorchKernels
-from syncbn.moments import Message, Running, Status
-from tests.conftest import DEVICE
-from tests.cuda_on_cpu import EmulatedLauncher
+from syncbn import kernels, moments
+from syncbn.kernels.base import split_stats
+from tests.kernels.contract import (
+    DTYPES,
+    EPS,
+    NUMBERS,
+    SHAPES,
+    STATUS,
+    bound,
+    exact,
+    grad_of,
+    moments_of,
+    moved,
+    normalized,
+    sums_of,
+)
 from tests.multiprocess.batches import LAYOUTS
-from tests.tolerances import FLOOR, error
-
-EPS = 1e-5
-STATUS = Status(0.0, 1.0, 1.0, *moments.DTYPE_VOTES[torch.float32])
-NUMBERS = (1, 7, moments.LIMIT - 1, 3)
-SHAPES = [(5, 3), (4, 1, 7), (2, 5, 3, 4), (3, 17, 1, 1), (2, 64, 9, 5), (2, 3, 2, 3, 2), (1, 2, 33, 31)]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-ON_CPU = ["torch", "host", "cuda on cpu", "cuda on cpu, slow float64"]
-ON_DEVICE = ["torch", "cupy", "cupy, slow float64"]
-
-
-class ArithmeticLauncher(AbstractLauncher):
-    """The launcher of a GPU, and a chosen arithmetic for the sums: any GPU runs both.
-
-    Args:
-        inner: launches.
-        slow: whether to say that float64 is slow here.
-    """
-
-    def __init__(self, inner, *, slow):
-        self.inner, self.slow = inner, slow
-
-    def launch(self, kernel, grid, block, layout, values, x):
-        self.inner.launch(kernel, grid, block, layout, values, x)
-
-    def slow_float64(self, x):
-        return self.slow
-
-    def scratch(self, x, partials, groups):
-        return self.inner.scratch(x, partials, groups)
-
-    def deferred_errors(self, x):
-        return self.inner.deferred_errors(x)
-
-
-def kernels_of_gpu(*, slow, host_synchronous):
-    """The kernels of a GPU in one arithmetic. Skips where CUDA tensors get other kernels."""
-    if kernels.explain_device().name != "cupy":
-        pytest.skip(kernels.explain_device().reason)
-    return CupyKernels(ArithmeticLauncher(dispatch.launcher(), slow=slow), host_synchronous=host_synchronous)
-
-
-@pytest.fixture(params=ON_CPU if DEVICE.type == "cpu" else ON_DEVICE)
-def implementation(request):
-    if request.param == "torch":
-        return TorchKernels()
-    if request.param.startswith("cupy"):
-        return kernels_of_gpu(slow="slow" in request.param, host_synchronous=True)
-    if request.param.startswith("cuda on cpu"):
-        return CupyKernels(EmulatedLauncher(slow="slow" in request.param), host_synchronous=True)
-    pytest.importorskip("syncbn.kernels.host._host", reason="built without a compiler")
-    return pytest.importorskip("syncbn.kernels.host.ops").HostKernels()
-
-
-def exact(x, grad_y, weight, bias):
-    """y and grad_x by the definition, in float64."""
-    x = x.double().requires_grad_()
-    stats = torch.zeros(x.size(1), dtype=torch.float64, device=x.device)
-    y = reference.batch_norm(x, weight.double(), bias.double(), stats, stats, eps=EPS).y
-    y.backward(grad_y.double())
-    return y.detach(), x.grad
-
-
-def message(direction=0, numbers=NUMBERS):
-    return Message(numbers, 1, "a layer", direction, NUMBERS[1])
-
-
-def moments_of(implementation, x, status=STATUS):
-    return implementation.local_moments(x, None, NUMBERS, status)
-
-
-def normalized(implementation, x, wire=None, **parameters):
-    """y and the statistics for backward; of this tensor alone where no wire is given."""
-    wire = moments_of(implementation, x) if wire is None else wire
-    return implementation.normalize(x, wire, Parameters(eps=EPS, **parameters), message())
-
-
-def sums_of(implementation, grad_y, x, stats):
-    return implementation.backward_sums(grad_y, x, stats, NUMBERS)[0]
-
-
-def grad_of(implementation, grad_y, x, stats, *, sums=None, weight=None):
-    """grad_x; of this tensor alone where no sums are given."""
-    sums = sums_of(implementation, grad_y, x, stats) if sums is None else sums
-    return implementation.backward_input(grad_y, x, None, sums, weight, stats, message(1))
-
-
-def bound(dtype, scale):
-    """One rounding of the largest value, and what the elementwise arithmetic in float32 may add."""
-    return FLOOR[dtype] * max(1.0, scale) * 2
+from tests.tolerances import error
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced"])
@@ -140,15 +56,6 @@ def check_steps(implementation, x, grad_y, weight, bias):
     assert count.item() == x64.size(1)
     torch.testing.assert_close(mean, x64.mean(1))
     torch.testing.assert_close(invstd, (x64.var(1, correction=0) + EPS).rsqrt())
-
-
-def moved(x, offset):
-    """Copies a tensor, strides included, to a place that begins ``offset`` bytes behind a multiple of 16."""
-    first = offset // x.element_size()
-    memory = torch.empty(x.numel() + first, dtype=x.dtype, device=x.device)
-    copy = torch.as_strided(memory, x.shape, x.stride(), first).copy_(x)
-    assert copy.data_ptr() % 16 == offset
-    return copy
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -227,65 +134,6 @@ def test_local_moments_are_accumulated_in_float64(implementation, rng, dtype):
     assert moments.read_counters(wire, NUMBERS) == (True, x64.size(1), STATUS)
 
 
-ABSTAINING = message(numbers=moments.ABSTAINS)
-
-
-def test_kernels_that_do_not_defer_read_the_counters_and_the_call(implementation):
-    if implementation.deferred:
-        pytest.skip("the device reads them")
-    wire = 3 * moments_of(implementation, torch.ones(4, 2))
-    for own in (message(), ABSTAINING):
-        counters = implementation.read_counters(wire, own)
-        assert counters == (True, 12.0, Status._make(3 * s for s in STATUS))
-        assert type(counters.same_call) is bool
-        for slot in range(moments.CALL):
-            other = wire.clone()
-            other[slot] += 1
-            assert not implementation.read_counters(other, own).same_call
-
-
-def test_kernels_that_do_not_defer_compare_the_backward_call(implementation):
-    if implementation.deferred:
-        pytest.skip("the device compares it")
-    x = torch.randn(4, 2)
-    wire = 3 * sums_of(implementation, x, x, normalized(implementation, x)[1])
-    for own in (message(1), ABSTAINING):
-        assert implementation.check_sums(wire, own) is True
-        for slot in range(moments.CALL):
-            for wrong in (wire[slot].item() - 1, float("nan"), float("inf")):
-                other = wire.clone()
-                other[slot] = wrong
-                assert implementation.check_sums(other, own) is False
-
-
-def test_what_ranks_find_of_their_calls_is_what_the_definition_says(implementation, rng):
-    """With every mixture of few ranks, also at the largest numbers, and of ranks that abstain."""
-    if implementation.deferred:
-        pytest.skip("the device compares calls")
-    top = moments.LIMIT - 1
-    calls = [(1, 0, 0, 0), (1, 1, 0, 0), (1, 2, 0, 0), (1, top, top, top), (1, top, top, top - 1), moments.ABSTAINS]
-    for some in itertools.product(calls, repeat=3):
-        for times in (1, 2**14):
-            slots = torch.tensor([moments.head(numbers) for numbers in some], dtype=torch.float64).sum(0) * times
-            wire = torch.cat((slots, torch.zeros(4, dtype=torch.float64)))
-            same = len(set(some) - {moments.ABSTAINS}) <= 1
-            for own in some:
-                assert implementation.check_sums(wire, message(1, own)) is same
-                assert moments.same_call(slots.tolist(), own) is same
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_wires_begin_with_the_call(implementation, rng, dtype):
-    x = torch.randn(5, 3, 4, generator=rng).to(dtype)
-    stats = normalized(implementation, x)[1]
-    for wire in (moments_of(implementation, x), sums_of(implementation, x, x, stats)):
-        assert wire.dtype == torch.float64
-        assert wire[: moments.CALL].tolist() == [*NUMBERS, *(v * v for v in NUMBERS[1:])]
-    assert not implementation.local_moments(x, None, moments.ABSTAINS, STATUS)[: moments.CALL].any()
-    assert sums_of(implementation, x, x, stats).shape == (moments.sums_length(3),)
-    assert moments_of(implementation, x).shape == (moments.wire_length(3),)
-
-
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_local_gradients_of_weight_and_bias_are_the_sums_rounded_once(implementation, rng, dtype, parameters):
@@ -303,20 +151,6 @@ def test_local_gradients_of_weight_and_bias_are_the_sums_rounded_once(implementa
     assert torch.equal(only_bias[2], grad_bias)
     wire.add_(1)  # an all-reduce works in place, and the gradients stay local
     assert torch.equal(only_bias[2], sums_of(implementation, grad_y, x, stats)[moments.CALL :][:3].to(parameters))
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (0, 3, 4, 4)], ids=str)
-def test_an_empty_share_sends_zeros_and_gets_empties(implementation, shape):
-    x = torch.empty(shape)
-    wire = moments_of(implementation, x)
-    assert not moments.count(wire)
-    assert not moments.sums(wire).any()
-    whole = moments_of(implementation, torch.randn(4, 3)) + wire
-    y, stats = normalized(implementation, x, whole)
-    sums = sums_of(implementation, x, x, stats)
-    assert not sums[moments.CALL :].any()
-    grad_x = grad_of(implementation, x, x, stats, sums=2 * sums)
-    assert y.shape == grad_x.shape == shape
 
 
 @pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -352,57 +186,6 @@ def test_an_expanded_grad_y_is_read_right(implementation, rng):
     torch.testing.assert_close(sums[moments.CALL :][:4], torch.full((4,), 180.0).double())
     full = grad_of(implementation, grad_y.contiguous(), x, stats, sums=sums)
     assert torch.equal(grad_of(implementation, grad_y, x, stats, sums=sums), full)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_normalize_moves_the_running_statistics(implementation, rng, dtype):
-    x = torch.randn(8, 3, generator=rng) + 2
-    running = Running(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(4), 0.5)
-    normalized(implementation, x, running=running)
-    tolerance = {"rtol": 1e-3 if dtype == torch.float16 else 1e-6, "atol": 0}
-    torch.testing.assert_close(running.mean, (x.mean(0) / 2).to(dtype), **tolerance)
-    torch.testing.assert_close(running.var, ((1 + x.var(0)) / 2).to(dtype), **tolerance)
-    assert running.num_batches_tracked.item() == 5
-
-
-def test_a_global_batch_of_nothing_is_counted_and_moves_nothing(implementation):
-    """As torch counts it."""
-    x = torch.empty(0, 3)
-    for momentum in (0.5, None):
-        running = Running(torch.full((3,), 2.0), torch.full((3,), 3.0), torch.tensor(4), momentum)
-        y, stats = normalized(implementation, x, running=running)
-        assert y.shape == x.shape
-        assert stats.isfinite().all()
-        assert running.num_batches_tracked.item() == 5
-        assert running.mean.tolist() == [2.0] * 3
-        assert running.var.tolist() == [3.0] * 3
-
-
-def test_momentum_none_averages_and_without_a_counter_leaves_the_buffers_alone(implementation):
-    counted = Running(torch.zeros(1), torch.ones(1), torch.tensor(0), None)
-    uncounted = Running(torch.zeros(1), torch.ones(1), None, None)
-    for batch in ([0.0, 2.0], [1.0, 3.0], [5.0, 7.0]):
-        for running in (counted, uncounted):
-            normalized(implementation, torch.tensor(batch).view(2, 1), running=running)
-    assert (counted.mean.item(), counted.var.item(), counted.num_batches_tracked.item()) == (3.0, 2.0, 3)
-    assert (uncounted.mean.item(), uncounted.var.item()) == (0.0, 1.0)  # as torch does
-
-
-def test_autograd_learns_that_running_statistics_moved(implementation):
-    """A graph that has saved one then refuses backward, where it would use values that have moved."""
-    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
-    before = [buffer._version for buffer in running[:3]]
-    normalized(implementation, torch.randn(4, 3), running=running)
-    assert all(buffer._version > version for buffer, version in zip(running[:3], before, strict=True))
-
-
-def test_buffers_of_inference_mode_move_too(implementation):
-    """They have no version."""
-    with torch.inference_mode():
-        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
-        normalized(implementation, torch.randn(4, 3), running=running)
-    assert running.num_batches_tracked.item() == 1
-    assert running.mean.all()
 
 
 def test_inputs_are_left_alone(implementation, rng):

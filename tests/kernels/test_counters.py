@@ -6,7 +6,7 @@ import torch
 
 from syncbn.kernels.base import Parameters
 from syncbn.moments import Running
-from tests.kernels.test_contract import implementation, message, moments_of  # noqa: F401, the first is a fixture
+from tests.kernels.contract import message, moments_of
 
 COUNTERS = [torch.int64, torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.uint8]
 
@@ -14,7 +14,7 @@ COUNTERS = [torch.int64, torch.float64, torch.float32, torch.bfloat16, torch.int
 @pytest.mark.parametrize("momentum", [None, 0.1])
 @pytest.mark.parametrize("dtype", COUNTERS, ids=str)
 @pytest.mark.parametrize("start", [2.5, 255, 0])
-def test_a_counter_counts_on_in_its_own_dtype(implementation, dtype, momentum, start):  # noqa: F811
+def test_a_counter_counts_on_in_its_own_dtype(implementation, dtype, momentum, start):
     x = torch.randn(6, 3)
     tracked = torch.tensor(start).to(dtype)
     expected = tracked + 1  # 255 + 1 is 0 in uint8, and 256 + 1 stays 256 in bfloat16

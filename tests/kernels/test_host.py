@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the compiled kernels promise beyond the contract of test_kernels.py."""
+"""What the compiled kernels promise beyond the contract of test_contract.py."""
 
 import os
 import shutil
@@ -18,9 +18,8 @@ from syncbn.kernels.torch_ops import TorchKernels
 from syncbn.moments import Message, Running, Status
 from tests import processes
 
-_host = pytest.importorskip("syncbn.kernels.host._host", reason="built without a compiler")
-host_ops = pytest.importorskip("syncbn.kernels.host.ops")
-HOST, TORCH = host_ops.HostKernels(), TorchKernels()
+ops = pytest.importorskip("syncbn.kernels.host.ops", reason="built without a compiler", exc_type=ImportError)
+HOST, TORCH, compiled = ops.HostKernels(), TorchKernels(), ops.compiled
 EPS = 1e-5
 STATUS = Status(0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
 NUMBERS = (1, 7, moments.LIMIT - 1, 3)
@@ -32,9 +31,9 @@ LARGE = [(3, 40, 70, 65), (5, 2, 190, 191), (40001, 7), (2, 600, 13, 17)]
 
 @pytest.fixture(autouse=True)
 def _settings_restored():
-    fastest, threads = _host.instruction_set(), torch.get_num_threads()
+    fastest, threads = compiled.instruction_set(), torch.get_num_threads()
     yield
-    _host.use_instruction_set(fastest)
+    compiled.use_instruction_set(fastest)
     torch.set_num_threads(threads)
 
 
@@ -69,8 +68,8 @@ def batch(shape, dtype=torch.float32, *, channels_last=False, seed=0):
 def test_every_instruction_set_gives_the_same_bits(shape, dtype, channels_last):
     x, grad_y = batch(shape, dtype, channels_last=channels_last)
     results = []
-    for name in _host.instruction_sets():
-        _host.use_instruction_set(name)
+    for name in compiled.instruction_sets():
+        compiled.use_instruction_set(name)
         results.append(step(HOST, x, grad_y))
     assert all(not differing(results[0], other) for other in results)
 
@@ -134,8 +133,8 @@ def test_every_half_number_survives_and_rounds_as_in_torch(dtype):
     def scaled(weight):
         return HOST.backward_input(every, nothing, None, zeros, weight, stats, MESSAGE)
 
-    for name in _host.instruction_sets():
-        _host.use_instruction_set(name)
+    for name in compiled.instruction_sets():
+        compiled.use_instruction_set(name)
         same = scaled(None)
         assert torch.equal(same.isnan(), every.isnan())
         assert torch.equal(same.nan_to_num(0.0), every.nan_to_num(0.0))
@@ -205,7 +204,7 @@ X = torch.zeros(2, 3, 4)
 
 
 def local_moments(x, wire=WIRE, numbers=NUMBERS, status=STATUS):
-    return _host.local_moments(x, wire, numbers, status, 1)
+    return compiled.local_moments(x, wire, numbers, status, 1)
 
 
 def normalize(wire=WIRE, **parameters):
@@ -227,7 +226,7 @@ REFUSED = {
     "wire must be contiguous float64, of 7 values or more": lambda: HOST.check_sums(SUMS.float(), MESSAGE),
     "status must be a tuple of 7": lambda: local_moments(X, status=STATUS[:6]),
     "numbers must be a tuple of 4": lambda: local_moments(X, numbers=NUMBERS[:3]),
-    "expected 5 arguments, received 4": lambda: _host.local_moments(X, WIRE, NUMBERS, STATUS),
+    "expected 5 arguments, received 4": lambda: compiled.local_moments(X, WIRE, NUMBERS, STATUS),
     "wire must be contiguous float64 .21,.*": lambda: normalize(WIRE[:19]),
     "weight must have shape .3,": lambda: normalize(weight=torch.ones(2)),
     "x must be a strided CPU tensor of": lambda: local_moments(X[0].to_sparse()),
@@ -240,9 +239,9 @@ REFUSED = {
     "stats must be contiguous float64": lambda: HOST.backward_sums(X, X, STATS.float(), NUMBERS),
     "stats must be contiguous float64 .7,": lambda: backward_input(stats=STATS[:6]),
     "wire must be contiguous float64 .13,": lambda: backward_input(SUMS[7:]),
-    "grad_weight must have shape": lambda: _host.parameter_gradients(SUMS, torch.ones(2), None),
-    "grad_bias must have shape": lambda: _host.parameter_gradients(SUMS, None, torch.ones(2)),
-    "this machine does not run pentium": lambda: _host.use_instruction_set("pentium"),
+    "grad_weight must have shape": lambda: compiled.parameter_gradients(SUMS, torch.ones(2), None),
+    "grad_bias must have shape": lambda: compiled.parameter_gradients(SUMS, None, torch.ones(2)),
+    "this machine does not run pentium": lambda: compiled.use_instruction_set("pentium"),
 }
 
 
@@ -304,50 +303,6 @@ print(explain().name, os.waitpid(pid, 0)[1])
 def test_a_forked_child_computes_too():
     done = processes.python("-c", PROGRAM, SYNCBN_KERNELS="host", limit=60)
     assert done.stdout.split() == ["host", "0"], done.stderr
-
-
-explain = kernels.explain.__wrapped__  # asks anew; what this process was told, it keeps
-
-
-def test_the_environment_chooses(monkeypatch):
-    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
-    assert str(explain()).startswith("Choice(name='host', reason='compiled C++ for")
-    monkeypatch.setenv("SYNCBN_KERNELS", "torch")
-    assert explain() == ("torch", "SYNCBN_KERNELS=torch")
-    monkeypatch.setenv("SYNCBN_KERNELS", "fast")
-    with pytest.raises(ValueError, match="SYNCBN_KERNELS must be one of auto, host, torch; received 'fast'"):
-        explain()
-
-
-def test_without_compiled_kernels_the_readable_ones_serve(monkeypatch):
-    monkeypatch.setitem(sys.modules, "syncbn.kernels.host._host", None)
-    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
-    assert explain().name == "torch"
-    assert explain().reason.startswith("the compiled host kernels were not built")
-    monkeypatch.setenv("SYNCBN_KERNELS", "host")
-    with pytest.raises(RuntimeError, match="SYNCBN_KERNELS=host needs the compiled host kernels"):
-        explain()
-
-
-def test_a_process_gets_the_kernels_that_its_environment_names():
-    done = processes.python("-c", "from syncbn import kernels; print(kernels.explain().name)", SYNCBN_KERNELS="torch")
-    assert done.stdout.strip() == "torch", done.stderr
-
-
-@pytest.mark.builds
-def test_a_build_without_a_compiler_succeeds(tmp_path):
-    pytest.importorskip("setuptools", reason="the build's own tool")
-    for name in ("syncbn", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        source = processes.ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    for built in tmp_path.rglob("_host*.so"):
-        built.unlink()
-    words = [sys.executable, "setup.py", "--quiet", "build", "--build-base", "build"]
-    nothing = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
-    done = subprocess.run(words, cwd=tmp_path, env=nothing, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "build").rglob("torch_ops.py"))
-    assert not list(tmp_path.rglob("_host*.so"))
 
 
 @pytest.mark.builds

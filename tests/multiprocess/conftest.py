@@ -97,6 +97,12 @@ def torch_world(ranks):
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def world(ranks):
+    """Made now: tests before this one may have connected everyone anew."""
+    return syncbn.init(device=DEVICE)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Ends every process when one rank fails alone: the others would wait for it in their next collective."""

@@ -34,7 +34,7 @@ def even_group(ranks):
 def forget_this_job(monkeypatch):
     """Makes this process know no group, as in a job that loads a layer."""
     monkeypatch.setattr("syncbn.transports.dispatch.made", {})
-    for table in ("_handles", "_pickled_as", "_unpickled_as"):
+    for table in ("handles", "pickled_as", "unpickled_as"):
         monkeypatch.setattr(f"syncbn.transports.groups.{table}", {})
 
 

@@ -75,9 +75,9 @@ def library(monkeypatch):
             notes.append(("bcast", *arguments))
 
     module.NcclCommunicator = NcclCommunicator
-    monkeypatch.setattr(nccl, "_nccl", lambda: module)
+    monkeypatch.setattr(nccl, "library", lambda: module)
     monkeypatch.setattr(nccl, "problem", lambda: "")
-    monkeypatch.setattr(nccl, "_identity", lambda: [1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(nccl, "gpu_identity", lambda: [1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
     return module
 
@@ -135,7 +135,7 @@ def test_a_gpus_identity_is_exact(monkeypatch):
     uuid = "ffffffff-ffff-ffff-ffff-fffffffffffe"
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
-    pieces = nccl._identity()
+    pieces = nccl.gpu_identity()
     assert sum(int(piece) << (40 * power) for power, piece in enumerate(pieces)) == 2**128 - 2
 
 
@@ -225,7 +225,7 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert init._device(launch(local_rank)) == torch.device("cuda", expected)
+    assert init.device_of(launch(local_rank)) == torch.device("cuda", expected)
 
 
 def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
@@ -256,7 +256,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert not rendezvous.shares_gpus(launch(1, 2))
     for local_rank in range(3):  # also on those that would have one
         with pytest.raises(RuntimeError, match=r"3 processes and 2 GPUs.*NCCL refuses two ranks on one GPU"):
-            init._device(launch(local_rank, 3))
+            init.device_of(launch(local_rank, 3))
 
 
 def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):

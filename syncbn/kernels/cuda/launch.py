@@ -109,7 +109,7 @@ class CupyLauncher(AbstractLauncher):
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self.launch(kernel, grid, block, layout, values, x)
-        function = self._functions.get((kernel, device)) or self._compile(kernel, device)
+        function = self._functions.get((kernel, device)) or self.compile(kernel, device)
         try:
             buffer, pointers = self._local.argument
         except AttributeError:
@@ -189,7 +189,7 @@ class CupyLauncher(AbstractLauncher):
         self._local.argument = argument = buffer, ctypes.addressof(pointers)
         return argument
 
-    def _compile(self, kernel: str, device: int) -> int:
+    def compile(self, kernel: str, device: int) -> int:
         """Compiles one instance of a template, or takes it from CuPy's cache on disk."""
         self._refuse_capture(f"the first use of {kernel}")
         try:

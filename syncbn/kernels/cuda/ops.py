@@ -49,7 +49,7 @@ class CupyKernels(AbstractKernels):
     name = "cupy"
 
     def __init__(self, launcher: AbstractLauncher, *, host_synchronous: bool = False, threads: int = THREADS) -> None:
-        self._launcher, self._threads = launcher, threads
+        self.launcher, self._threads = launcher, threads
         self.deferred = not host_synchronous
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
@@ -62,7 +62,7 @@ class CupyKernels(AbstractKernels):
         pointer = x.data_ptr()
         scratch = self._scratch(x, like)
         values = (*shapes[pointer & 15], pointer, wire.data_ptr(), *numbers, like.samples, *status, *scratch.addresses)
-        self._launcher.launch(name, grid, block, LOCAL_MOMENTS, values, x)
+        self.launcher.launch(name, grid, block, LOCAL_MOMENTS, values, x)
         del scratch  # only now may torch reuse it, after this launch
         return wire
 
@@ -74,7 +74,7 @@ class CupyKernels(AbstractKernels):
         """
         if not self.deferred:
             return moments.read_counters(wire, message.numbers)
-        self._launcher.deferred_errors(wire).look()
+        self.launcher.deferred_errors(wire).look()
         return None
 
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class CupyKernels(AbstractKernels):
             *(*moves, stats_blocks, momentum, eps),
             *self._comparison(message, like),
         )
-        self._launcher.launch(name, stats_blocks + grid, block, NORMALIZE, values, x)
+        self.launcher.launch(name, stats_blocks + grid, block, NORMALIZE, values, x)
         if dense is not x:
             y = torch.empty_like(x).copy_(y)
         if running is not None:
@@ -139,7 +139,7 @@ class CupyKernels(AbstractKernels):
             *(_ABSENT if grad_bias is None else (grad_bias.data_ptr(), 1, CODES[grad_bias.dtype])),
             *scratch.addresses,
         )
-        self._launcher.launch(name, grid, block, BACKWARD_SUMS, values, x)
+        self.launcher.launch(name, grid, block, BACKWARD_SUMS, values, x)
         del scratch
         return wire, grad_weight, grad_bias
 
@@ -147,7 +147,7 @@ class CupyKernels(AbstractKernels):
         """See :meth:`AbstractKernels.check_sums`. Raises what :meth:`read_counters` raises."""
         if not self.deferred:
             return moments.same_call(wire[: moments.CALL].tolist(), message.numbers)
-        self._launcher.deferred_errors(wire).look()
+        self.launcher.deferred_errors(wire).look()
         return True
 
     def backward_input(
@@ -175,7 +175,7 @@ class CupyKernels(AbstractKernels):
                 *_values(weight, like),
                 *self._comparison(message, like),
             )
-            self._launcher.launch(name, grid or 1, block, BACKWARD_INPUT, values, x)
+            self.launcher.launch(name, grid or 1, block, BACKWARD_INPUT, values, x)
         return grad_x if dense is x else torch.empty_like(x).copy_(grad_x)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Prepared]:
@@ -184,7 +184,7 @@ class CupyKernels(AbstractKernels):
         found = self._prepared.get(key)
         if found is not None:
             return x, found
-        new = prepare(x, self._launcher, self._threads, deferred=self.deferred)
+        new = prepare(x, self.launcher, self._threads, deferred=self.deferred)
         if new is None:
             return self._prepare(x.contiguous())
         if len(self._prepared) >= REMEMBERED:
@@ -194,7 +194,7 @@ class CupyKernels(AbstractKernels):
 
     def _scratch(self, x: Tensor, like: Prepared) -> Scratch:
         """Returns memory for partial sums and tickets, which a reduction over several blocks needs."""
-        return self._launcher.scratch(x, like.partials, like.groups) if like.partials else _NO_SCRATCH
+        return self.launcher.scratch(x, like.partials, like.groups) if like.partials else _NO_SCRATCH
 
     def _comparison(self, message: Message, like: Prepared) -> tuple[int | float, ...]:
         """Returns the fields for comparing the calls, and the address for a deferred error."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from syncbn import moments
 from syncbn.kernels.base import AbstractKernels, Parameters
-from syncbn.kernels.host import _host
+from syncbn.kernels.host import _host as compiled
 from syncbn.moments import Counters, Message, Numbers, Running, Status
 
-sound = _host.sound
+sound = compiled.sound
 """Whether the steps can take x, weight, bias, running mean and var, and an int64 counter, for C channels."""
-_host.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
+compiled.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
 # torch.empty would obey torch.set_default_device; new_empty of this tensor does not.
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -40,17 +40,17 @@ class HostKernels(AbstractKernels):
         assert mask is None
         wire = _FLOAT64.new_empty(2 * x.size(1) + _FORWARD)
         threads = torch.get_num_threads()
-        if not _host.local_moments(x, wire, numbers, status, threads):
-            _host.local_moments(x.contiguous(), wire, numbers, status, threads)
+        if not compiled.local_moments(x, wire, numbers, status, threads):
+            compiled.local_moments(x.contiguous(), wire, numbers, status, threads)
         return wire
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters:
         """See :meth:`AbstractKernels.read_counters`."""
-        return Counters._make(_host.read_counters(wire, message.numbers))
+        return Counters._make(compiled.read_counters(wire, message.numbers))
 
     def agreement(self, wire: Tensor, message: Message) -> int:
         """See :meth:`AbstractKernels.agreement`."""
-        return _host.agreement(wire, message.numbers, message.ranks)
+        return compiled.agreement(wire, message.numbers, message.ranks)
 
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
         """See :meth:`AbstractKernels.normalize`."""
@@ -59,10 +59,10 @@ class HostKernels(AbstractKernels):
             running = moments.counted(running)
         y, stats = torch.empty_like(x), _FLOAT64.new_empty(2 * x.size(1) + 1)
         rest = (wire, weight, bias, stats, *(running or _ABSENT), eps, torch.get_num_threads())
-        if not _host.normalize(x, y, *rest):
+        if not compiled.normalize(x, y, *rest):
             dense = x.contiguous()
             result = torch.empty_like(dense)
-            _host.normalize(dense, result, *rest)
+            compiled.normalize(dense, result, *rest)
             y.copy_(result)
         if running is not None:
             moments.tell_autograd(running)
@@ -81,16 +81,16 @@ class HostKernels(AbstractKernels):
         C = x.size(1)
         wire = _FLOAT64.new_empty(2 * C + moments.CALL)
         rest = (stats, wire, numbers, torch.get_num_threads())
-        if grad_y.dtype != x.dtype or grad_y.is_neg() or not _host.backward_sums(grad_y, x, *rest):
-            any(_host.backward_sums(g, dense, *rest) for dense, g in _copies(x, grad_y))
+        if grad_y.dtype != x.dtype or grad_y.is_neg() or not compiled.backward_sums(grad_y, x, *rest):
+            any(compiled.backward_sums(g, dense, *rest) for dense, g in _copies(x, grad_y))
         grad_weight = None if weight is None else _FLOAT64.new_empty(C, dtype=weight)
         grad_bias = None if bias is None else _FLOAT64.new_empty(C, dtype=bias)
-        _host.parameter_gradients(wire, grad_weight, grad_bias)
+        compiled.parameter_gradients(wire, grad_weight, grad_bias)
         return wire, grad_weight, grad_bias
 
     def check_sums(self, wire: Tensor, message: Message) -> bool:
         """See :meth:`AbstractKernels.check_sums`."""
-        return _host.check_sums(wire, message.numbers)
+        return compiled.check_sums(wire, message.numbers)
 
     def backward_input(
         self,
@@ -105,11 +105,11 @@ class HostKernels(AbstractKernels):
         """See :meth:`AbstractKernels.backward_input`."""
         grad_x = torch.empty_like(x)
         rest = (wire, weight, stats, torch.get_num_threads())
-        if grad_y.dtype == x.dtype and not grad_y.is_neg() and _host.backward_input(grad_y, x, grad_x, *rest):
+        if grad_y.dtype == x.dtype and not grad_y.is_neg() and compiled.backward_input(grad_y, x, grad_x, *rest):
             return grad_x
         for dense, g in _copies(x, grad_y):
             result = torch.empty_like(dense)
-            if _host.backward_input(g, dense, result, *rest):
+            if compiled.backward_input(g, dense, result, *rest):
                 break
         return grad_x.copy_(result)
 

@@ -199,7 +199,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
 
     def _which_are_alone(self) -> list[bool]:
         """Says of each layer whether it is in ``syncbn.no_sync``."""
-        return [layer._site.group == groups.ALONE for layer in modes.layers_of(self._inner)]
+        return [layer.process_group == groups.ALONE for layer in modes.layers_of(self._inner)]
 
     def _count_lazy(self) -> int:
         return sum(map(is_lazy, (*self._inner.parameters(), *self._inner.buffers())))

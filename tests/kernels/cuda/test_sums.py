@@ -11,7 +11,7 @@ from syncbn import moments
 from syncbn.kernels.cuda.ops import CupyKernels
 from syncbn.moments import Status
 from tests.cuda_on_cpu import EmulatedLauncher
-from tests.kernels.cuda.test_kernels import NUMBERS, batch, differing, step
+from tests.kernels.cuda.calls import NUMBERS, batch, differing, step
 
 pytestmark = pytest.mark.slow  # blocks and threads one by one
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
