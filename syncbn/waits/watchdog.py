@@ -217,6 +217,11 @@ def watch(group: Group, channel: Channel | None, rank: int, launcher: str) -> No
         dog.reader.add(group)
 
 
+def watches(group: Group) -> bool:
+    """Whether the calls of a group are watched already."""
+    return any(each is group for dog in _running if dog.pid == os.getpid() for each in dog.reader.groups())
+
+
 def covers(ranks: tuple[int, ...]) -> bool:
     """Whether this process has a channel with all of these ranks."""
     return any(channel.covers(ranks) for dog in _running if dog.pid == os.getpid() for channel in dog.channels)

@@ -11,8 +11,8 @@ import torch
 
 import syncbn
 
-SECONDS = 2.5
-LIMIT = 1.0
+SECONDS = 4.0
+LIMIT = 2.0
 
 
 class SlowFile(io.BytesIO):
@@ -30,7 +30,7 @@ def save():
 
 def debug():
     end, begin = os.pipe()
-    sys.stdin = open(end)
+    sys.stdin = os.fdopen(end)
     threading.Timer(SECONDS, os.write, (begin, b"continue\n")).start()
     breakpoint()
 
@@ -59,4 +59,4 @@ for name, keep_waiting in reasons.items():
         world.barrier()
     layer(torch.randn(4, 3))
     if world.rank == 0:
-        print(f"{name} survived", flush=True)
+        sys.stdout.write(f"{name} survived\n")

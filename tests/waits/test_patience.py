@@ -10,6 +10,6 @@ from tests import processes
 def test_a_debugger_a_compilation_a_checkpoint_and_a_barrier_may_take_longer_than_the_limit(launcher):
     done = launcher(2, "-m", "tests.waits.patient_program")
     assert done.returncode == 0, done.stdout + done.stderr
-    survived = [line for line in done.stdout.splitlines() if line.endswith("survived")]
-    assert survived == [f"{name} survived" for name in ("save", "debug", "compile", "barrier")]
-    assert "World.barrier (call 3); it waits without a limit" in done.stderr  # and says so
+    for name in ("save", "debug", "compile", "barrier"):
+        assert f"{name} survived" in done.stdout
+    assert "waits in World.barrier (call 3); it waits without a limit" in done.stderr  # and says so
