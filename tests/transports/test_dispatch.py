@@ -150,7 +150,7 @@ def test_a_thread_that_makes_a_group_keeps_no_other_group_waiting(monkeypatch):
     """Creation is collective: the threads of another rank may come in another order."""
     both = threading.Barrier(2, timeout=30)
     monkeypatch.setattr(
-        "syncbn.transports.dispatch.connect_subset", lambda spec, device_type: both.wait() and SingleTransport()
+        "syncbn.transports.dispatch.connect_subset", lambda spec, device_type: (both.wait(), SingleTransport())[1]
     )
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(transports.choose, [syncbn.GroupSpec("mpi", (0, 1), label) for label in "ab"]))

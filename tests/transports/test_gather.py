@@ -30,6 +30,12 @@ class Told:
         add = self.wires.pop(0) if self.wires else 2 * wire
         return wire.add_(add(wire) if callable(add) else add)
 
+    def reduce(self, wire, message):
+        return self.all_reduce(wire)
+
+    def leave(self):
+        self.left = True
+
     def exchange_notes(self, note):
         return [note, *self.others]
 
