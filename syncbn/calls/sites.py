@@ -61,12 +61,12 @@ class Site:
         """How errors call the layer; set by :meth:`hash`."""
         self._seen: tuple[object, ...] = ()
         self._hash = (0, 0)
-        number = next(_numbers)
-        _sites[number] = self
         self.module: weakref.ref[torch.nn.Module] | None = None
         """The layer, once it has been in a call: the watchdog asks whether it is in eval mode."""
+        number = next(_numbers)
         self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
         """int64 (), unique in this process. A compiled graph holds it in place of the site."""
+        _sites[number] = self  # last, since the watchdog's thread may read it from now on
 
     def state(self) -> dict[str, Any]:
         """Returns the layer's description as plain values, for copies and pickles. These compare settings anew."""
@@ -165,7 +165,8 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport, mod
 
 def in_eval_mode() -> list[str]:
     """Returns the names of layers that have been in a call and are in eval mode now."""
-    modules = [(site.label, site.module()) for site in list(_sites.values()) if site.module is not None]
+    sites = [site for ref in _sites.valuerefs() if (site := ref()) is not None]  # at once: another thread may add one
+    modules = [(site.label, site.module()) for site in sites if site.module is not None]
     return [label for label, module in modules if module is not None and not module.training]
 
 

@@ -61,7 +61,7 @@ class Silent:
 
 
 def test_a_value_whose_repr_raises_is_named_by_its_type():
-    with pytest.raises(ValueError, match="received a value of type Silent. Correct"):
+    with pytest.raises(ValueError, match=r"received a value of type Silent\. Correct"):
         limits.checked(Silent(), "it")
 
 
@@ -89,7 +89,7 @@ def test_init_sets_the_limit_and_the_variable_is_the_default(monkeypatch):
 
 def test_init_refuses_a_wrong_variable_unless_it_is_given_a_timeout(monkeypatch):
     monkeypatch.setenv(limits.TIMEOUT, "soon")
-    with pytest.raises(ValueError, match="SYNCBN_TIMEOUT must be a number .* received 'soon'"):
+    with pytest.raises(ValueError, match=r"SYNCBN_TIMEOUT must be a number .* received 'soon'"):
         syncbn.init()
     syncbn.init(timeout=5.0)
     assert limits.limit() == 5.0
