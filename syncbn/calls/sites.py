@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from syncbn import moments
+from syncbn.checks import inputs
 from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
@@ -120,6 +121,12 @@ def as_floats(settings: Settings) -> tuple[float, ...]:
     """Returns the settings as numbers, in the order of ``SETTINGS``."""
     C, eps, momentum, tracks, renorm = settings
     return float(C), float(eps), -1.0 if momentum is None else float(momentum), float(tracks), *(renorm or NO_RENORM)
+
+
+def plain(settings: Settings) -> Settings:
+    """Returns settings whose eps and momentum are floats, whatever was assigned. NaN stands for what is no number."""
+    C, eps, momentum, tracks, renorm = settings
+    return C, inputs.number(eps), None if momentum is None else inputs.number(momentum), tracks, renorm
 
 
 def of_floats(values: Sequence[float]) -> Settings:

@@ -98,7 +98,7 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
     current = _current(member)
     inside = current is not None and current.current is not None
     if status.ended is not None:
-        state = f"has {status.ended}"
+        state = f"has {textwrap.shorten(status.ended, 60, placeholder=' ...')}"
     elif member.state == GONE:
         state = "its process is gone"
     elif member.state == STOPPED:
