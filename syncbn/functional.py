@@ -22,8 +22,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from syncbn import kernels
 from syncbn.calls import compiled, eager
 from syncbn.calls.operators import FUNCTION
-from syncbn.calls.sites import Layer
+from syncbn.calls.sites import Layer, plain
 from syncbn.checks import inputs, placement
+from syncbn.checks.kinds import NAME
 from syncbn.kernels.base import Parameters
 from syncbn.moments import Running, record
 from syncbn.transports.specify import specify
@@ -80,9 +81,9 @@ def sync_batch_norm(
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     C = inputs.most_common_width(vectors, x)
-    weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
+    weight, bias = (p.resolve_neg() if isinstance(p, Tensor) and p.is_neg() else p for p in (weight, bias))
     tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
-    owner = next((t for t in (running_mean, weight, bias) if t is not None), None)
+    owner = next((t for t in (running_mean, weight, bias) if isinstance(t, Tensor)), None)
     settings = (C, eps, momentum, running_mean is not None and running_var is not None, None)
     return forward(x, mask, tensors, Layer(FUNCTION, settings, specify(process_group), owner))
 
@@ -105,12 +106,21 @@ def forward(
     """
     if torch.compiler.is_compiling():
         return _checked(x, mask, tensors, layer, _error(x, mask, tensors, layer, dims))
-    C, eps = layer.settings[:2]
-    sound = mask is None and eps > 0 and kernels.sound(x, tensors, C)
+    C, eps, momentum = layer.settings[:3]
+    known = type(eps) is float and (momentum is None or (type(momentum) is float and momentum == momentum))  # noqa: PLR0124
+    sound = known and mask is None and eps > 0 and kernels.sound(x, tensors, C)
+    if sound and (x.is_inference() or (tensors[0] is not None and tensors[0].is_inference())):
+        sound = False
     if sound and (dims is inputs.ANY_DIMS or dims.least <= x.dim() <= dims.most):
         error = None
     else:
-        error = _error(x, mask, tensors, layer, dims)
+        try:
+            error = _error(x, mask, tensors, layer, dims)
+        except Exception as raised:  # of any kind: on this rank alone, it would leave the others waiting
+            received = f"{type(x).__name__}: {type(raised).__name__}: {raised}"
+            error = RuntimeError(f"{NAME} needs tensors that it can check; received an input {received:.500}")
+    if not known:
+        layer = layer._replace(settings=plain(layer.settings))
     if torch._C._are_functorch_transforms_active():  # a tensor that one of them follows is refused: they miss nothing
         with torch._C._DisableFuncTorch(), enable_single_level_autograd_function():
             return _checked(x, mask, tensors, layer, error)
@@ -127,7 +137,7 @@ def _checked(
         running = record(Running, (mean, var, tracked, momentum))
     if error is not None:  # this rank joins the all-reduce without samples, then raises with the others
         device = placement.device(x, weight, bias, mean, var)
-        x, mask = torch.empty(0, C or 1, device=device), None
+        x, mask, weight, bias = torch.empty(0, C or 1, device=device), None, None, None
     else:
         device = _CPU if x.is_cpu else x.device
     if mask is not None:
@@ -147,13 +157,14 @@ def _error(
     x: object, mask: object, tensors: tuple[Tensor | None, ...], layer: Layer, dims: inputs.Dims
 ) -> Exception | None:
     """Returns what is wrong with a call on this rank, or None."""
-    error = inputs.call_error(x, mask, layer.settings[0], layer.settings[1], dims)
+    C, eps, momentum = layer.settings[:3]
+    error = inputs.call_error(x, mask, C, eps, dims, momentum)
     if error is not None:
         return error
     assert isinstance(x, Tensor)
     if layer.site is not FUNCTION:
         error = placement.device_error(x, tensors[0], tensors[2])
-    return error or inputs.tensors_error(dict(zip(_NAMES, tensors, strict=True)), x, layer.settings[0])
+    return error or inputs.tensors_error(dict(zip(_NAMES, tensors, strict=True)), x, C)
 
 
 def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: Any) -> Tensor:

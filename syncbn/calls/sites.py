@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from syncbn import moments
+from syncbn.checks import inputs
 from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
@@ -61,12 +62,12 @@ class Site:
         """How errors call the layer; set by :meth:`hash`."""
         self._seen: tuple[object, ...] = ()
         self._hash = (0, 0)
-        number = next(_numbers)
-        _sites[number] = self
         self.module: weakref.ref[torch.nn.Module] | None = None
         """The layer, once it has been in a call: the watchdog asks whether it is in eval mode."""
+        number = next(_numbers)
         self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
         """int64 (), unique in this process. A compiled graph holds it in place of the site."""
+        _sites[number] = self  # last, since the watchdog's thread may read it from now on
 
     def state(self) -> dict[str, Any]:
         """Returns the layer's description as plain values, for copies and pickles. These compare settings anew."""
@@ -122,6 +123,12 @@ def as_floats(settings: Settings) -> tuple[float, ...]:
     return float(C), float(eps), -1.0 if momentum is None else float(momentum), float(tracks), *(renorm or NO_RENORM)
 
 
+def plain(settings: Settings) -> Settings:
+    """Returns settings whose eps and momentum are floats, whatever was assigned. NaN stands for what is no number."""
+    C, eps, momentum, tracks, renorm = settings
+    return C, inputs.number(eps), None if momentum is None else inputs.number(momentum), tracks, renorm
+
+
 def of_floats(values: Sequence[float]) -> Settings:
     """Undoes :func:`as_floats`."""
     C, eps, momentum, tracks, *renorm = values
@@ -165,7 +172,8 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport, mod
 
 def in_eval_mode() -> list[str]:
     """Returns the names of layers that have been in a call and are in eval mode now."""
-    modules = [(site.label, site.module()) for site in list(_sites.values()) if site.module is not None]
+    sites = [site for ref in _sites.valuerefs() if (site := ref()) is not None]  # at once: another thread may add one
+    modules = [(site.label, site.module()) for site in sites if site.module is not None]
     return [label for label, module in modules if module is not None and not module.training]
 
 

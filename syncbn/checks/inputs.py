@@ -7,6 +7,7 @@ see ``functional.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from syncbn.checks.kinds import MAX_DIMS, NAME, counter_error, kind_error, name_of, vector_error
 from syncbn.moments import DTYPES
+from syncbn.waits.limits import shown
 
 
 class Dims(NamedTuple):
@@ -65,14 +67,36 @@ def input_error(x: object, num_features: int | None, dims: Dims = ANY_DIMS) -> E
     return None
 
 
-def call_error(x: object, mask: object, num_features: int, eps: float, dims: Dims = ANY_DIMS) -> Exception | None:
-    """Returns the error of the input, the mask or eps of a training call, or None."""
-    if not eps > 0:
+def number(value: object) -> float:
+    """Returns what stands for a number as a float; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)  # type: ignore[arg-type]
+    except Exception:  # of any kind: raised on this rank alone, it would leave the others waiting
+        return math.nan
+
+
+def settings_error(eps: object, momentum: object) -> Exception | None:
+    """Returns the error of eps or momentum in training, or None."""
+    value = number(eps)
+    if not value > 0:
+        received = shown(eps) if math.isnan(value) else f"{value:g}"
         return ValueError(
-            f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {eps:g}. The "
+            f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {received}. The "
             "default is 1e-5."
         )
-    error = input_error(x, num_features, dims)
+    if momentum is not None and math.isnan(number(momentum)):
+        return ValueError(
+            f"{NAME} needs a number as momentum, or None to average over all batches; received {shown(momentum)}. The "
+            "default is 0.1."
+        )
+    return None
+
+
+def call_error(
+    x: object, mask: object, num_features: int, eps: object, dims: Dims = ANY_DIMS, momentum: object = None
+) -> Exception | None:
+    """Returns the error of the settings, the input or the mask of a training call, or None."""
+    error = settings_error(eps, momentum) or input_error(x, num_features, dims)
     if error is not None:
         return error
     assert isinstance(x, Tensor)
@@ -80,7 +104,7 @@ def call_error(x: object, mask: object, num_features: int, eps: float, dims: Dim
     return error if error is not None or mask is None else kind_error("mask", mask)  # type: ignore[arg-type]
 
 
-def tensors_error(tensors: Mapping[str, Tensor | None], x: Tensor, num_features: int) -> Exception | None:
+def tensors_error(tensors: Mapping[str, object], x: Tensor, num_features: int) -> Exception | None:
     """Returns the error of a parameter or buffer for a good input x, or None.
 
     Args:
@@ -94,6 +118,7 @@ def tensors_error(tensors: Mapping[str, Tensor | None], x: Tensor, num_features:
         error = vector_error(name, t, num_features)
         if error is not None:
             return error
+        assert isinstance(t, Tensor)
         if t.device != x.device:
             return ValueError(
                 f"{NAME} needs {name} on the device of the input, {x.device}; received {t.device}. Move it there."
@@ -111,13 +136,13 @@ def tensors_error(tensors: Mapping[str, Tensor | None], x: Tensor, num_features:
     return counter_error(tensors.get("num_batches_tracked"))
 
 
-def most_common_width(parameters: Mapping[str, Tensor | None], x: object) -> int:
+def most_common_width(parameters: Mapping[str, object], x: object) -> int:
     """Returns the most common C among the parameters and x (ties: the first).
 
     So every rank sends a wire of the same length, even if one of its tensors has another width.
     """
-    widths = [p.numel() for p in parameters.values() if p is not None]
-    if isinstance(x, Tensor) and x.dim() >= 2:
+    widths = [p.numel() for p in parameters.values() if isinstance(p, Tensor) and not p.is_nested]
+    if isinstance(x, Tensor) and x.dim() >= 2 and not x.is_nested:
         widths.append(x.size(1))
     most = widths[0] if widths else 1
     for width in widths:  # a loop, since torch.compile traces this
@@ -132,6 +157,8 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
         return None
     if not isinstance(mask, Tensor):
         return TypeError(f"{NAME} needs a torch.Tensor as mask; received {type(mask).__name__}. Convert the mask.")
+    if mask.is_nested:
+        return kind_error("mask", mask)
     if mask.dtype.is_complex:
         return TypeError(
             f"{NAME} needs a mask of booleans or weights >= 0; received {name_of(mask.dtype)}. Call mask.real first."

@@ -65,6 +65,11 @@ def kind_error(name: str, t: Tensor) -> Exception | None:
         return _unreadable(name, received, _REMEDIES["NestedTensor"] if t.is_nested else remedy)
     if torch.compiler.is_compiling():
         return None
+    if t.is_inference() and torch.is_grad_enabled() and name in ("input", "mask", "weight"):
+        return ValueError(
+            f"{NAME} needs {name} outside torch.inference_mode() if autograd records; received a tensor that was made "
+            "inside. Pass a clone of it, or call the layer under torch.no_grad() or in eval mode."
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
         return TypeError(
             f"{NAME} in training needs {name} outside torch.func; received a tensor of torch.func.grad, vjp, jvp or "
@@ -93,8 +98,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def vector_error(name: str, t: Tensor, num_features: int) -> Exception | None:
+def vector_error(name: str, t: object, num_features: int) -> Exception | None:
     """Returns the error of a weight, bias or running statistic, or None; see also :func:`kind_error`."""
+    if not isinstance(t, Tensor):
+        return TypeError(
+            f"{NAME} needs a torch.Tensor as {name}, or None; received {type(t).__name__}. Make it with "
+            f"torch.ones({num_features}), for example."
+        )
     if t.is_nested or tuple(t.shape) != (num_features,) or t.dtype not in DTYPES:
         received = "a nested tensor" if t.is_nested else f"shape {tuple(t.shape)}"
         return ValueError(
@@ -104,10 +114,15 @@ def vector_error(name: str, t: Tensor, num_features: int) -> Exception | None:
     return None
 
 
-def counter_error(tracked: Tensor | None) -> Exception | None:
+def counter_error(tracked: object) -> Exception | None:
     """Returns the error of num_batches_tracked, or None."""
     if tracked is None:
         return None
+    if not isinstance(tracked, Tensor):
+        return TypeError(
+            f"{NAME} needs a torch.Tensor as num_batches_tracked, or None; received {type(tracked).__name__}. Make it "
+            "with torch.tensor(0)."
+        )
     if tracked.dtype not in COUNTERS or tracked.is_nested or tracked.numel() != 1:
         received = "a nested tensor" if tracked.is_nested else f"shape {tuple(tracked.shape)}"
         return ValueError(

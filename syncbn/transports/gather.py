@@ -130,7 +130,7 @@ def gather_notes(note: str, transport: AbstractTransport) -> list[str]:
         One all-reduce of W * ``NOTE_BYTES`` float64 values. Use it for reports and errors, not in every step.
     """
     row = torch.zeros(NOTE_BYTES, dtype=torch.float64, device="cpu")
-    encoded = note.encode()[:NOTE_BYTES]
+    encoded = note.encode(errors="backslashreplace")[:NOTE_BYTES]  # the name of a file may be no text
     row[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.float64, device="cpu")
     rows = gather(row, transport, "a report of texts").to(torch.uint8).tolist()
     return [bytes(r).rstrip(b"\0").decode(errors="ignore") for r in rows]
@@ -195,9 +195,17 @@ def raise_gathered(error: Exception | None, transport: AbstractTransport) -> Non
     """Raises the errors of all ranks on all ranks. Called only if every rank knows that there is one."""
     kinds: dict[str, type[Exception]] = {"V": ValueError, "T": TypeError, "R": RuntimeError}
     kind = next((k for k, cls in kinds.items() if isinstance(error, cls)), "R")
-    notes = gather_notes("" if error is None else f"{kind}{error}", transport)
+    notes = gather_notes("" if error is None else f"{kind}{_text(error)}", transport)
     first = next((note for note in notes if note), "R")
     raise kinds[first[0]](by_rank([note[1:] for note in notes], transport.ranks, skip_empty=True, joint=" | "))
+
+
+def _text(error: object) -> str:
+    """Returns the text of an error; its type, if it has none, or raises when asked for it."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # of any kind: raised on this rank alone, it would leave the others waiting
+        return type(error).__name__
 
 
 def by_rank(notes: list[str], ranks: tuple[int, ...], *, skip_empty: bool = False, joint: str = " and ") -> str:

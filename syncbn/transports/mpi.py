@@ -80,7 +80,7 @@ class MPITransport(AbstractTransport):
         """See :meth:`AbstractTransport.exchange_notes`. Point to point, so that a silent rank blocks nobody."""
         notes: list[str | None] = [None] * self.size
         notes[self.rank] = note
-        message = note.encode()
+        message = note.encode(errors="backslashreplace")
         others = [rank for rank in range(self.size) if rank != self.rank]
         self._exchanges += 1
         tag = self._exchanges % (LEAST_TAG_UB + 1)  # of its own, so that a late note is not taken for one of the next

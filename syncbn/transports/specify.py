@@ -8,6 +8,7 @@ from typing import Any
 
 from syncbn.transports import groups
 from syncbn.transports.groups import GroupSpec
+from syncbn.waits.limits import shown
 
 
 def specify(group: Any) -> GroupSpec | None:
@@ -83,7 +84,7 @@ def _specify_mpi(group: Any) -> GroupSpec | None:
 def _describe(group: Any) -> str:
     """Names the type, and the value if it is plain: the address of an object would differ between ranks."""
     plain = isinstance(group, str | int | float | list | tuple)
-    return f"{type(group).__name__}: {group!r}" if plain else type(group).__name__
+    return f"{type(group).__name__}: {shown(group)}" if plain else type(group).__name__
 
 
 def _not_a_member(what: str) -> str:

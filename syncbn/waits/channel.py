@@ -10,7 +10,6 @@ W ranks.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import selectors
 import socket
@@ -27,6 +26,8 @@ CONNECT_SECONDS = 20.0
 _HEARD, _VERDICT = b".", b"V"
 _MOST = 2**22
 """Bytes of a line. Whoever sends more is cut off."""
+_PAUSE = 0.05
+"""Seconds after a connection that could not be taken."""
 
 
 def listen(address: str, port: int = 0, backlog: int = 128) -> socket.socket:
@@ -111,11 +112,15 @@ class Hub:
 
     def accept(self, selector: selectors.BaseSelector) -> None:
         """Takes new connections."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             while True:
                 peer = _Lines(self.listener.accept()[0])
                 self._peers[peer] = None
                 selector.register(peer.connection, selectors.EVENT_READ, (self.hear, peer))
+        except BlockingIOError:
+            pass
+        except OSError:  # it has gone again, or this process has no file left: another time
+            time.sleep(_PAUSE)
 
     def hear(self, peer: _Lines, selector: selectors.BaseSelector) -> None:
         """Reads what has come from a rank."""

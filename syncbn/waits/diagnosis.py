@@ -136,9 +136,15 @@ def late(one: Blocked) -> Finding:
 
 
 def excused(one: Blocked) -> str | None:
-    """Returns what all ranks that are waited for do, if it is no fault; else None."""
-    busy = {member.status.busy for member in one.missing}
-    return busy.pop() if len(busy) == 1 else None
+    """Returns what the ranks that are waited for do, if it is no fault of any; else None.
+
+    One that is in a call of another group waits itself, perhaps for one that is excused.
+    """
+    causes = [member for member in one.missing if not _elsewhere(member) or member.status.busy] or one.missing
+    busy = {member.status.busy for member in causes}
+    if not busy or None in busy:
+        return None
+    return DEBUGGED if DEBUGGED in busy else min(map(str, busy))
 
 
 def is_unlimited(reason: str | None) -> bool:
@@ -194,44 +200,54 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             f"all ranks are in {one.call}, and it does not end",
             "The library below, or the network, has lost a message. Run `syncbn doctor` on the same hosts.",
         )
-    first, several = one.missing[0], len(one.missing) > 1
-    who, waits = f"{named(one.missing)} {'are' if several else 'is'}", _while_others_wait(one)
-    if first.state == STOPPED:
-        return f"{who} stopped by a signal, {waits}", "Continue it with kill -CONT, or look for who stopped it."
-    if first.silent:
+    waits = _while_others_wait(one)
+    some = [member for member in one.missing if member.state == STOPPED]
+    if some:
+        return f"{_are(some)} stopped by a signal, {waits}", "Continue with kill -CONT, or look for who stopped it."
+    some = [member for member in one.missing if member.silent]
+    if some:
         return (
-            f"{who} without a sign of life, {waits}",
+            f"{_are(some)} without a sign of life, {waits}",
             "Its host is down, cut off, or so busy that no thread of the process runs.",
         )
-    elsewhere = next((w for w in first.status.waits if w.current is not None and w.group != one.group), None)
-    if elsewhere is not None:
+    idle = [member for member in one.missing if not _elsewhere(member)]
+    if not idle:
         return (
-            f"{who} in {elsewhere.current} of another group, {waits}",
+            f"{_are(one.missing)} in {_elsewhere(one.missing[0])} of another group, {waits}",
             "Ranks use their groups in different orders. Use them in one order on every rank.",
         )
-    own = first.wait(one.group)
-    if own is not None and own.current is not None:
+    some = [member for member in idle if member.status.evaluates]
+    if some:
+        found = some[0].status.evaluates
+        layers = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         return (
-            f"{who} in {own.current}, {one.number - own.begun} calls behind, {waits}",
-            "Find out what that call waits for.",
-        )
-    if first.status.evaluates:
-        layers = ", ".join(first.status.evaluates[:3]) + (", ..." if len(first.status.evaluates) > 3 else "")
-        return (
-            f"{who} in eval mode, or froze layers ({layers}), {waits}",
+            f"{_are(some)} in eval mode, or froze layers ({layers}), {waits}",
             "A layer in eval mode sends nothing. Call train(), eval(), freeze and unfreeze on all ranks alike.",
         )
-    if first.status.busy is not None:
+    busy = idle[0].status.busy
+    if busy is not None:
+        some = [member for member in idle if member.status.busy == busy]
         return (
-            f"{named(one.missing)} {first.status.busy}, {waits}",
+            f"{_are(some)} {busy.removeprefix('is ')}, {waits}",
             f"If it needs that long, raise the limit: {limits.TIMEOUT}=3600, or syncbn.init(timeout=3600).",
         )
-    at = "" if first.status.line is None else f", at {place(first.status.line)}"
+    lines = {member.status.line for member in idle}
+    line = lines.pop() if len(lines) == 1 else None
+    at = "" if line is None else f", at {place(line)}"
     return (
-        f"{who} in no call of syncbn{at}, {waits}",
+        f"{_are(idle)} in no call of syncbn{at}, {waits}",
         "It sleeps, waits for something else (data, a lock, another library's collective), left this call out, or "
         f"needs longer than the limit. If it may, raise that by {limits.TIMEOUT} or syncbn.init(timeout=...).",
     )
+
+
+def _are(members: list[Member]) -> str:
+    return f"{named(members)} {'are' if len(members) > 1 else 'is'}"
+
+
+def _elsewhere(member: Member) -> str | None:
+    """Returns the call that a missing rank is in: one of another group, since in this one it would wait too."""
+    return next((wait.current for wait in member.status.waits if wait.current is not None), None)
 
 
 def place(line: tuple[str, int, str]) -> str:

@@ -37,6 +37,7 @@ class Judge:
         self._silence: dict[int, tuple[int, float]] = {}
         self._warned: set[tuple[int, int]] = set()
         self._excused: dict[tuple[int, int], float] = {}
+        self._debugged: dict[tuple[int, int], float] = {}
         self._found: dict[tuple[int, int], float] = {}
 
     def look(self, own: Status, seconds: float, end: Callable[[Channel, int], None]) -> None:
@@ -55,12 +56,15 @@ class Judge:
         for one in diagnosis.blocked(members, self._groups(members), least):
             limit, key = diagnosis.limit_of(one, members), (one.group, one.number)
             reason = diagnosis.excused(one)
+            unlimited = diagnosis.is_unlimited(reason)
             if reason is not None:
                 self._excused[key] = self._excused.get(key, 0.0) + seconds
+            if unlimited:
+                self._debugged[key] = self._debugged.get(key, 0.0) + seconds
             waited = one.waited - self._excused.get(key, 0.0)
+            most = limits.BUSY_FACTOR * limit + self._debugged.get(key, 0.0)
             finding = diagnosis.early(one)
-            over = waited >= limit or one.waited >= limits.BUSY_FACTOR * limit
-            if finding is None and over and not diagnosis.is_unlimited(reason):
+            if finding is None and not unlimited and (waited >= limit or one.waited >= most):
                 finding = diagnosis.late(one)
             if finding is not None:
                 found[key] = self._found[key] + seconds if key in self._found else 0.0

@@ -57,18 +57,31 @@ def checked(seconds: object, name: str) -> float:
     Raises:
         ValueError: if it is not a number above 0.
     """
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not seconds > 0:  # type: ignore[operator]
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
         raise error(seconds, name)
-    return float(seconds)  # type: ignore[arg-type]
+    try:
+        found = float(seconds)
+    except OverflowError:  # an integer beyond the largest float
+        raise error(seconds, name) from None
+    if not found > 0:
+        raise error(seconds, name)
+    return found
 
 
 def error(received: object, name: str) -> ValueError:
     """Returns the error for a limit that is not one."""
     return ValueError(
-        f"{name} must be a number of seconds above 0, or inf to wait without a limit; received {received!r:.100}. "
+        f"{name} must be a number of seconds above 0, or inf to wait without a limit; received {shown(received)}. "
         f"Correct it or leave it out: the default is {DEFAULT:g}."
     )
+
+
+def shown(value: object, most: int = 100) -> str:
+    """Returns a value for an error: its repr, cut; its type, if that raises. An error on one rank alone would hang."""
+    try:
+        return repr(value)[:most]
+    except Exception:  # of any kind: whoever wrote the class decides, and an integer may be too long for Python
+        return f"a value of type {type(value).__name__}"
 
 
 def spoken(seconds: float) -> str:

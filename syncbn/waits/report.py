@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import textwrap
@@ -12,6 +13,7 @@ from typing import Any
 from syncbn.waits.diagnosis import Finding, Member, place, ranks_of
 from syncbn.waits.limits import spoken
 from syncbn.waits.processes import GONE, RUNS, STOPPED
+from syncbn.waits.status import Wait
 
 ROWS = 16
 """Up to so many ranks each have a row of their own; beyond, ranks with equal rows share one."""
@@ -28,7 +30,7 @@ def text(finding: Finding, members: list[Member], status: int) -> str:
     """
     if finding.kind == "ended" and "KeyboardInterrupt" in finding.sentence:
         return f"\nsyncbn: {finding.sentence}\n"  # Ctrl-C: nothing is to be found
-    rows = _merged([_row(member) for member in members])
+    rows = _merged(members)
     widths = [max(len(row[i]) for row in (_COLUMNS, *rows)) for i in range(len(_COLUMNS))]
     lines = ["  ".join(c.rjust(w) if i == 0 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in (_COLUMNS, *rows)]  # fmt: skip
@@ -40,10 +42,11 @@ def text(finding: Finding, members: list[Member], status: int) -> str:
 
 
 def write(text: str) -> None:
-    """Writes to stderr, past Python: the main thread may hold Python's stream."""
+    """Writes to stderr, past Python: the main thread may hold Python's stream. A stderr that is closed gets nothing."""
     data = text.encode(errors="replace")
-    while data:
-        data = data[os.write(2, data) :]
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
 
 
 def warning(finding: Finding, limit: float) -> str:
@@ -92,10 +95,10 @@ def _entry(member: Member) -> dict[str, Any]:
 
 def _row(member: Member) -> tuple[str, str, str, str, str]:
     status = member.status
-    current = max(status.waits, key=lambda wait: (wait.current is not None, wait.waited, wait.begun), default=None)
+    current = _current(member)
     inside = current is not None and current.current is not None
     if status.ended is not None:
-        state = f"has {status.ended}"
+        state = f"has {textwrap.shorten(status.ended, 60, placeholder=' ...')}"
     elif member.state == GONE:
         state = "its process is gone"
     elif member.state == STOPPED:
@@ -116,10 +119,19 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
     return str(member.rank), state, waited, completed, line
 
 
-def _merged(rows: list[tuple[str, str, str, str, str]]) -> list[tuple[str, str, str, str, str]]:
-    if len(rows) <= ROWS:
-        return rows
-    alike: dict[tuple[str, str, str], list[tuple[str, str, str, str, str]]] = {}
-    for row in rows:
-        alike.setdefault((row[1], row[3], row[4]), []).append(row)
-    return [(ranks_of([int(row[0]) for row in some]), *some[0][1:]) for some in alike.values()]
+def _current(member: Member) -> Wait | None:
+    """Returns the call in which a rank has waited longest, else what it did last."""
+    return max(member.status.waits, key=lambda w: (w.current is not None, w.waited, w.begun), default=None)
+
+
+def _merged(members: list[Member]) -> list[tuple[str, str, str, str, str]]:
+    """Returns the rows. Of many ranks, those with equal rows share that of the one that has waited longest."""
+    if len(members) <= ROWS:
+        return [_row(member) for member in members]
+    alike: dict[tuple[str, str, str], list[Member]] = {}
+    for member in members:
+        _, state, _, completed, line = _row(member)
+        alike.setdefault((state, completed, line), []).append(member)
+    longest = [max(some, key=lambda m: 0.0 if (w := _current(m)) is None else w.waited) for some in alike.values()]
+    ranks = [ranks_of([member.rank for member in some]) for some in alike.values()]
+    return [(who, *_row(member)[1:]) for who, member in zip(ranks, longest, strict=True)]

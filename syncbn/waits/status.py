@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, Protocol
 
 DEBUGGED, COMPILES, FILES = "is under a debugger", "is compiling", "is saving or loading a file"
@@ -23,8 +23,7 @@ _BUSY = {
     "torch/_dynamo/__init__.py": COMPILES,  # its first import takes seconds
     "torch/_dynamo/convert_frame": COMPILES,
     "torch/_inductor/__init__.py": COMPILES,
-    "torch/_inductor/compile_fx": COMPILES,
-    "torch/_inductor/codecache": COMPILES,
+    "torch/_inductor/compile_fx": COMPILES,  # others are on the stack when a compiled graph runs
     "torch/utils/cpp_extension": COMPILES,
     "torch/serialization": FILES,
     "torch/distributed/checkpoint/": FILES,
@@ -192,7 +191,7 @@ def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None]
     innermost = frame
     while frame is not None:
         code = frame.f_code
-        users, what = _about(code)
+        users, what = _about(code.co_filename)
         busy = busy or what
         if users and line is None:
             line = _short(code.co_filename), frame.f_lineno, code.co_name
@@ -203,10 +202,10 @@ def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None]
 
 
 @lru_cache(4096)
-def _about(code: CodeType) -> tuple[bool, str | None]:
-    """Returns whether code is the user's, and what a process does that is in it."""
-    name = code.co_filename
-    return not name.startswith(_LIBRARIES), next((what for part, what in _BUSY.items() if part in name), None)
+def _about(name: str) -> tuple[bool, str | None]:
+    """Returns whether the code of a file is the user's, and what a process does that is in it."""
+    library = name.startswith(_LIBRARIES) or any(part in name for part in _OTHER_LIBRARIES)
+    return not library, next((what for part, what in _BUSY.items() if part in name), None)
 
 
 _LIBRARIES = (
@@ -214,6 +213,10 @@ _LIBRARIES = (
     str(Path(__file__).parent.parent) + os.sep,
     "<frozen",
 )
+
+
+_OTHER_LIBRARIES = ("/site-packages/", "/dist-packages/", "/torchinductor_")
+"""Parts of paths: packages of the user's, or of the system below a virtual environment; what inductor has written."""
 
 
 def _short(filename: str) -> str:

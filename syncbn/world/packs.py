@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 T = TypeVar("T", bound=Tensor)
 
 
-def sparse_error(parameters: Mapping[str, nn.Parameter]) -> Exception | None:
+def sparse_error(parameters: Mapping[str, Tensor]) -> Exception | None:
     """Returns the error for gradients that are not dense, as nn.Embedding(sparse=True) makes them, or None."""
     found = [name for name, p in parameters.items() if p.grad is not None and p.grad.layout is not torch.strided]
     if not found:

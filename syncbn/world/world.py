@@ -8,22 +8,20 @@ import operator
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from syncbn import kernels, transports
-from syncbn.transports import gather, groups, watched
+from syncbn.transports import gather, watched
 from syncbn.transports.announcing import announced
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify
 from syncbn.waits import limits
-from syncbn.world import packs
-
-_LARGEST = 2**53
-"""Counts up to it are exact in float64."""
+from syncbn.world import arguments, packs
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,13 @@ class World:
             One comparison of the layout, then one broadcast per dtype, by every rank.
 
         Raises:
-            ValueError: on every rank, if the models differ in names, shapes or dtypes.
+            ValueError, TypeError: on every rank, if the models differ in names, shapes or dtypes, if ``root`` differs,
+                or if an argument of any rank is wrong.
         """
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self._require_same_layout(tensors, "World.broadcast")
+        tensors, error = arguments.tensors_of(module, "World.broadcast", buffers=True)
+        error = error or arguments.root_error(root, self.size)
+        numbers = {"root": math.nan if error is not None else float(root)}
+        self._require_same_layout(tensors, "World.broadcast", error, numbers)
         with torch.no_grad(), self.transport.call("World.broadcast"):
             for pack in packs.by_dtype(tensors.values(), lambda t: t.dtype):
                 flat = torch.cat([t.detach().reshape(-1) for t in pack])
@@ -76,10 +77,12 @@ class World:
             float32 for all others. By every rank.
 
         Raises:
-            ValueError: on every rank, if the models differ, or a gradient of any rank is sparse.
+            ValueError, TypeError: on every rank, if the models differ, or the module of any rank is none, has values
+                that are not in memory, or a sparse gradient.
         """
-        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._require_same_layout(parameters, "World.average_gradients", packs.sparse_error(parameters))
+        parameters, error = arguments.tensors_of(module, "World.average_gradients", buffers=False)
+        error = error or packs.sparse_error(parameters)
+        self._require_same_layout(parameters, "World.average_gradients", error)
         for pack in packs.by_dtype(parameters.values(), packs.wire_dtype):
             self._average(pack)
 
@@ -101,9 +104,7 @@ class World:
         Raises:
             ValueError: on every rank, if a count is negative or all are 0.
         """
-        usable = isinstance(count, SupportsIndex) and 0 <= operator.index(count) <= _LARGEST
-        error = ValueError(f"World.loss_scale needs an integer count >= 0; received {count!r:.100}. Pass len(x).")
-        gather.raise_together(None if usable else error, self.transport, "World.loss_scale")
+        gather.raise_together(arguments.count_error(count), self.transport, "World.loss_scale")
         mine = torch.tensor([float(count)], dtype=torch.float64, device="cpu")
         total = gather.exchange(mine, self.transport, "World.loss_scale").item()
         if total == 0:
@@ -132,7 +133,7 @@ class World:
         Raises:
             ValueError, TypeError: on every rank, if a value is not one number, a weight is not one >= 0, or all are 0.
         """
-        own, error = _weighted(value, weight)
+        own, error = arguments.weighted(value, weight)
         mine = torch.tensor((*own, float(error is not None)), dtype=torch.float64, device="cpu")
         summed, total, errors = gather.exchange(mine, self.transport, "World.average").tolist()
         if errors:
@@ -174,9 +175,11 @@ class World:
         if process_group is None and self.size == 1:  # what subgroup returns in a job of one process
             return
         if not isinstance(process_group, GroupSpec) or not transports.free(process_group):
+            given: object = process_group
+            received = given if given is None or isinstance(given, GroupSpec) else type(given).__name__
             raise ValueError(
                 "World.free needs a group that World.subgroup made and that is still open; received "
-                f"{process_group}. A group of your own is closed by the library that made it."
+                f"{received}. A group of your own is closed by the library that made it."
             )
 
     def subgroup(self, size: int) -> GroupSpec | None:
@@ -186,12 +189,16 @@ class World:
         keep the result, or close the group with :meth:`free`.
 
         Communication:
-            Collective over all ranks: one communicator is made for each group. Call it on one thread.
+            Collective over all ranks: one comparison of the size, then one communicator is made for each group. Call it
+            on one thread.
 
         Raises:
-            ValueError: on every rank, if ``size`` does not divide the number of ranks.
+            ValueError, TypeError: on every rank, if ``size`` is no integer that divides the number of ranks, or differs
+                between ranks.
         """
-        groups.require_divisor(size, self.size, "World.subgroup(size)")
+        error, what = arguments.size_error(size, self.size), "World.subgroup"
+        size = 1 if error is not None else operator.index(size)
+        gather.require_equal({"size": size}, self.transport, what, "Give every rank the same one.", error)
         with self.transport.call("World.subgroup"):
             group = self.transport.split(self.rank // size)
         watched.watch(group)
@@ -204,12 +211,20 @@ class World:
             timeout: seconds to wait at most; None for as long as it takes. So rank 0 may evaluate while the others wait
                 here. A rank that has ended meanwhile is noticed in any case.
 
+        Communication:
+            A barrier, then one all-reduce of 8 values.
+
         Raises:
-            ValueError: if ``timeout`` is not a number above 0.
+            ValueError: on every rank, if ``timeout`` of any is not a number above 0.
         """
-        patience = math.inf if timeout is None else limits.checked(timeout, "World.barrier(timeout)")
+        error: Exception | None = None
+        try:
+            patience = math.inf if timeout is None else limits.checked(timeout, "World.barrier(timeout)")
+        except ValueError as wrong:
+            patience, error = math.inf, wrong
         with self.transport.call("World.barrier", patience):
             self.transport.barrier()
+        gather.raise_together(error, self.transport, "World.barrier")
 
     def check(self) -> None:
         """Waits for this process's GPU and raises the deferred error of its layers, if there is one.
@@ -237,17 +252,23 @@ class World:
         """
         gather.raise_together(error, self.transport, "World.raise_together")
 
-    def _require_same_layout(self, tensors: Mapping[str, Tensor], what: str, *errors: Exception | None) -> None:
+    def _require_same_layout(
+        self,
+        tensors: Mapping[str, Tensor],
+        what: str,
+        error: Exception | None,
+        numbers: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         # torch.compile adds _orig_mod to the names; a compiled model is the same model.
         text = repr([(name.replace("_orig_mod.", ""), tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
         layout = {
             "number of tensors": len(tensors),
             "number of values": sum(t.numel() for t in tensors.values()),
-            "checksum of names, shapes and dtypes": zlib.crc32(text.encode()),
+            "checksum of names, shapes and dtypes": zlib.crc32(text.encode("utf-8", "surrogatepass")),
         }
-        gather.require_equal(layout, self.transport, what, "Build the same model on every rank.", *errors)
+        gather.require_equal({**numbers, **layout}, self.transport, what, "Build the same model on every rank.", error)
 
-    def _average(self, pack: list[nn.Parameter]) -> None:
+    def _average(self, pack: list[Tensor]) -> None:
         """All-reduces one pack: the gradients, and for each parameter a flag for whether it has one."""
         dtype = packs.wire_dtype(pack[0])
         flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
@@ -260,29 +281,3 @@ class World:
                 mean = (gradient / self.size).view_as(part).to(part.dtype)
                 mean = torch.view_as_complex(mean) if parameter.is_complex() else mean
                 parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
-
-
-def _weighted(value: object, weight: object) -> tuple[tuple[float, float], Exception | None]:
-    """Returns weight * value and weight, or zeros and what is wrong with the arguments of :meth:`World.average`."""
-    nothing = (0.0, 0.0)
-    number, error = _number(value)
-    if error is not None:
-        need = f"World.average needs one real number; received {error}"
-        return nothing, TypeError(f"{need}. Pass loss.item(), for example.")
-    counts, error = _number(weight)
-    if error is not None or not 0 <= counts < float("inf"):
-        need = f"World.average needs a finite weight >= 0; received {error or f'{counts:g}'}"
-        return nothing, ValueError(f"{need}. Pass len(x), for example.")
-    return (number * counts if counts else 0.0, counts), None
-
-
-def _number(given: object) -> tuple[float, str | None]:
-    """Returns a number and None, or 0 and what was given instead. Whatever converting it raises must not leave here."""
-    if isinstance(given, Tensor) and (given.numel() != 1 or given.is_complex()):
-        return 0.0, f"a tensor of shape {tuple(given.shape)}, {str(given.dtype).removeprefix('torch.')}"
-    if not isinstance(given, Tensor) and (isinstance(given, str) or not hasattr(given, "__float__")):
-        return 0.0, f"{type(given).__name__} {given!r:.60}"
-    try:
-        return float(given.item() if isinstance(given, Tensor) else given), None
-    except Exception as error:  # of any kind: raised on this rank alone, it would leave the others waiting
-        return 0.0, f"{type(given).__name__}, of which float() raised {type(error).__name__}: {error}"[:200]

@@ -114,6 +114,65 @@ def test_a_parameter_or_buffer_of_another_kind_is_one_error(ranks, name, wrong):
     check_refused(ranks, syncbn.SyncBatchNorm(5), spoil, error, part, *([] if wrong == "meta" else [name]))
 
 
+def inference(make):
+    with torch.inference_mode():
+        return make()
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_a_tensor_of_inference_mode_is_one_error_where_autograd_records(ranks, name):
+    def spoil(layer):
+        if name == "weight":
+            layer._parameters["weight"] = inference(lambda: torch.ones(5))
+
+    x = (lambda: inference(lambda: torch.randn(3, 5))) if name == "input" else good
+    check_refused(ranks, syncbn.SyncBatchNorm(5), spoil, ValueError, f"{name} outside torch.inference_mode()", x=x)
+    layer = syncbn.SyncBatchNorm(5)
+    with torch.no_grad():
+        layer(inference(lambda: torch.randn(3, 5)))
+    ranks.check(layer.num_batches_tracked == 1)
+
+
+@pytest.mark.parametrize("value", ["text", None, 10**400, float("nan"), 1j], ids=["text", "None", "huge", "nan", "1j"])
+@pytest.mark.parametrize("where", ["last", "all"])
+def test_an_eps_that_is_no_number_is_one_error(ranks, value, where):
+    layer = syncbn.SyncBatchNorm(5)
+    if where == "all" or ranks.rank == ranks.size - 1:
+        layer.eps = value
+    alone = where == "last" and ranks.size > 1
+    ranks.raises(ValueError, lambda: layer(good()), "same eps on every rank" if alone else "needs eps > 0", "received")
+    layer.eps = 1e-5
+    layer(good()).sum().backward()
+
+
+@pytest.mark.parametrize("value", ["text", 10**400, float("nan"), [0.1]], ids=["text", "huge", "nan", "list"])
+def test_a_momentum_that_is_no_number_is_one_error(ranks, value):
+    layer = syncbn.SyncBatchNorm(5)
+    layer(good()).sum().backward()
+    layer.momentum = value
+    ranks.raises(ValueError, lambda: layer(good()), "needs a number as momentum, or None to average", "received")
+    layer.momentum = torch.tensor(0.5)  # a number of another kind is one
+    layer(good()).sum().backward()
+    ranks.check(layer.num_batches_tracked == 2)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
+def test_an_argument_of_the_function_that_is_no_tensor_is_one_error(ranks, name):
+    moved = {"running_mean": torch.zeros(5), "running_var": torch.ones(5)}
+    wrong = {**moved, name: [1.0] * 5} if ranks.rank == ranks.size - 1 else moved
+    call = lambda: syncbn.functional.sync_batch_norm(good(), **wrong)  # noqa: E731
+    ranks.raises(TypeError, call, f"needs a torch.Tensor as {name}, or None; received list")
+    ranks.check_equal(moved["running_var"], torch.ones(5))
+
+
+@on_cpu
+def test_a_nested_mask_is_one_error(ranks):
+    mask = nested(torch.strided) if ranks.rank == ranks.size - 1 else None
+    layer = syncbn.SyncBatchNorm(5)
+    ranks.raises(TypeError, lambda: layer(good(), mask), "mask whose values are in memory", "a nested tensor")
+
+
 @on_cpu
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
 def test_one_running_statistic_without_the_other_is_one_error(ranks, missing):
