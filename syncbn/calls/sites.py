@@ -165,7 +165,8 @@ def agree_once(site: Site, settings: Settings, transport: AbstractTransport, mod
 
 def in_eval_mode() -> list[str]:
     """Returns the names of layers that have been in a call and are in eval mode now."""
-    modules = [(site.label, site.module()) for site in list(_sites.values()) if site.module is not None]
+    sites = [site for each in _sites.valuerefs() if (site := each()) is not None]  # a layer may be made meanwhile
+    modules = [(site.label, site.module()) for site in sites if site.module is not None]
     return [label for label, module in modules if module is not None and not module.training]
 
 

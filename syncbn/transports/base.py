@@ -52,6 +52,8 @@ class AbstractTransport(ABC):
     """The call that this rank is in. The watchdog reads it from a thread of its own, see ``waits/``."""
     completed: Message | None = None
     """The last call that this rank has completed."""
+    failed: tuple[int, Message] | None = None
+    """The number of the last call that raised an error on this rank, and which it was."""
     patience: float | None = None
     """Seconds that the current call may wait, if it has a limit of its own."""
     host_synchronous = False
@@ -75,7 +77,7 @@ class AbstractTransport(ABC):
         except MismatchError:
             raise
         except BaseException:
-            self.current = None
+            self.leave()
             raise
         self.completed = message
         self.current = None
@@ -83,6 +85,8 @@ class AbstractTransport(ABC):
 
     def leave(self) -> None:
         """Ends a call that has failed."""
+        if self.current is not None:
+            self.failed = self.begun, self.current
         self.current = None
 
     @final
@@ -98,8 +102,12 @@ class AbstractTransport(ABC):
         self.patience, self.current = patience, self.named(what)
         try:
             yield
+            self.completed = self.current
+        except BaseException:
+            self.failed = self.begun, self.current
+            raise
         finally:
-            self.completed, self.current, self.patience = self.current, None, None
+            self.current = self.patience = None
 
     @final
     def named(self, what: str) -> Message:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from datetime import timedelta
@@ -76,18 +77,21 @@ class TorchTransport(AbstractTransport):
 
     def exchange_notes(self, note: str) -> list[str | None]:
         """See :meth:`AbstractTransport.exchange_notes`. Uses the group's store: gloo's connections may be closed."""
-        store, notes = self.group.get_group_store(), list[str | None]()
+        store = self.group.get_group_store()
         self._exchanges += 1
         prefix = f"syncbn/notes/{self.group_id}/{self._exchanges}"
-        store.set(f"{prefix}/{self.rank}", note)
         end = time.monotonic() + PATIENCE
-        for rank in range(self.size):
-            key = f"{prefix}/{rank}"
-            try:
-                store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
-                notes.append(store.get(key).decode())
-            except RuntimeError:  # the rank is silent
-                notes.append(None)
+        notes: list[str | None] = [None] * self.size
+        notes[self.rank] = note
+        try:
+            store.set(f"{prefix}/{self.rank}", note)
+            for rank in range(self.size):
+                key = f"{prefix}/{rank}"
+                with contextlib.suppress(dist.DistStoreError):  # the rank is silent
+                    store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
+                    notes[rank] = store.get(key).decode()
+        except RuntimeError:  # the process that holds the store is gone, and each further try prints pages
+            pass
         return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

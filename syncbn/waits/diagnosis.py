@@ -99,15 +99,30 @@ def blocked(members: list[Member], groups: dict[int, tuple[int, ...]], least: fl
         inside = [m for m in inside if not m.status.terminated] or inside
         if not inside:
             continue
-        number = min(_wait(waits, m).begun for m in inside)
+        number = _blocked_number(within, inside, waits)
         waiting = [m for m in inside if _wait(waits, m).begun == number]
-        missing = [m for m in within if m not in waiting and _done(waits[m.rank]) < number and not m.status.terminated]
+        missing = [m for m in _missing(within, number, waits) if m not in waiting]
         calls = {_wait(waits, m).current for m in waiting}
         call = str(_wait(waits, waiting[0]).current)
         one = Blocked(group, number, call, waiting, missing, not missing and len(calls) > 1)
         if one.waited >= least:
             found.append(one)
     return sorted(found, key=lambda each: -each.waited)
+
+
+def _blocked_number(within: list[Member], inside: list[Member], waits: dict[int, Wait | None]) -> int:
+    """Returns the first call that somebody is missing in, or all are in. A rank in a call that all others have
+    completed is about to leave it, unless it is stopped: then the others wait for it in a later call."""
+    numbers = sorted({_wait(waits, m).begun for m in inside})
+    for number in numbers:
+        in_it = [m for m in inside if _wait(waits, m).begun == number]
+        if len(in_it) == len(within) or any(m not in in_it for m in _missing(within, number, waits)):
+            return number
+    return numbers[0]
+
+
+def _missing(within: list[Member], number: int, waits: dict[int, Wait | None]) -> list[Member]:
+    return [m for m in within if _done(waits[m.rank]) < number and not m.status.terminated]
 
 
 def _wait(waits: dict[int, Wait | None], member: Member) -> Wait:
@@ -125,7 +140,8 @@ def early(one: Blocked) -> Finding | None:
     ended = [member for member in one.missing if member.has_ended]
     if ended:
         return _finding("ended", one, *_of_ended(one, ended))
-    if one.differ and one.waited >= STUCK:
+    failed = any((own := m.wait(one.group)) and own.failed and own.begun == one.number for m in one.missing)
+    if (one.differ or failed) and one.waited >= STUCK:
         return _finding("order", one, *_of_order(one))
     return None
 
@@ -153,7 +169,11 @@ def _finding(kind: str, one: Blocked, sentence: str, remedy: str) -> Finding:
 
 
 def _while_others_wait(one: Blocked) -> str:
-    return f"while {named(one.waiting)} {'wait' if len(one.waiting) > 1 else 'waits'} in {one.call}"
+    verb = "wait" if len(one.waiting) > 1 else "waits"
+    calls = [(str(one.wait_of(member).current), member.rank) for member in one.waiting]
+    if len({call for call, _ in calls}) > 1:
+        return f"while {named(one.waiting)} {verb} in different calls: {by_call(calls)}"
+    return f"while {named(one.waiting)} {verb} in {one.call}"
 
 
 def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
@@ -161,6 +181,8 @@ def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
     ended = raised or [member for member in ended if member.status.ended] or ended
     who, waits, own = named(ended), _while_others_wait(one), ended[0].wait(one.group)
     after = "" if own is None or own.completed is None else f" after {own.completed}"
+    if own is not None and own.failed is not None:
+        after = f", which it got in {own.failed}"
     if raised:
         return (
             f"{who} {ended[0].status.ended}{after}, {waits}",
@@ -175,17 +197,34 @@ def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
     return (
         f"the process of {who} is gone, {waits}",
         "It was killed (kill -9, or the system for want of memory: see dmesg), crashed, or called os._exit. The "
-        "launcher knows its exit status.",
+        "launcher knows its exit status. If gloo has printed \"op.preamble.length\", it was in another call than the "
+        "others: look for code that depends on the rank or on its data.",
     )
 
 
 def _of_order(one: Blocked) -> tuple[str, str]:
     received = by_call([(str(one.wait_of(member).current), member.rank) for member in one.waiting])
-    return (
-        f"ranks are in different calls, and wait for each other: {received}",
+    errors = [(f"an error in {own.failed}", m.rank) for m in one.missing if (own := m.wait(one.group)) and own.failed]
+    other = f", and {by_call(errors)}" if errors else ", and wait for each other"
+    remedy = (
         "Ranks took different branches, ran backward passes in another order, or one of them left a call out. Look for "
-        "code that depends on the rank or on its data.",
+        "code that depends on the rank or on its data."
     )
+    members = [*one.waiting, *one.missing]
+    evaluate = [m for m in members if m.status.evaluates]
+    if 0 < len(evaluate) < len(members):
+        verb = "are" if len(evaluate) > 1 else "is"
+        other += f"; {named(evaluate)} {verb} in eval mode, or froze layers ({_layers(evaluate[0])})"
+        remedy = _EVAL_REMEDY
+    return f"ranks are in different calls: {received}{other}", remedy
+
+
+_EVAL_REMEDY = "A layer in eval mode sends nothing. Call train(), eval(), freeze and unfreeze on all ranks alike."
+
+
+def _layers(member: Member) -> str:
+    names = member.status.evaluates
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _at_limit(one: Blocked) -> tuple[str, str]:
@@ -216,11 +255,7 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             "Find out what that call waits for.",
         )
     if first.status.evaluates:
-        layers = ", ".join(first.status.evaluates[:3]) + (", ..." if len(first.status.evaluates) > 3 else "")
-        return (
-            f"{who} in eval mode, or froze layers ({layers}), {waits}",
-            "A layer in eval mode sends nothing. Call train(), eval(), freeze and unfreeze on all ranks alike.",
-        )
+        return f"{who} in eval mode, or froze layers ({_layers(first)}), {waits}", _EVAL_REMEDY
     if first.status.busy is not None:
         return (
             f"{named(one.missing)} {first.status.busy}, {waits}",

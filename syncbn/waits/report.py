@@ -74,7 +74,7 @@ def _wrapped(text: str) -> str:
 def _entry(member: Member) -> dict[str, Any]:
     status, line = member.status, member.status.line
     calls = [
-        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed")} for wait in status.waits
+        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed", "failed")} for wait in status.waits
     ]
     for wait, call in zip(status.waits, calls, strict=True):
         call["waited"] = round(wait.waited, 1)
@@ -111,8 +111,8 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
     waited = spoken(current.waited) if inside and current is not None and not member.has_ended else ""
     completed = (current.completed if current is not None else None) or "nothing"
     line = "" if status.line is None or status.ended is not None else place(status.line)
-    if line and (member.state != RUNS or member.silent):
-        line = f"last heard of at {line}"
+    if (member.state != RUNS and status.ended is None) or member.silent:  # its last words may be half a second old
+        line, completed = line and f"last heard of at {line}", f"{completed}, or later"
     return str(member.rank), state, waited, completed, line
 
 

@@ -45,6 +45,7 @@ class Group(Protocol):
     begun: int
     current: Any
     completed: Any
+    failed: Any
     patience: float | None
 
 
@@ -63,11 +64,13 @@ class Wait:
     """Seconds that it has been in the current call."""
     patience: float | None = None
     """A limit of this call's own; inf for none."""
+    failed: str | None = None
+    """The last call that it has begun, if that raised an error here."""
 
     @property
     def done(self) -> int:
         """How many calls it has completed."""
-        return self.begun if self.current is None else self.begun - 1
+        return self.begun if self.current is None and self.failed is None else self.begun - 1
 
 
 @dataclass
@@ -130,7 +133,8 @@ class Reader:
     def add(self, group: Group) -> None:
         """Reads this group too, as long as it lives."""
         with self._lock:
-            self._groups.append(weakref.ref(group))
+            if all(each() is not group for each in self._groups):  # one group may be found in several ways
+                self._groups.append(weakref.ref(group))
 
     def groups(self) -> list[Group]:
         """Returns the groups that are alive."""
@@ -155,9 +159,11 @@ class Reader:
             self._waited[key] = self._waited.get(key, 0.0) + seconds if same else 0.0
             self._seen[key] = begun, current
             if begun:
-                now, last = (None if m is None else str(m) for m in (current, group.completed))
-                status.waits.append(Wait(group.group_id, begun, now, last, self._waited[key], group.patience))
-        if not any(wait.waited for wait in status.waits):
+                failed = None if group.failed is None or group.failed[0] != begun else group.failed[1]
+                now, last, failed = (None if m is None else str(m) for m in (current, group.completed, failed))
+                wait = Wait(group.group_id, begun, now, last, self._waited[key], group.patience, failed)
+                status.waits.append(wait)
+        if self.ended is None:
             status.evaluates = sorted({name for describe in describers for name in describe()})[:20]
         return status
 
@@ -216,7 +222,7 @@ def _traced() -> bool:
 
 def of_exception(error: BaseException) -> str:
     """Returns how a rank ended by an exception, in a line."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removesuffix(".")
     return f"ended with {type(error).__name__}" + (f": {text[:500]}" if text else "")
 
 
