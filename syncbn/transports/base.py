@@ -69,7 +69,10 @@ class AbstractTransport(ABC):
 
         Raises:
             MismatchError: as ``all_reduce`` does. The rank stays in the call until :meth:`leave`, to ask the others.
+            RuntimeError: on this rank alone, if another thread of it is in a call of this group.
         """
+        if self.current is not None:
+            raise _two_threads(message, self.current)
         self.begun += 1
         self.current = message
         try:
@@ -156,3 +159,10 @@ class AbstractTransport(ABC):
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Gives back what the group holds: files or a communicator. By every rank of it."""
+
+
+def _two_threads(message: Message, current: Message) -> RuntimeError:
+    return RuntimeError(
+        f"A group can be in one call at a time; received {message} while another thread is in {current}. Give each "
+        "thread a group of its own, by World.subgroup(world.size)."
+    )

@@ -17,6 +17,8 @@ from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, AbstractTransport, MismatchError
 from syncbn.transports.groups import GroupSpec
 
+FAREWELL = 3.0
+"""Seconds that a rank which cannot ask the others leaves to the watchdog, which knows more."""
 _SUM = dist.AllreduceOptions()
 _SUM.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
 _SUM.asyncOp = False
@@ -91,7 +93,7 @@ class TorchTransport(AbstractTransport):
                     store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
                     notes[rank] = store.get(key).decode()
         except RuntimeError:  # the process that holds the store is gone, and each further try prints pages
-            pass
+            time.sleep(FAREWELL)
         return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from syncbn.waits.status import DEBUGGED, ENDED, Status, Wait
 
 SURE = 0.5
 """Seconds of waiting after which a rank that has ended is missed."""
-STUCK = 3.0
+STUCK = 2.0
 """Seconds after which ranks in different calls of a group wait for each other."""
 SILENT = 20.0
 """Seconds without a new status after which a rank gives no sign of life."""
@@ -205,7 +205,7 @@ def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
 def _of_order(one: Blocked) -> tuple[str, str]:
     received = by_call([(str(one.wait_of(member).current), member.rank) for member in one.waiting])
     errors = [(f"an error in {own.failed}", m.rank) for m in one.missing if (own := m.wait(one.group)) and own.failed]
-    other = f", and {by_call(errors)}" if errors else ", and wait for each other"
+    other, what = (f", and {by_call(errors)}", "are") if errors else ("", "wait for each other")
     remedy = (
         "Ranks took different branches, ran backward passes in another order, or one of them left a call out. Look for "
         "code that depends on the rank or on its data."
@@ -216,7 +216,7 @@ def _of_order(one: Blocked) -> tuple[str, str]:
         verb = "are" if len(evaluate) > 1 else "is"
         other += f"; {named(evaluate)} {verb} in eval mode, or froze layers ({_layers(evaluate[0])})"
         remedy = _EVAL_REMEDY
-    return f"ranks are in different calls: {received}{other}", remedy
+    return f"ranks {what} in different calls: {received}{other}", remedy
 
 
 _EVAL_REMEDY = "A layer in eval mode sends nothing. Call train(), eval(), freeze and unfreeze on all ranks alike."

@@ -81,7 +81,6 @@ class Job:
                 self.step()
             except self.catches as error:
                 say(f"caught {type(error).__name__}")
-        say("done")
 
 
 def descend(net):
@@ -328,18 +327,28 @@ def threads(job):
 
 def main(words):
     parser = argparse.ArgumentParser()
-    parser.add_argument("fault", choices=[*FAULTS, "threads"])
+    parser.add_argument("faults", choices=[*FAULTS, "threads"], nargs="+")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--how", choices=["average", "ddp", "compiled"], default="average")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
+    for name in options.faults:
+        try:
+            run(name, options)
+        except (ValueError, TypeError) as error:  # every rank gets it, so the job can go on
+            if name == options.faults[-1]:
+                raise
+            say(f"raised by {name}: {error}")
+    say("done")
+
+
+def run(name, options):
     job = Job(options.how)
-    if options.fault == "threads":
+    if name == "threads":
         say(f"fault at {time.time()}")
         threads(job)
-        say("done")
-        return
-    job.run(options.fault if job.world.rank == options.rank else None)
+    else:
+        job.run(name if job.world.rank == options.rank else None)
 
 
 if __name__ == "__main__":
