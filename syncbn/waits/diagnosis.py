@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from syncbn.waits import limits
-from syncbn.waits.processes import GONE, STOPPED
-from syncbn.waits.status import DEBUGGED, ENDED, Status, Wait
+from syncbn.waits.processes import GONE, RUNS, STOPPED
+from syncbn.waits.status import DEBUGGED, ENDED, Status, Wait, is_cut_off
 
 SURE = 0.5
 """Seconds of waiting after which a rank that has ended is missed."""
@@ -75,6 +75,11 @@ class Blocked:
         """The call's own limit, if it has one."""
         found = [p for member in self.waiting if (p := self.wait_of(member).patience) is not None]
         return min(found) if found else None
+
+    @property
+    def suspects(self) -> list[Member]:
+        """Those of the missing ranks that do not wait for others themselves, as far as is known."""
+        return [m for m in self.missing if m.status.elsewhere is None or m.state != RUNS or m.silent] or self.missing
 
     def wait_of(self, member: Member) -> Wait:
         """Returns the wait of a rank that is in the call."""
@@ -153,7 +158,7 @@ def late(one: Blocked) -> Finding:
 
 def excused(one: Blocked) -> str | None:
     """Returns what all ranks that are waited for do, if it is no fault; else None."""
-    busy = {member.status.busy for member in one.missing}
+    busy = {member.status.busy for member in one.suspects}
     return busy.pop() if len(busy) == 1 else None
 
 
@@ -177,6 +182,7 @@ def _while_others_wait(one: Blocked) -> str:
 
 
 def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
+    ended = [member for member in ended if not is_cut_off(member.status.ended)] or ended
     raised = [member for member in ended if member.status.ended not in (None, ENDED)]
     ended = raised or [member for member in ended if member.status.ended] or ended
     who, waits, own = named(ended), _while_others_wait(one), ended[0].wait(one.group)
@@ -233,8 +239,9 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             f"all ranks are in {one.call}, and it does not end",
             "The library below, or the network, has lost a message. Run `syncbn doctor` on the same hosts.",
         )
-    first, several = one.missing[0], len(one.missing) > 1
-    who, waits = f"{named(one.missing)} {'are' if several else 'is'}", _while_others_wait(one)
+    suspects = one.suspects
+    first, several = suspects[0], len(suspects) > 1
+    who, waits = f"{named(suspects)} {'are' if several else 'is'}", _while_others_wait(one)
     if first.state == STOPPED:
         return f"{who} stopped by a signal, {waits}", "Continue it with kill -CONT, or look for who stopped it."
     if first.silent:
@@ -248,6 +255,12 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             f"{who} in {elsewhere.current} of another group, {waits}",
             "Ranks use their groups in different orders. Use them in one order on every rank.",
         )
+    if first.status.elsewhere is not None:
+        return (
+            f"{who} in {first.status.elsewhere}, {waits}",
+            "That waits for other ranks, too. Ranks use it and syncbn in different orders: look for code that depends "
+            "on the rank, such as a backward pass that one of them leaves out.",
+        )
     own = first.wait(one.group)
     if own is not None and own.current is not None:
         return (
@@ -258,7 +271,7 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
         return f"{who} in eval mode, or froze layers ({_layers(first)}), {waits}", _EVAL_REMEDY
     if first.status.busy is not None:
         return (
-            f"{named(one.missing)} {first.status.busy}, {waits}",
+            f"{named(suspects)} {first.status.busy}, {waits}",
             f"If it needs that long, raise the limit: {limits.TIMEOUT}=3600, or syncbn.init(timeout=3600).",
         )
     at = "" if first.status.line is None else f", at {place(first.status.line)}"

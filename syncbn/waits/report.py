@@ -84,6 +84,7 @@ def _entry(member: Member) -> dict[str, Any]:
         "silent": member.silent,
         "ended": status.ended,
         "busy": status.busy,
+        "elsewhere": status.elsewhere,
         "evaluates": status.evaluates,
         "line": None if line is None else {"file": line[0], "line": line[1], "function": line[2]},
         "calls": calls,
@@ -106,8 +107,10 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
         state = str(current.current)
     else:
         state = "not in a call"
-        if status.busy or status.evaluates:
-            state += f": {status.busy}" if status.busy else ": layers in eval mode"
+        if status.busy or status.elsewhere:
+            state += f": {status.busy or f'in {status.elsewhere}'}"
+        elif status.evaluates:
+            state += ": layers in eval mode"
     waited = spoken(current.waited) if inside and current is not None and not member.has_ended else ""
     completed = (current.completed if current is not None else None) or "nothing"
     line = "" if status.line is None or status.ended is not None else place(status.line)

@@ -29,6 +29,12 @@ _BUSY = {
     "/pydevd": DEBUGGED,
 }
 """Parts of paths of code, and what a process does whose main thread is in it."""
+_ELSEWHERE = {
+    "torch/nn/parallel/distributed": "DistributedDataParallel",
+    "torch/distributed/": "torch.distributed",
+    "mpi4py/": "mpi4py",
+}
+"""Parts of paths of code that waits for other ranks too, and its name."""
 
 
 class Group(Protocol):
@@ -85,6 +91,8 @@ class Status:
     """File, line and function of the user's code where the main thread is."""
     busy: str | None = None
     """Why it keeps the others waiting although nothing is wrong."""
+    elsewhere: str | None = None
+    """A library that the user's code has called, and that may wait for other ranks in its turn."""
     evaluates: list[str] = field(default_factory=list)
     """Layers that have been in a call, and are in eval mode now."""
     ended: str | None = None
@@ -151,7 +159,7 @@ class Reader:
         """
         status = Status(self.rank, next(self._beats), limit, ended=self.ended)
         if self.ended is None:
-            status.line, status.busy = _where(self._main.ident)
+            status.line, status.busy, status.elsewhere = _where(self._main.ident)
         for group in self.groups():
             begun, current = group.begun, group.current
             key = id(group)
@@ -168,29 +176,31 @@ class Reader:
         return status
 
 
-def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None]:
-    """Returns the innermost line of a thread that is the user's, and what keeps it busy."""
+def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None, str | None]:
+    """Returns the innermost line of a thread that is the user's, what keeps it busy, and a library that may wait."""
     frame: FrameType | None = sys._current_frames().get(thread or 0)
     line: tuple[str, int, str] | None = None
-    busy = DEBUGGED if _traced() else None
+    busy, elsewhere = DEBUGGED if _traced() else None, None
     innermost = frame
     while frame is not None:
         code = frame.f_code
-        users, what = _about(code)
+        users, what, library = _about(code)
         busy = busy or what
-        if users and line is None:
-            line = _short(code.co_filename), frame.f_lineno, code.co_name
+        if line is None:
+            elsewhere = elsewhere or library
+            line = (_short(code.co_filename), frame.f_lineno, code.co_name) if users else None
         frame = frame.f_back
     if line is None and innermost is not None:
         line = _short(innermost.f_code.co_filename), innermost.f_lineno, innermost.f_code.co_name
-    return line, busy
+    return line, busy, elsewhere
 
 
 @lru_cache(4096)
-def _about(code: CodeType) -> tuple[bool, str | None]:
-    """Returns whether code is the user's, and what a process does that is in it."""
+def _about(code: CodeType) -> tuple[bool, str | None, str | None]:
+    """Returns whether code is the user's, what a process does that is in it, and a library that may wait."""
     name = code.co_filename
-    return not name.startswith(_LIBRARIES), next((what for part, what in _BUSY.items() if part in name), None)
+    found = [next((what for part, what in known.items() if part in name), None) for known in (_BUSY, _ELSEWHERE)]
+    return not name.startswith(_LIBRARIES), found[0], found[1]
 
 
 _LIBRARIES = (
@@ -218,6 +228,14 @@ def _traced() -> bool:
     except OSError:
         return False
     return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in lines)
+
+
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def is_cut_off(ended: str | None) -> bool:
+    """Whether a rank ended by an error that follows the end of another one."""
+    return ended is not None and any(text in ended for text in _CUT_OFF)
 
 
 def of_exception(error: BaseException) -> str:

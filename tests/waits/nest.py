@@ -57,6 +57,12 @@ def fork(job, rank, port):
     return 0
 
 
+def prepare(words):
+    """Imports what only DDP needs, so that its ranks need not."""
+    if "ddp" in words:
+        import torch._dynamo  # noqa: F401
+
+
 def serve():
     """Starts what stdin asks for until it ends. Returns in the ranks, with the words of their program."""
     running, commands = {}, b""
@@ -68,6 +74,7 @@ def serve():
                 break
             *lines, commands = (commands + data).split(b"\n")
             for job in map(json.loads, lines):
+                prepare(job["words"])
                 port, pids = free_port(), []
                 for rank in range(job["ranks"]):
                     if not (pid := fork(job, rank, port)):
