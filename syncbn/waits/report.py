@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import textwrap
@@ -42,8 +43,9 @@ def text(finding: Finding, members: list[Member], status: int) -> str:
 def write(text: str) -> None:
     """Writes to stderr, past Python: the main thread may hold Python's stream."""
     data = text.encode(errors="replace")
-    while data:
-        data = data[os.write(2, data) :]
+    with contextlib.suppress(OSError):  # the launcher that read it is gone
+        while data:
+            data = data[os.write(2, data) :]
 
 
 def warning(finding: Finding, limit: float) -> str:

@@ -92,7 +92,8 @@ def descend(net):
 
 
 def say(text):
-    print(text, flush=True)
+    sys.stdout.write(f"{text}\n")  # in one piece, since ranks share a pipe
+    sys.stdout.flush()
 
 
 FAULTS = {}

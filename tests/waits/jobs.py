@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def environ(folder, limit):
 
 def outcome(folder, statuses, ended, out, err, left):
     """Reads what a job has left in its folder."""
-    begun = [float(line.split()[2]) for line in out.splitlines() if line.startswith("fault at ")]
+    begun = [float(seconds) for seconds in re.findall(r"fault at ([\d.]+)", out)]
     path = folder / "report.json"
     report = json.loads(path.read_text()) if path.exists() else None
     return Outcome(statuses, ended - max(begun, default=0.0), out, err, report, left)
@@ -121,7 +122,8 @@ def launched(launcher, folder, ranks, words, *, limit, patience, then=None, **ex
         then: is called with the launcher's process as soon as the fault has begun.
     """
     script = f"launch/{launcher}.sh"
-    process = start(script, PROGRAM, *words, NPROC=ranks, PYTHON=sys.executable, **environ(folder, limit), **extra)
+    variables = {"NPROC": ranks, "PYTHON": sys.executable, **environ(folder, limit), **extra}
+    process = start(script, PROGRAM, *words, **variables)
     watch = threading.Timer(patience, kill, [process])
     family, said = [], {"stdout": [], "stderr": []}
 

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A rank does something else than the others: every job ends on all ranks, soon, and says who did what."""
 
-import contextlib
 import os
 import re
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from syncbn.waits.judge import ENDED_STATUS, LIMIT_STATUS
-from tests.waits import fault_program
 from tests.waits.jobs import END, GIVEN_UP, Nest, launched
 
 SOON = 5.0
@@ -101,13 +100,17 @@ def check(name, done, *, rank=1, ranks=3, how="average"):
     if fault.kind == "apart":
         check_apart(fault, done, text, rank)
         return
-    assert re.search(rf"{fault.says.replace('rank R', f'ranks? {rank}').replace('Rank R', f'Rank {rank}')}", text), done
+    assert re.search(pattern(fault.says, rank), text), done
     assert fault.call in text, f"it does not name the call that others are in\n{done}"
     assert (done.report is not None) == (fault.kind != "alike"), f"a report, where and only where somebody waits\n{done}"
     if done.report is not None:
         check_report(done, text, fault.kind, rank, ranks)
         several = name == "caught" or "wait in different calls" in done.report["sentence"]
         assert done.report["call"] == fault.call or several, done
+
+
+def pattern(says, rank):
+    return says.replace("rank R", f"ranks? {rank}").replace("Rank R", f"Rank {rank}")
 
 
 def check_apart(fault, done, text, rank):
@@ -217,3 +220,80 @@ def gloo_jobs(request, nest, tmp_path_factory):
 def test_over_gloo(gloo_jobs, case):
     ranks, name, rank, how = case
     check(name, gloo_jobs(case), rank=rank, ranks=ranks, how=how)
+
+
+def under(launcher, n, name, how="average", then=None, folder=None, **extra):
+    """Runs a case under a launcher: ``name`` may be several faults, each of which every rank survives."""
+    words, fault = [*name.split("+"), "--how", how], name.split("+")[-1]
+    limit = limit_of(fault, how)
+    return launched(launcher, new(folder), n, words, limit=limit, patience=60, then=then, **extra)
+
+
+def mpich():
+    """The environment of MPICH's commands, if there are any."""
+    folder = Path(os.environ.get("BIN_MPICH", ".venv-mpich/bin")).absolute()
+    if not (folder / "mpirun").exists():
+        pytest.skip("needs an environment with MPICH in BIN_MPICH")
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": folder / "python"}
+
+
+MPI_CASES = [("mpirun", 3, name, "average") for name in FAULTS if name not in ALIKE]
+MPI_CASES += [("mpirun", 3, "+".join(ALIKE), "average")]
+MPI_CASES += [("mpirun", n, name, "average") for n in (2, 4) for name in ("exception", "kill", "sleep", "evaluates")]
+MPI_CASES += [("mpirun", 3, "no_backward", "ddp"), ("mpirun", 2, "sleep", "compiled")]
+MPI_CASES += [("mpich", 3, name, "average") for name in ("exception", "kill", "sleep", "evaluates", "skips_last")]
+TORCHRUN_CASES = [("torchrun", 3, name, "average") for name in ("exception", "kill", "fewer", "sleep")]
+
+
+@pytest.fixture(scope="module")
+def launched_jobs(request, tmp_path_factory):
+    jobs, folder = Jobs(2), tmp_path_factory.mktemp("launched")
+
+    def run(launcher, n, name, how):
+        extra = mpich() if launcher == "mpich" else {}
+        return under("mpirun" if extra else launcher, n, name, how, folder=folder, **extra)
+
+    wanted = [item.callspec.params["case"] for item in request.session.items if "launched_jobs" in item.fixturenames]
+    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()
+    jobs.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", [*MPI_CASES, *TORCHRUN_CASES], ids=lambda case: "-".join(map(str, case)))
+def test_under_a_launcher(launched_jobs, case):
+    _, n, name, how = case
+    done = launched_jobs(case)
+    *before, last = name.split("+")
+    check(last, done, ranks=n, how=how)
+    for each in before:
+        raised = [line for line in done.out.splitlines() if line.startswith(f"raised by {each}: ")]
+        assert len(raised) == n, f"not every rank got the error of {each}\n{done}"
+        for line in raised:
+            assert re.search(pattern(FAULTS[each].says, 1), line), line
+            assert FAULTS[each].call in line, line
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+@pytest.mark.parametrize("end", ["ctrl-c", "launcher killed"])
+def test_the_end_of_the_launcher_ends_all_ranks(tmp_path, launcher, end):
+    signals = {
+        "ctrl-c": lambda launcher: os.killpg(launcher.pid, signal.SIGINT),
+        "launcher killed": lambda launcher: launcher.kill(),
+    }
+    done = under(launcher, 3, "interrupted", then=signals[end], folder=tmp_path)
+    assert GIVEN_UP not in done.statuses, done
+    assert done.left == [], done
+    assert done.statuses[0] != 0, done
+    assert done.seconds < SOON + 5 * (launcher == "torchrun"), f"launch/torchrun.sh gives ranks 5 s to end\n{done}"
+    assert done.err.count(END) == 0, f"nothing is to be found out\n{done}"
+
+
+@pytest.mark.faults
+def test_two_threads_in_one_group_end(nest, tmp_path):
+    done = nest.run(tmp_path, 3, ["threads"], limit=LIMIT, patience=30)
+    text = " ".join(done.err.split())
+    assert GIVEN_UP not in done.statuses, done
+    assert done.seconds < LIMIT + SOON, done
+    said = "A group can be in one call at a time" in text or END in text or "op.preamble.length" in text
+    assert said or done.out.count("thread ended") == 6, done
