@@ -27,13 +27,13 @@ def environment(**extra):
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in extra.items()}}
 
 
-def start(*command, cwd=ROOT, **extra):
+def start(*command, cwd=ROOT, stdin=subprocess.DEVNULL, **extra):
     """Starts a command in a session of its own, so that all its processes can be found and ended."""
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
         env=environment(**extra),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

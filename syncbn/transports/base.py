@@ -57,6 +57,8 @@ class AbstractTransport(ABC):
     """The call that this rank is in. The watchdog reads it from a thread of its own, see ``waits/``."""
     completed: Message | None = None
     """The last call that this rank has completed."""
+    failed: tuple[int, Message] | None = None
+    """The number of the last call that raised an error on this rank, and which it was."""
     patience: float | None = None
     """Seconds that the current call may wait, if it has a limit of its own."""
     recent: deque[tuple[int, Message]] | None = None
@@ -74,7 +76,10 @@ class AbstractTransport(ABC):
 
         Raises:
             MismatchError: as ``all_reduce`` does. The rank stays in the call until :meth:`leave`, to ask the others.
+            RuntimeError: on this rank alone, if another thread of it is in a call of this group.
         """
+        if self.current is not None:
+            raise _two_threads(message, self.current)
         self.begun += 1
         self.current = message
         try:
@@ -82,7 +87,7 @@ class AbstractTransport(ABC):
         except MismatchError:
             raise
         except BaseException:
-            self.current = None
+            self.leave()
             raise
         self.completed = message
         self.current = None
@@ -92,6 +97,8 @@ class AbstractTransport(ABC):
 
     def leave(self) -> None:
         """Ends a call that has failed."""
+        if self.current is not None:
+            self.failed = self.begun, self.current
         self.current = None
 
     @final
@@ -107,8 +114,12 @@ class AbstractTransport(ABC):
         self.patience, self.current = patience, self.named(what)
         try:
             yield
+            self.completed = self.current
+        except BaseException:
+            self.failed = self.begun, self.current
+            raise
         finally:
-            self.completed, self.current, self.patience = self.current, None, None
+            self.current = self.patience = None
 
     @final
     def named(self, what: str) -> Message:
@@ -157,3 +168,10 @@ class AbstractTransport(ABC):
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Gives back what the group holds: files or a communicator. By every rank of it."""
+
+
+def _two_threads(message: Message, current: Message) -> RuntimeError:
+    return RuntimeError(
+        f"A group can be in one call at a time; received {message} while another thread is in {current}. Give each "
+        "thread a group of its own, by World.subgroup(world.size)."
+    )

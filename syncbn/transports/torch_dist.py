@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections import deque
@@ -17,6 +18,8 @@ from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, RECENT, AbstractTransport, MismatchError
 from syncbn.transports.groups import GroupSpec
 
+FAREWELL = 3.0
+"""Seconds that a rank which cannot ask the others leaves to the watchdog, which knows more."""
 _SUM = dist.AllreduceOptions()
 _SUM.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
 _SUM.asyncOp = False
@@ -78,18 +81,21 @@ class TorchTransport(AbstractTransport):
 
     def exchange_notes(self, note: str) -> list[str | None]:
         """See :meth:`AbstractTransport.exchange_notes`. Uses the group's store: gloo's connections may be closed."""
-        store, notes = self.group.get_group_store(), list[str | None]()
+        store = self.group.get_group_store()
         self._exchanges += 1
         prefix = f"syncbn/notes/{self.group_id}/{self._exchanges}"
-        store.set(f"{prefix}/{self.rank}", note)
         end = time.monotonic() + PATIENCE
-        for rank in range(self.size):
-            key = f"{prefix}/{rank}"
-            try:
-                store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
-                notes.append(store.get(key).decode())
-            except RuntimeError:  # the rank is silent
-                notes.append(None)
+        notes: list[str | None] = [None] * self.size
+        notes[self.rank] = note
+        try:
+            store.set(f"{prefix}/{self.rank}", note)
+            for rank in range(self.size):
+                key = f"{prefix}/{rank}"
+                with contextlib.suppress(dist.DistStoreError):  # the rank is silent
+                    store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
+                    notes[rank] = store.get(key).decode()
+        except RuntimeError:  # the process that holds the store is gone, and each further try prints pages
+            time.sleep(FAREWELL)
         return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

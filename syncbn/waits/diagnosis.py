@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from syncbn.waits import limits
-from syncbn.waits.processes import GONE, STOPPED
-from syncbn.waits.status import DEBUGGED, ENDED, Status, Wait
+from syncbn.waits.processes import GONE, RUNS, STOPPED
+from syncbn.waits.status import DEBUGGED, ENDED, Status, Wait, is_cut_off
 
 SURE = 0.5
 """Seconds of waiting after which a rank that has ended is missed."""
-STUCK = 3.0
+STUCK = 2.0
 """Seconds after which ranks in different calls of a group wait for each other."""
 SILENT = 20.0
 """Seconds without a new status after which a rank gives no sign of life."""
@@ -33,6 +33,18 @@ class Member:
     def has_ended(self) -> bool:
         """Whether nothing more comes from it."""
         return self.status.ended is not None or self.state == GONE
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Returns the call in which it waits itself: of syncbn, or of another library."""
+        own = next((wait.current for wait in self.status.waits if wait.current is not None), None)
+        return own or self.status.elsewhere
+
+    @property
+    def waits_itself(self) -> bool:
+        """Whether it keeps the others waiting only because it waits for others."""
+        runs = self.state == RUNS and not self.silent and self.status.busy is None
+        return runs and self.elsewhere is not None
 
     def wait(self, group: int) -> Wait | None:
         """Returns what it does in a group; None before its first call there."""
@@ -76,6 +88,11 @@ class Blocked:
         found = [p for member in self.waiting if (p := self.wait_of(member).patience) is not None]
         return min(found) if found else None
 
+    @property
+    def suspects(self) -> list[Member]:
+        """Those of the missing ranks that do not wait for others themselves, as far as is known."""
+        return [member for member in self.missing if not member.waits_itself] or self.missing
+
     def wait_of(self, member: Member) -> Wait:
         """Returns the wait of a rank that is in the call."""
         wait = member.wait(self.group)
@@ -99,15 +116,33 @@ def blocked(members: list[Member], groups: dict[int, tuple[int, ...]], least: fl
         inside = [m for m in inside if not m.status.terminated] or inside
         if not inside:
             continue
-        number = min(_wait(waits, m).begun for m in inside)
+        number = _blocked_number(within, inside, waits)
         waiting = [m for m in inside if _wait(waits, m).begun == number]
-        missing = [m for m in within if m not in waiting and _done(waits[m.rank]) < number and not m.status.terminated]
+        missing = [m for m in _missing(within, number, waits) if m not in waiting]
         calls = {_wait(waits, m).current for m in waiting}
         call = str(_wait(waits, waiting[0]).current)
         one = Blocked(group, number, call, waiting, missing, not missing and len(calls) > 1)
         if one.waited >= least:
             found.append(one)
     return sorted(found, key=lambda each: -each.waited)
+
+
+def _blocked_number(within: list[Member], inside: list[Member], waits: dict[int, Wait | None]) -> int:
+    """Returns the first call that somebody is missing in, or all are in.
+
+    A rank in a call that all others have completed is about to leave it, unless it is stopped: then the others wait
+    for it in a later call.
+    """
+    numbers = sorted({_wait(waits, m).begun for m in inside})
+    for number in numbers:
+        in_it = [m for m in inside if _wait(waits, m).begun == number]
+        if len(in_it) == len(within) or any(m not in in_it for m in _missing(within, number, waits)):
+            return number
+    return numbers[0]
+
+
+def _missing(within: list[Member], number: int, waits: dict[int, Wait | None]) -> list[Member]:
+    return [m for m in within if _done(waits[m.rank]) < number and not m.status.terminated]
 
 
 def _wait(waits: dict[int, Wait | None], member: Member) -> Wait:
@@ -125,7 +160,8 @@ def early(one: Blocked) -> Finding | None:
     ended = [member for member in one.missing if member.has_ended]
     if ended:
         return _finding("ended", one, *_of_ended(one, ended))
-    if one.differ and one.waited >= STUCK:
+    failed = any((own := m.wait(one.group)) and own.failed and own.begun == one.number for m in one.missing)
+    if (one.differ or failed) and one.waited >= STUCK:
         return _finding("order", one, *_of_order(one))
     return None
 
@@ -136,12 +172,8 @@ def late(one: Blocked) -> Finding:
 
 
 def excused(one: Blocked) -> str | None:
-    """Returns what the ranks that are waited for do, if it is no fault of any; else None.
-
-    One that is in a call of another group waits itself, perhaps for one that is excused.
-    """
-    causes = [member for member in one.missing if not _elsewhere(member) or member.status.busy] or one.missing
-    busy = {member.status.busy for member in causes}
+    """Returns what the ranks that are waited for do, if it is no fault of any; else None."""
+    busy = {member.status.busy for member in one.suspects}
     if not busy or None in busy:
         return None
     return DEBUGGED if DEBUGGED in busy else min(map(str, busy))
@@ -159,14 +191,21 @@ def _finding(kind: str, one: Blocked, sentence: str, remedy: str) -> Finding:
 
 
 def _while_others_wait(one: Blocked) -> str:
-    return f"while {named(one.waiting)} {'wait' if len(one.waiting) > 1 else 'waits'} in {one.call}"
+    verb = "wait" if len(one.waiting) > 1 else "waits"
+    calls = [(str(one.wait_of(member).current), member.rank) for member in one.waiting]
+    if len({call for call, _ in calls}) > 1:
+        return f"while {named(one.waiting)} {verb} in different calls: {by_call(calls)}"
+    return f"while {named(one.waiting)} {verb} in {one.call}"
 
 
 def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
+    ended = [member for member in ended if not is_cut_off(member.status.ended)] or ended
     raised = [member for member in ended if member.status.ended not in (None, ENDED)]
     ended = raised or [member for member in ended if member.status.ended] or ended
     who, waits, own = named(ended), _while_others_wait(one), ended[0].wait(one.group)
     after = "" if own is None or own.completed is None else f" after {own.completed}"
+    if own is not None and own.failed is not None:
+        after = f", which it got in {own.failed}"
     if raised:
         return (
             f"{who} {ended[0].status.ended}{after}, {waits}",
@@ -181,17 +220,34 @@ def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
     return (
         f"the process of {who} is gone, {waits}",
         "It was killed (kill -9, or the system for want of memory: see dmesg), crashed, or called os._exit. The "
-        "launcher knows its exit status.",
+        'launcher knows its exit status. If gloo has printed "op.preamble.length", it was in another call than the '
+        "others: look for code that depends on the rank or on its data.",
     )
 
 
 def _of_order(one: Blocked) -> tuple[str, str]:
     received = by_call([(str(one.wait_of(member).current), member.rank) for member in one.waiting])
-    return (
-        f"ranks are in different calls, and wait for each other: {received}",
+    errors = [(f"an error in {own.failed}", m.rank) for m in one.missing if (own := m.wait(one.group)) and own.failed]
+    other, what = (f", and {by_call(errors)}", "are") if errors else ("", "wait for each other")
+    remedy = (
         "Ranks took different branches, ran backward passes in another order, or one of them left a call out. Look for "
-        "code that depends on the rank or on its data.",
+        "code that depends on the rank or on its data."
     )
+    members = [*one.waiting, *one.missing]
+    evaluate = [m for m in members if m.status.evaluates]
+    if 0 < len(evaluate) < len(members):
+        verb = "are" if len(evaluate) > 1 else "is"
+        other += f"; {named(evaluate)} {verb} in eval mode, or froze layers ({_layers(evaluate[0])})"
+        remedy = _EVAL_REMEDY
+    return f"ranks {what} in different calls: {received}{other}", remedy
+
+
+_EVAL_REMEDY = "A layer in eval mode sends nothing. Call train(), eval(), freeze and unfreeze on all ranks alike."
+
+
+def _layers(member: Member) -> str:
+    names = member.status.evaluates
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _at_limit(one: Blocked) -> tuple[str, str]:
@@ -200,54 +256,61 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             f"all ranks are in {one.call}, and it does not end",
             "The library below, or the network, has lost a message. Run `syncbn doctor` on the same hosts.",
         )
-    waits = _while_others_wait(one)
-    some = [member for member in one.missing if member.state == STOPPED]
+    waits, suspects = _while_others_wait(one), one.suspects
+    first = suspects[0]
+    some = [member for member in suspects if member.state == STOPPED]
     if some:
         return f"{_are(some)} stopped by a signal, {waits}", "Continue with kill -CONT, or look for who stopped it."
-    some = [member for member in one.missing if member.silent]
+    some = [member for member in suspects if member.silent]
     if some:
         return (
             f"{_are(some)} without a sign of life, {waits}",
             "Its host is down, cut off, or so busy that no thread of the process runs.",
         )
-    idle = [member for member in one.missing if not _elsewhere(member)]
-    if not idle:
-        return (
-            f"{_are(one.missing)} in {_elsewhere(one.missing[0])} of another group, {waits}",
-            "Ranks use their groups in different orders. Use them in one order on every rank.",
-        )
-    some = [member for member in idle if member.status.evaluates]
+    if first.waits_itself:
+        return _of_waiting(one, first)
+    some = [member for member in suspects if member.status.evaluates]
     if some:
-        found = some[0].status.evaluates
-        layers = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        return (
-            f"{_are(some)} in eval mode, or froze layers ({layers}), {waits}",
-            "A layer in eval mode sends nothing. Call train(), eval(), freeze and unfreeze on all ranks alike.",
-        )
-    busy = idle[0].status.busy
+        return f"{_are(some)} in eval mode, or froze layers ({_layers(some[0])}), {waits}", _EVAL_REMEDY
+    busy = first.status.busy
     if busy is not None:
-        some = [member for member in idle if member.status.busy == busy]
+        some = [member for member in suspects if member.status.busy == busy]
         return (
             f"{_are(some)} {busy.removeprefix('is ')}, {waits}",
             f"If it needs that long, raise the limit: {limits.TIMEOUT}=3600, or syncbn.init(timeout=3600).",
         )
-    lines = {member.status.line for member in idle}
+    lines = {member.status.line for member in suspects}
     line = lines.pop() if len(lines) == 1 else None
     at = "" if line is None else f", at {place(line)}"
     return (
-        f"{_are(idle)} in no call of syncbn{at}, {waits}",
+        f"{_are(suspects)} in no call of syncbn{at}, {waits}",
         "It sleeps, waits for something else (data, a lock, another library's collective), left this call out, or "
         f"needs longer than the limit. If it may, raise that by {limits.TIMEOUT} or syncbn.init(timeout=...).",
     )
 
 
+def _of_waiting(one: Blocked, first: Member) -> tuple[str, str]:
+    """Returns what it means if all missing ranks wait for others, the first of them in the call that is named."""
+    who, waits, own = _are(one.suspects), _while_others_wait(one), first.wait(one.group)
+    if own is not None and own.current is not None:
+        return (
+            f"{who} in {own.current}, {one.number - own.begun} calls behind, {waits}",
+            "Find out what that call waits for.",
+        )
+    if any(wait.current is not None for wait in first.status.waits):
+        return (
+            f"{who} in {first.elsewhere} of another group, {waits}",
+            "Ranks use their groups in different orders. Use them in one order on every rank.",
+        )
+    return (
+        f"{who} in {first.elsewhere}, {waits}",
+        "That waits for other ranks, too. Ranks use it and syncbn in different orders: look for code that depends on "
+        "the rank, such as a backward pass that one of them leaves out.",
+    )
+
+
 def _are(members: list[Member]) -> str:
     return f"{named(members)} {'are' if len(members) > 1 else 'is'}"
-
-
-def _elsewhere(member: Member) -> str | None:
-    """Returns the call that a missing rank is in: one of another group, since in this one it would wait too."""
-    return next((wait.current for wait in member.status.waits if wait.current is not None), None)
 
 
 def place(line: tuple[str, int, str]) -> str:

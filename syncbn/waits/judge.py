@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import final
 
 from syncbn.waits import diagnosis, limits, processes, report
-from syncbn.waits.channel import Channel, Hub
+from syncbn.waits.channel import SERVERS, Channel, Hub
 from syncbn.waits.diagnosis import Finding, Member
 from syncbn.waits.status import Reader, Status
 
@@ -49,8 +49,8 @@ class Judge:
             end: is called with the channel and the exit status if the job must end.
         """
         members = self._members(own, seconds)
-        if any(not _is_out(member) for member in members[: self._channel.rank]):
-            return  # a rank before this one looks
+        if _who_looks(members[:SERVERS]) != self._channel.rank:
+            return
         least = 0.0 if own.terminated else diagnosis.SURE
         found: dict[tuple[int, int], float] = {}
         for one in diagnosis.blocked(members, self._groups(members), least):
@@ -113,8 +113,10 @@ class Judge:
         end(self._channel, status)
 
 
-def _is_out(member: Member) -> bool:
-    return member.has_ended or member.state != processes.RUNS or member.silent
+def _who_looks(servers: list[Member]) -> int:
+    """Returns the first one that goes on, else the first one that still runs, although its program has ended."""
+    running = [i for i, member in enumerate(servers) if member.state == processes.RUNS and not member.silent]
+    return next((i for i in running if servers[i].status.ended is None), running[0] if running else -1)
 
 
 def _warns_at(limit: float, own: Status) -> float:

@@ -44,7 +44,7 @@ def text(finding: Finding, members: list[Member], status: int) -> str:
 def write(text: str) -> None:
     """Writes to stderr, past Python: the main thread may hold Python's stream. A stderr that is closed gets nothing."""
     data = text.encode(errors="replace")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the launcher that read it is gone
         while data:
             data = data[os.write(2, data) :]
 
@@ -77,7 +77,8 @@ def _wrapped(text: str) -> str:
 def _entry(member: Member) -> dict[str, Any]:
     status, line = member.status, member.status.line
     calls = [
-        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed")} for wait in status.waits
+        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed", "failed")}
+        for wait in status.waits
     ]
     for wait, call in zip(status.waits, calls, strict=True):
         call["waited"] = round(wait.waited, 1)
@@ -87,6 +88,7 @@ def _entry(member: Member) -> dict[str, Any]:
         "silent": member.silent,
         "ended": status.ended,
         "busy": status.busy,
+        "elsewhere": status.elsewhere,
         "evaluates": status.evaluates,
         "line": None if line is None else {"file": line[0], "line": line[1], "function": line[2]},
         "calls": calls,
@@ -109,13 +111,15 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
         state = str(current.current)
     else:
         state = "not in a call"
-        if status.busy or status.evaluates:
-            state += f": {status.busy}" if status.busy else ": layers in eval mode"
+        if status.busy or status.elsewhere:
+            state += f": {status.busy or f'in {status.elsewhere}'}"
+        elif status.evaluates:
+            state += ": layers in eval mode"
     waited = spoken(current.waited) if inside and current is not None and not member.has_ended else ""
     completed = (current.completed if current is not None else None) or "nothing"
     line = "" if status.line is None or status.ended is not None else place(status.line)
-    if line and (member.state != RUNS or member.silent):
-        line = f"last heard of at {line}"
+    if (member.state != RUNS and status.ended is None) or member.silent:  # its last words may be half a second old
+        line, completed = line and f"last heard of at {line}", f"{completed}, or later"
     return str(member.rank), state, waited, completed, line
 
 

@@ -32,6 +32,12 @@ _BUSY = {
     "/pydevd": DEBUGGED,
 }
 """Parts of paths of code, and what a process does whose main thread is in it."""
+_ELSEWHERE = {
+    "torch/nn/parallel/distributed": "DistributedDataParallel",
+    "torch/distributed/": "torch.distributed",
+    "mpi4py/": "mpi4py",
+}
+"""Parts of paths of code that waits for other ranks too, and its name."""
 
 
 class Group(Protocol):
@@ -48,6 +54,7 @@ class Group(Protocol):
     begun: int
     current: Any
     completed: Any
+    failed: Any
     patience: float | None
     recent: deque[tuple[int, Any]] | None
 
@@ -67,11 +74,13 @@ class Wait:
     """Seconds that it has been in the current call."""
     patience: float | None = None
     """A limit of this call's own; inf for none."""
+    failed: str | None = None
+    """The last call that it has begun, if that raised an error here."""
 
     @property
     def done(self) -> int:
         """How many calls it has completed."""
-        return self.begun if self.current is None else self.begun - 1
+        return self.begun if self.current is None and self.failed is None else self.begun - 1
 
 
 @dataclass
@@ -86,6 +95,8 @@ class Status:
     """File, line and function of the user's code where the main thread is."""
     busy: str | None = None
     """Why it keeps the others waiting although nothing is wrong."""
+    elsewhere: str | None = None
+    """A library that the user's code has called, and that may wait for other ranks in its turn."""
     evaluates: list[str] = field(default_factory=list)
     """Layers that have been in a call, and are in eval mode now."""
     ended: str | None = None
@@ -138,7 +149,8 @@ class Reader:
     def add(self, group: Group) -> None:
         """Reads this group too, as long as it lives."""
         with self._lock:
-            self._groups.append(weakref.ref(group))
+            if all(each() is not group for each in self._groups):  # one group may be found in several ways
+                self._groups.append(weakref.ref(group))
 
     def groups(self) -> list[Group]:
         """Returns the groups that are alive."""
@@ -155,7 +167,7 @@ class Reader:
         """
         status = Status(self.rank, next(self._beats), limit, ended=self.ended)
         if self.ended is None:
-            status.line, status.busy = _where(self._main.ident)
+            status.line, status.busy, status.elsewhere = _where(self._main.ident)
         devices = [message for each in pending if (unfinished := each()) is not None for message in unfinished()]
         for group in self.groups():
             begun, current = _call_of(group, devices)
@@ -164,9 +176,11 @@ class Reader:
             self._waited[key] = self._waited.get(key, 0.0) + seconds if same else 0.0
             self._seen[key] = begun, current
             if begun:
-                now, last = (None if m is None else str(m) for m in (current, group.completed))
-                status.waits.append(Wait(group.group_id, begun, now, last, self._waited[key], group.patience))
-        if not any(wait.waited for wait in status.waits):
+                failed = None if group.failed is None or group.failed[0] != begun else group.failed[1]
+                now, last, failed = (None if m is None else str(m) for m in (current, group.completed, failed))
+                wait = Wait(group.group_id, begun, now, last, self._waited[key], group.patience, failed)
+                status.waits.append(wait)
+        if self.ended is None:
             status.evaluates = sorted({name for describe in describers for name in describe()})[:20]
         return status
 
@@ -183,29 +197,31 @@ def _call_of(group: Group, devices: list[Any]) -> tuple[int, Any]:
     return group.begun, group.current
 
 
-def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None]:
-    """Returns the innermost line of a thread that is the user's, and what keeps it busy."""
+def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None, str | None]:
+    """Returns the innermost line of a thread that is the user's, what keeps it busy, and a library that may wait."""
     frame: FrameType | None = sys._current_frames().get(thread or 0)
     line: tuple[str, int, str] | None = None
-    busy = DEBUGGED if _traced() else None
+    busy, elsewhere = DEBUGGED if _traced() else None, None
     innermost = frame
     while frame is not None:
         code = frame.f_code
-        users, what = _about(code.co_filename)
+        users, what, library = _about(code.co_filename)
         busy = busy or what
-        if users and line is None:
-            line = _short(code.co_filename), frame.f_lineno, code.co_name
+        if line is None:
+            elsewhere = elsewhere or library
+            line = (_short(code.co_filename), frame.f_lineno, code.co_name) if users else None
         frame = frame.f_back
     if line is None and innermost is not None:
         line = _short(innermost.f_code.co_filename), innermost.f_lineno, innermost.f_code.co_name
-    return line, busy
+    return line, busy, elsewhere
 
 
 @lru_cache(4096)
-def _about(name: str) -> tuple[bool, str | None]:
-    """Returns whether the code of a file is the user's, and what a process does that is in it."""
+def _about(name: str) -> tuple[bool, str | None, str | None]:
+    """Returns whether a file is the user's, what a process does that is in it, and whether it may wait for others."""
     library = name.startswith(_LIBRARIES) or any(part in name for part in _OTHER_LIBRARIES)
-    return not library, next((what for part, what in _BUSY.items() if part in name), None)
+    found = [next((what for part, what in known.items() if part in name), None) for known in (_BUSY, _ELSEWHERE)]
+    return not library, found[0], found[1]
 
 
 _LIBRARIES = (
@@ -239,9 +255,17 @@ def _traced() -> bool:
     return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in lines)
 
 
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def is_cut_off(ended: str | None) -> bool:
+    """Whether a rank ended by an error that follows the end of another one."""
+    return ended is not None and any(text in ended for text in _CUT_OFF)
+
+
 def of_exception(error: BaseException) -> str:
     """Returns how a rank ended by an exception, in a line."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removesuffix(".")
     return f"ended with {type(error).__name__}" + (f": {text[:500]}" if text else "")
 
 

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A rank does something else than the others: every job ends on all ranks, soon, and says who did what."""
+
+import os
+import re
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from syncbn.waits.judge import ENDED_STATUS, LIMIT_STATUS
+from tests.waits.jobs import END, GIVEN_UP, Nest, launched
+
+SOON = 5.0
+"""Seconds after which a job has ended, counted from the fault or from the limit."""
+LIMIT, FAR = 3.0, 100.0
+"""SYNCBN_TIMEOUT where the limit ends the job, and where something else must end it much earlier."""
+
+
+class Fault(NamedTuple):
+    """What is expected of a fault. ``R`` stands for the rank."""
+
+    kind: str
+    """ended: noticed early, as a rank has ended. limit: at the limit. alike: every rank gets the error.
+
+    apart: ranks are in different calls whose messages differ in length. gloo ends one of them, MPI mostly none.
+    """
+    says: str
+    """A pattern of the text of every rank together."""
+    call: str = "forward of 'stem.1' (call 12)"
+    """That the others wait in, or are in."""
+
+
+def in_calls(first, second):
+    """An error that every rank gets."""
+    return Fault("alike", rf"All ranks must be in one call; received .*{re.escape(second)} on rank R", first)
+
+
+FAULTS = {
+    "exception": Fault("ended", r"Rank R ended with ValueError: no such image after "),
+    "kill": Fault("ended", "The process of rank R is gone"),
+    "exits": Fault("ended", "Rank R came to the end of the program after "),
+    "exits_at_once": Fault("ended", "The process of rank R is gone"),
+    "segfault": Fault("ended", "The process of rank R is gone"),
+    "fewer": Fault("ended", r"Rank R came to the end .* syncbn\.join\(model"),
+    "checkpoint": Fault("ended", "Rank R ended with ValueError: negative seek"),
+    "out_of_memory": Fault(
+        "ended", "Rank R ended with OutOfMemoryError: CUDA out of", "forward of 'right.1' (call 14)"
+    ),
+    "no_memory": Fault("ended", "Rank R ended with MemoryError", "forward of 'right.1' (call 14)"),
+    "stop": Fault("limit", "Rank R is stopped by a signal"),
+    "sleep": Fault("limit", r"Rank R is in no call of syncbn, at \S*fault_program.py:\d+ in sleep"),
+    "barrier": Fault("order", r"World.barrier \(call 12\) on rank R"),
+    "caught": Fault("ended", r"All ranks must be in one call; .*rank R waits", "forward of 'right.1' (call 14)"),
+    "skips": in_calls("forward of 'left.1' (call 13)", "forward of 'right.1' (call 13)"),
+    "twice": in_calls("forward of 'right.1' (call 14)", "forward of 'left.1' (call 14)"),
+    "swaps": in_calls("forward of 'left.1' (call 13)", "forward of 'right.1' (call 13)"),
+    "freezes_one": in_calls("forward of 'left.1' (call 13)", "forward of 'right.1' (call 13)"),
+    "no_grad": Fault("alike", "is_grad_enabled.*False on rank R", "SyncBatchNorm"),
+    "eps": Fault("alike", r"same settings of 'left\.1'.*eps=0\.001,[^;]* on rank R", "'left.1'"),
+    "momentum": Fault("alike", r"same settings of 'left\.1'.*=0\.5,[^;]* on rank R", "'left.1'"),
+    "dtype": Fault("alike", "one dtype on every rank; received .*float64 on rank R", "SyncBatchNorm"),
+    "width": Fault("alike", "On rank R: SyncBatchNorm needs .* received 5 channels", "num_features=4"),
+    "no_backward": Fault("apart", "World.average_gradients (call 16)", "backward of 'wide.1' (call 15)"),
+    "backward_twice": Fault("apart", "backward of 'wide.1' (call 15)", "World.average_gradients (call 16)"),
+    "skips_last": Fault("apart", "backward of 'right.1'", "forward of 'wide.1' (call 15)"),
+    "swaps_other_width": Fault("apart", "forward of 'wide.1'", "forward of 'right.1' (call 14)"),
+    "some_gradients": Fault("apart", "World.average_gradients", "backward of 'right.1' (call 14)"),
+    "backward_order": Fault("apart", "backward of 'left.1'", "backward of 'wide.1' (call 15)"),
+    "evaluates": Fault("apart", "World.average_gradients"),
+    "freezes": Fault("apart", "World.average_gradients"),
+    "averages": Fault("apart", "World.average_gradients"),
+    "average_of_a_number": Fault("apart", "World.average "),
+}
+WITH_DDP = {
+    "evaluates": Fault("limit", r"Rank R is in eval mode, or froze layers \('left.1', 'right.1', 'stem.1', \.\.\.\)"),
+    "no_backward": Fault("limit", "Rank R is in DistributedDataParallel", "backward of 'wide.1' (call 15)"),
+    "backward_twice": Fault("limit", r"backward of 'wide.1' \(call 15\) on rank R", "forward of 'stem.1' (call 16)"),
+}
+"""DDP sends gradients inside backward, and buffers before forward, so that ranks part elsewhere."""
+ALIKE = [name for name, fault in FAULTS.items() if fault.kind == "alike"]
+
+
+def expected(name, how="average"):
+    return WITH_DDP[name] if how == "ddp" and name in WITH_DDP else FAULTS[name]
+
+
+def check(name, done, *, rank=1, ranks=3, how="average"):
+    """Raises if a job has not ended as it should."""
+    fault, text = expected(name, how), " ".join(done.err.split())
+    limit = LIMIT if fault.kind == "limit" else 0.0
+    assert GIVEN_UP not in done.statuses, f"it did not end\n{done}"
+    assert 0.8 * limit <= done.seconds <= limit + SOON, f"too early or too late\n{done}"
+    others = [status for each, status in enumerate(done.statuses) if each != rank or len(done.statuses) == 1]
+    assert all(others), f"a rank has ended as if all were well\n{done}"
+    assert done.left == [], f"processes are left\n{done}"
+    assert done.err.count(END) <= 1, f"reported more than once\n{done}"
+    assert (done.report is not None) == (done.err.count(END) == 1), f"JSON and text differ\n{done}"
+    if fault.kind == "apart":
+        check_apart(fault, done, text, rank)
+        return
+    assert re.search(pattern(fault.says, rank), text), done
+    assert fault.call in text, f"it does not name the call that others are in\n{done}"
+    assert (done.report is not None) == (fault.kind != "alike"), (
+        f"a report, where and only where somebody waits\n{done}"
+    )
+    if done.report is not None:
+        check_report(done, text, fault.kind, rank, ranks)
+        several = name == "caught" or "wait in different calls" in done.report["sentence"]
+        assert done.report["call"] == fault.call or several, done
+
+
+def pattern(says, rank):
+    return says.replace("rank R", f"ranks? {rank}").replace("Rank R", f"Rank {rank}")
+
+
+def check_apart(fault, done, text, rank):
+    """Both calls are named, or gloo has ended a rank before it could say in which it was."""
+    gone = re.search(r"The process of rank (\d+) is gone", text)
+    named = fault.call in text, fault.says in text
+    assert any(named), f"it names no call\n{done}"
+    assert all(named) or gone, f"it names one call\n{done}"
+    assert gone is None or "op.preamble.length" in text, done
+    assert gone is not None or f"on rank {rank}" in text, f"it does not name the rank\n{done}"
+
+
+def check_report(done, text, kind, rank, ranks):
+    """The JSON says what the text says."""
+    report = done.report
+    assert report["kind"] == kind, done
+    assert report["sentence"] in text, done
+    assert report["remedy"].split(".")[0] in text, done
+    status = LIMIT_STATUS if kind == "limit" else ENDED_STATUS
+    assert report["status"] == status, done
+    assert f"{END} {status}" in text, done
+    assert [row["rank"] for row in report["ranks"]] == list(range(ranks)), done
+    assert rank in report["missing"] + report["waiting"], done
+    for other in report["waiting"]:
+        assert report["ranks"][other]["calls"][0]["current"], done
+    row = report["ranks"][rank]
+    if rank in report["missing"]:
+        assert row["ended"] or row["process"] != "runs" or row["calls"][0]["current"] is None, done
+
+
+class Jobs:
+    """Runs jobs side by side: they mostly wait. All that the collected tests need begin at once."""
+
+    def __init__(self, workers):
+        self._pool, self._made, self._lock = ThreadPoolExecutor(workers), {}, threading.Lock()
+
+    def begin(self, key, run):
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = self._pool.submit(run, *key)
+            return self._made[key]
+
+    def close(self):
+        self._pool.shutdown(cancel_futures=True)
+
+
+def over_gloo(nest, folder):
+    """A function that runs a case over gloo."""
+
+    def run(ranks, name, rank, how):
+        return nest.run(
+            new(folder), ranks, [name, "--rank", str(rank), "--how", how], limit=limit_of(name, how), patience=30
+        )
+
+    return run
+
+
+def limit_of(name, how="average"):
+    return LIMIT if name in FAULTS and expected(name, how).kind == "limit" else FAR
+
+
+def new(folder):
+    """An empty folder; any thread may ask for one."""
+    made = folder / os.urandom(6).hex()
+    made.mkdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def nest():
+    made = Nest()
+    yield made
+    made.close()
+
+
+COMMON = ["exception", "kill", "fewer", "out_of_memory", "evaluates", "swaps", "skips_last", "sleep", "stop", "none"]
+
+
+def test_common_faults_end_the_job_and_say_whose_they_are(nest, tmp_path):
+    jobs = Jobs(4)
+    cases = [(3, name, 1, "average") for name in COMMON]
+    futures = {case[1]: jobs.begin(case, over_gloo(nest, tmp_path)) for case in cases}
+    assert futures.pop("none").result().statuses == [0, 0, 0]
+    for name, future in futures.items():
+        check(name, future.result())
+    jobs.close()
+
+
+def everywhere():
+    cases = [(ranks, name, 1, "average") for ranks in (3, 2, 4) for name in FAULTS]
+    cases += [(3, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep", "swaps", "evaluates")]
+    cases += [(2, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep")]
+    cases += [(3, name, 1, "ddp") for name in ("exception", "kill", "fewer", "sleep", "swaps", *WITH_DDP)]
+    return cases
+
+
+@pytest.fixture(scope="module")
+def gloo_jobs(request, nest, tmp_path_factory):
+    jobs, run = Jobs(8), over_gloo(nest, tmp_path_factory.mktemp("gloo"))
+    wanted = [item.callspec.params["case"] for item in request.session.items if "gloo_jobs" in item.fixturenames]
+    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()
+    jobs.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", everywhere(), ids=lambda case: "-".join(map(str, case)))
+def test_over_gloo(gloo_jobs, case):
+    ranks, name, rank, how = case
+    check(name, gloo_jobs(case), rank=rank, ranks=ranks, how=how)
+
+
+def under(launcher, n, name, how="average", then=None, folder=None, **extra):
+    """Runs a case under a launcher: ``name`` may be several faults, each of which every rank survives."""
+    words, fault = [*name.split("+"), "--how", how], name.split("+")[-1]
+    limit = limit_of(fault, how)
+    return launched(launcher, new(folder), n, words, limit=limit, patience=60, then=then, **extra)
+
+
+def mpich():
+    """The environment of MPICH's commands, if there are any."""
+    folder = Path(os.environ.get("BIN_MPICH", ".venv-mpich/bin")).absolute()
+    if not (folder / "mpirun").exists():
+        pytest.skip("needs an environment with MPICH in BIN_MPICH")
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": folder / "python"}
+
+
+MPI_CASES = [("mpirun", 3, name, "average") for name in FAULTS if name not in ALIKE]
+MPI_CASES += [("mpirun", 3, "+".join(ALIKE), "average")]
+MPI_CASES += [("mpirun", n, name, "average") for n in (2, 4) for name in ("exception", "kill", "sleep", "evaluates")]
+MPI_CASES += [("mpirun", 3, "no_backward", "ddp"), ("mpirun", 2, "sleep", "compiled")]
+MPI_CASES += [("mpich", 3, name, "average") for name in ("exception", "kill", "sleep", "evaluates", "skips_last")]
+TORCHRUN_CASES = [("torchrun", 3, name, "average") for name in ("exception", "kill", "fewer", "sleep")]
+
+
+@pytest.fixture(scope="module")
+def launched_jobs(request, tmp_path_factory):
+    jobs, folder = Jobs(2), tmp_path_factory.mktemp("launched")
+
+    def run(launcher, n, name, how):
+        extra = mpich() if launcher == "mpich" else {}
+        return under("mpirun" if extra else launcher, n, name, how, folder=folder, **extra)
+
+    wanted = [item.callspec.params["case"] for item in request.session.items if "launched_jobs" in item.fixturenames]
+    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()
+    jobs.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", [*MPI_CASES, *TORCHRUN_CASES], ids=lambda case: "-".join(map(str, case)))
+def test_under_a_launcher(launched_jobs, case):
+    _, n, name, how = case
+    done = launched_jobs(case)
+    *before, last = name.split("+")
+    check(last, done, ranks=n, how=how)
+    for each in before:
+        raised = [line for line in done.out.splitlines() if line.startswith(f"raised by {each}: ")]
+        assert len(raised) == n, f"not every rank got the error of {each}\n{done}"
+        for line in raised:
+            assert re.search(pattern(FAULTS[each].says, 1), line), line
+            assert FAULTS[each].call in line, line
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+@pytest.mark.parametrize("end", ["ctrl-c", "launcher killed"])
+def test_the_end_of_the_launcher_ends_all_ranks(tmp_path, launcher, end):
+    signals = {
+        "ctrl-c": lambda launcher: os.killpg(launcher.pid, signal.SIGINT),
+        "launcher killed": lambda launcher: launcher.kill(),
+    }
+    done = under(launcher, 3, "interrupted", then=signals[end], folder=tmp_path)
+    assert GIVEN_UP not in done.statuses, done
+    assert done.left == [], done
+    assert done.statuses[0] != 0, done
+    assert done.seconds < SOON + 5 * (launcher == "torchrun"), f"launch/torchrun.sh gives ranks 5 s to end\n{done}"
+    assert done.err.count(END) == 0, f"nothing is to be found out\n{done}"
+
+
+@pytest.mark.faults
+def test_two_threads_in_one_group_end(nest, tmp_path):
+    done = nest.run(tmp_path, 3, ["threads"], limit=LIMIT, patience=30)
+    text = " ".join(done.err.split())
+    assert GIVEN_UP not in done.statuses, done
+    assert done.seconds < LIMIT + SOON, done
+    said = "A group can be in one call at a time" in text or END in text or "op.preamble.length" in text
+    assert said or done.out.count("thread ended") == 6, done
