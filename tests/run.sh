@@ -19,10 +19,10 @@ several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
 counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining,joining_errors}.py)
 # What another MPI library may do otherwise: besides those, torch.distributed connected under its launcher, errors,
-# derivatives of any order, and random programs. Join's rounds, masks, modes and wrappers send by the same transport.
+# derivatives of any order, and random programs. Masks, modes, checkpoints and wrappers send by the same transport.
 library="$counted $(echo $several/test_{bad_input,ddp,random_programs,second_derivatives}.py)"
-# What is computed on a device or moved to it. Not join()'s rounds, conversion and the names of calls, which the CPU's
-# stages prove: joining_optimizer sends the tensors that join() sends, random_programs the calls.
+# What is computed on a device or moved to it. Not conversion, threads, the names of calls and most of join(), which the
+# CPU's stages prove; of join() joining_optimizer stays, of calls random_programs.
 device=$(echo $several/test_{bad_input,bad_kinds,checkpointing,collectives,combinations,ddp,deferred_errors,exactness,groups}.py)
 device="$device $(echo $several/test_{joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
 device="$device $(echo $several/test_{second_derivatives,transports,world,wrappers}.py)"
