@@ -18,6 +18,14 @@ mkdir -p "$LOGS" || exit 1
 several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
 counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining,joining_errors}.py)
+# What another MPI library may do otherwise: besides those, torch.distributed connected under its launcher, errors,
+# derivatives of any order, and random programs. Masks, modes, checkpoints and wrappers send by the same transport.
+library="$counted $(echo $several/test_{bad_input,ddp,random_programs,second_derivatives}.py)"
+# What is computed on a device or moved to it. Not conversion, threads, the names of calls and most of join(), which the
+# CPU's stages prove; of join() joining_optimizer stays, of calls random_programs.
+device=$(echo $several/test_{bad_input,bad_kinds,checkpointing,collectives,combinations,ddp,deferred_errors,exactness,groups}.py)
+device="$device $(echo $several/test_{joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
+device="$device $(echo $several/test_{second_derivatives,transports,world,wrappers}.py)"
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
 gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"
@@ -53,8 +61,11 @@ stage() {
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
         kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) ranks 2 mpirun -m slow $several ;;
-        compiled-torchrun) ranks 2 torchrun -m slow $several/test_{compile_order,call_identity}.py ;;
-        mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $several ;;
+        compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
+            ranks 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
+                $several/test_call_identity.py
+            ;;
+        mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $library ;;
         zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
@@ -62,7 +73,7 @@ stage() {
             SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -m "not program" "${more[@]}" \
                 tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks
             ;;
-        fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $several ;;
+        fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $device ;;
         fake-gpu-torchrun) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 torchrun -m "$brief" $gloo ;;
         *) echo "tests/run.sh needs quick, rest or names of stages; received $1." >&2 && return 2 ;;
     esac
