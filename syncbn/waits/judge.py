@@ -19,6 +19,8 @@ LIMIT_STATUS, ENDED_STATUS = 124, 1
 """The exit status of all ranks at the limit (as that of timeout(1)), and where a rank has ended."""
 CONFIRMED = 0.9 * limits.TICK
 """Seconds for which the same must be found: the status of a rank may be that old."""
+HURRIED = 0.15
+"""The same after SIGTERM, which makes every rank tell its status at once."""
 
 
 @final
@@ -68,7 +70,7 @@ class Judge:
                 finding = diagnosis.late(one)
             if finding is not None:
                 found[key] = self._found[key] + seconds if key in self._found else 0.0
-                if found[key] >= CONFIRMED or own.terminated:
+                if found[key] >= (HURRIED if own.terminated else CONFIRMED):
                     self._report(finding, members, end)
             if key not in self._warned and waited >= _warns_at(limit, own):
                 self._warned.add(key)
