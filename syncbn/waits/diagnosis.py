@@ -294,7 +294,7 @@ def _of_waiting(one: Blocked, first: Member) -> tuple[str, str]:
     who, waits, own = _are(one.suspects), _while_others_wait(one), first.wait(one.group)
     if own is not None and own.current is not None:
         return (
-            f"{who} in {own.current}, {one.number - own.begun} calls behind, {waits}",
+            f"{who} in {own.current}, behind by {one.number - own.begun}, {waits}",
             "Find out what that call waits for.",
         )
     if any(wait.current is not None for wait in first.status.waits):

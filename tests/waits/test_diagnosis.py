@@ -104,7 +104,7 @@ def test_a_rank_ahead_waits_for_those_behind():
     one = only([inside(0, call="forward 6", number=6), inside(1), inside(2)])
     assert (numbers(one.waiting), numbers(one.missing), one.number) == ([0], [1, 2], 6)
     assert diagnosis.early(one) is None
-    assert diagnosis.late(one).sentence == f"All ranks are in {CALL}, and it does not end."
+    assert diagnosis.late(one).sentence == f"Ranks 1, 2 are in {CALL}, behind by 1, while rank 0 waits in forward 6."
 
 
 def test_ranks_in_different_calls_wait_for_each_other():
@@ -112,7 +112,7 @@ def test_ranks_in_different_calls_wait_for_each_other():
     found = diagnosis.early(only(members))
     assert (found.kind, found.waiting, found.missing) == ("order", [0, 1, 2], [])
     assert found.sentence == (
-        f"Ranks are in different calls, and wait for each other: {CALL} on ranks 0, 2 and forward 5 of 'bn2' on rank 1."
+        f"Ranks wait for each other in different calls: {CALL} on ranks 0, 2 and forward 5 of 'bn2' on rank 1."
     )
     younger = [inside(0, STUCK - 0.1), inside(1, 0.5, call="forward 5 of 'bn2'")]
     assert diagnosis.early(only(younger)) is None, "it may be on the way"

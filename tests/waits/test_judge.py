@@ -221,7 +221,8 @@ def test_a_rank_that_has_said_nothing_yet_has_just_begun(bench):
 
 def test_when_the_launcher_ends_this_rank_it_reports_at_once(bench):
     b = bench()
-    b.look(inside(0, 0.1, terminated=True), outside(1, ended="ended with KeyError: 3"))
+    for waited in (0.1, 0.2, 0.3):  # the others are heard once more
+        b.look(inside(0, waited, terminated=True), outside(1, ended="ended with KeyError: 3"), seconds=0.1)
     assert b.ended == [ENDED_STATUS]
     assert "Rank 1 ended with KeyError: 3" in b.reports[0]
 
