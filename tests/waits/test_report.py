@@ -49,9 +49,18 @@ def test_the_report_of_three_ranks_is_as_printed():
         (outside(1, None), ["not in a call", "nothing", "train.py:12 in main"]),
         (outside(1, ended=ENDED), ["has ended", BEFORE]),
         (outside(1, ended="ended with KeyError: 3"), ["has ended with KeyError: 3", BEFORE]),
-        (outside(1, state=GONE), ["its process is gone", f"{BEFORE}, or later", "last heard of at train.py:12 in main"]),
-        (outside(1, state=STOPPED), ["stopped by a signal", f"{BEFORE}, or later", "last heard of at train.py:12 in main"]),
-        (outside(1, silent=True), ["gives no sign of life", f"{BEFORE}, or later", "last heard of at train.py:12 in main"]),
+        (
+            outside(1, state=GONE),
+            ["its process is gone", f"{BEFORE}, or later", "last heard of at train.py:12 in main"],
+        ),
+        (
+            outside(1, state=STOPPED),
+            ["stopped by a signal", f"{BEFORE}, or later", "last heard of at train.py:12 in main"],
+        ),
+        (
+            outside(1, silent=True),
+            ["gives no sign of life", f"{BEFORE}, or later", "last heard of at train.py:12 in main"],
+        ),
         (outside(1, busy=COMPILES), ["not in a call: is compiling", BEFORE, "train.py:12 in main"]),
         (outside(1, evaluates=["'a'"]), ["not in a call: layers in eval mode", BEFORE, "train.py:12 in main"]),
         (inside(1, 3.0, call="World.average", number=9), ["World.average", "3.0 s", BEFORE, "train.py:12 in main"]),
