@@ -232,7 +232,8 @@ def test_whatever_a_layer_is_given_the_ranks_end_alike(ranks, examples):
 
 @numbers(0.3)
 def test_whatever_the_function_is_given_the_ranks_end_alike(ranks, examples):
-    groups = drawn.mostly(["None"], drawn.GROUPS)
+    known = [each for each in drawn.GROUPS if not each.startswith("of no job")]  # there the error names each rank's own
+    groups = drawn.mostly(["None"], known)
     for_all(ranks, st.tuples(drawn.FUNCTION_CALLS, groups), examples, check_function)
 
 

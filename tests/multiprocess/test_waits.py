@@ -61,7 +61,9 @@ def test_a_wrong_variable_on_one_rank_is_one_error(ranks, limit, monkeypatch, wr
     parts = [f"rank {ranks.size - 1}: SYNCBN_TIMEOUT must be a number of seconds", f"received '{wrong}'"]
     ranks.raises(ValueError, lambda: syncbn.init(device=DEVICE), *parts)
     ranks.check(not limits._given, "nothing is set by a call that raised")
-    ranks.raises(ValueError, lambda: watched.watch(ranks.transport), *parts)  # as the first use of a group does
+    group = ranks.transport.split(0)
+    ranks.raises(ValueError, lambda: watched.watch(group), *parts)  # as the first use of a group does
+    group.close()
 
 
 def test_the_first_group_fixes_the_limit_of_the_variable(ranks, limit, monkeypatch):
