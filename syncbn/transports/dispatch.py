@@ -58,13 +58,14 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
         live = made.get((spec, device_type))
         if live is not None and _holds(live):  # another thread made it meanwhile
             return live.transport
-        if spec is None:
-            transport = connect_everyone(device_type)
-        elif spec.kind == "blocks":
-            transport = connect_block(spec.size, choose(None, device_type))
-        else:
-            transport = connect_subset(spec, device_type)
-        watched.watch(transport)
+        with watched.making(spec, device_type):
+            if spec is None:
+                transport = connect_everyone(device_type)
+            elif spec.kind == "blocks":
+                transport = connect_block(spec.size, choose(None, device_type))
+            else:
+                transport = connect_subset(spec, device_type)
+            watched.watch(transport)
         made[spec, device_type] = _Live(_epoch(spec), transport)
     return transport
 

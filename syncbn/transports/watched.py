@@ -6,11 +6,14 @@ from __future__ import annotations
 import secrets
 import socket
 import warnings
+import zlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from syncbn.transports import gather, launchers
 from syncbn.transports.base import AbstractTransport
+from syncbn.transports.groups import GroupSpec
 from syncbn.waits import channel, limits, processes, watchdog
 from syncbn.waits.channel import LOOPBACK, SERVERS, Channel, Hub, Link
 from syncbn.waits.processes import Process
@@ -45,6 +48,22 @@ def watch(transport: AbstractTransport) -> None:
     if new is not None or covered:
         launch = launchers.detect()
         watchdog.watch(transport, new, transport.ranks[transport.rank], launch.name)
+
+
+def making(spec: GroupSpec | None, device_type: str) -> AbstractContextManager[None]:
+    """Puts the making of a group on record: every member must come to it, and there is no transport yet.
+
+    Args:
+        spec: the group; None for all ranks.
+        device_type: of the tensors to be reduced.
+    """
+    launch = launchers.detect()
+    if launch.size == 1:  # alone, or in processes that a program has started: torch has a limit there
+        return nullcontext()
+    ranks = tuple(range(launch.size)) if spec is None or not spec.ranks else spec.ranks
+    what = "group of all ranks" if spec is None else str(spec)
+    number = zlib.crc32(f"{what} {'' if spec is None else spec.label} {device_type}".encode())
+    return watchdog.making(what, number, ranks, launch.rank, launch.name)
 
 
 def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | None:

@@ -31,6 +31,14 @@ def limit() -> float:
     return _given[-1] if _given else of_environment()
 
 
+def or_default() -> float:
+    """Returns the limit, or the default if the variable is wrong, as the first use of a group is about to say."""
+    try:
+        return limit()
+    except ValueError:
+        return DEFAULT
+
+
 def give(seconds: float) -> None:
     """Sets the limit of this process, see :func:`syncbn.init`."""
     _given[:] = [seconds]

@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from typing import final
+from collections import deque
+from typing import Any, final
 
 from syncbn.waits import limits, processes, report
 from syncbn.waits.channel import Channel
@@ -47,6 +48,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="syncbn-watchdog", daemon=True)
         self.reader, self.pid = Reader(rank), os.getpid()
         self.channels: list[Channel] = []
+        self.made: list[Making] = []
         self._judges: dict[Channel, Judge | None] = {}
         self._parent = os.getppid() if launcher in _LAUNCHERS else None
         self._ends, self._told = threading.Event(), threading.Event()
@@ -83,7 +85,7 @@ class Watchdog(threading.Thread):
 
     def _look(self, seconds: float) -> None:
         """Reads the status of this process, tells it to the others, and acts on what they have said."""
-        own = self.reader.read(seconds, limits.limit())
+        own = self.reader.read(seconds, limits.or_default())
         own.terminated = self._terminated > 0
         for channel in list(self.channels):
             if channel not in self._judges:
@@ -203,6 +205,49 @@ def watch(group: Group, channel: Channel | None, rank: int, launcher: str) -> No
         rank: of this process in the whole job.
         launcher: its name.
     """
+    dog = started(rank, launcher)
+    if channel is not None:
+        dog.channels = [*dog.channels, channel]
+        dog.wake()
+    dog.reader.add(group)
+
+
+class Making:
+    """A group that is being made: the call that all members must come to. Later uses of the group have a record there.
+
+    Args:
+        what: the group, for reports.
+        group_id: the same number on all members.
+        ranks: the members, by their rank in the whole job.
+    """
+
+    patience: float | None = None
+    completed: str | None = None
+    failed: Any = None
+    recent: deque[tuple[int, Any]] | None = None
+
+    def __init__(self, what: str, group_id: int, ranks: tuple[int, ...]) -> None:
+        self.group_id, self.ranks, self.begun = group_id, ranks, 1
+        self.current: str | None = f"the first use of the {what}"
+
+    def __enter__(self) -> None:
+        """Begins the call."""
+
+    def __exit__(self, *raised: object) -> None:
+        """Ends the call. The watchdog knows it from now on as completed, so that nobody waits for this rank."""
+        self.completed, self.current = self.current, None
+
+
+def making(what: str, group_id: int, ranks: tuple[int, ...], rank: int, launcher: str) -> Making:
+    """Watches the making of a group, see :class:`Making`, which this returns to be entered."""
+    group, dog = Making(what, group_id, ranks), started(rank, launcher)
+    dog.made.append(group)
+    dog.reader.add(group)
+    return group
+
+
+def started(rank: int, launcher: str) -> Watchdog:
+    """Returns the watchdog of this process, and starts it if there is none. For the arguments see :class:`Watchdog`."""
     with _starting:
         if not _running or _running[0].pid != os.getpid():  # a fork has no thread
             _running[:] = [Watchdog(rank, launcher)]
@@ -210,11 +255,7 @@ def watch(group: Group, channel: Channel | None, rank: int, launcher: str) -> No
             _running[0].start()
             atexit.register(_at_exit)
             os.register_at_fork(after_in_child=_hear_sigterm_no_more)
-        dog = _running[0]
-        if channel is not None:
-            dog.channels = [*dog.channels, channel]
-            dog.wake()
-        dog.reader.add(group)
+        return _running[0]
 
 
 def watches(group: Group) -> bool:
