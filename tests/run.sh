@@ -21,13 +21,13 @@ counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
 gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"
-brief="not slow and not program"
+brief="not slow and not program and not faults"
 
 stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich faults zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
             *) echo "$word" ;;
         esac
     done
@@ -55,6 +55,7 @@ stage() {
         compiled) ranks 2 mpirun -m slow $several ;;
         compiled-torchrun) ranks 2 torchrun -m slow $several/test_{compile_order,call_identity}.py ;;
         mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $several ;;
+        faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 2 --dist loadgroup -m faults tests/waits "${more[@]}" ;;
         zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
