@@ -116,8 +116,10 @@ def blocked(members: list[Member], groups: dict[int, tuple[int, ...]], least: fl
 
 
 def _blocked_number(within: list[Member], inside: list[Member], waits: dict[int, Wait | None]) -> int:
-    """Returns the first call that somebody is missing in, or all are in. A rank in a call that all others have
-    completed is about to leave it, unless it is stopped: then the others wait for it in a later call."""
+    """Returns the first call that somebody is missing in, or that all are in.
+
+    A rank in a call that all others have completed is about to leave it, or stopped: they wait for it in a later one.
+    """
     numbers = sorted({_wait(waits, m).begun for m in inside})
     for number in numbers:
         in_it = [m for m in inside if _wait(waits, m).begun == number]
@@ -203,7 +205,7 @@ def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
     return (
         f"the process of {who} is gone, {waits}",
         "It was killed (kill -9, or the system for want of memory: see dmesg), crashed, or called os._exit. The "
-        "launcher knows its exit status. If gloo has printed \"op.preamble.length\", it was in another call than the "
+        'launcher knows its exit status. If gloo has printed "op.preamble.length", it was in another call than the '
         "others: look for code that depends on the rank or on its data.",
     )
 
@@ -249,6 +251,25 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             f"{who} without a sign of life, {waits}",
             "Its host is down, cut off, or so busy that no thread of the process runs.",
         )
+    found = _in_another_wait(one, first, who, waits)
+    if found is not None:
+        return found
+    if first.status.evaluates:
+        return f"{who} in eval mode, or froze layers ({_layers(first)}), {waits}", _EVAL_REMEDY
+    if first.status.busy is not None:
+        return (
+            f"{named(suspects)} {first.status.busy}, {waits}",
+            f"If it needs that long, raise the limit: {limits.TIMEOUT}=3600, or syncbn.init(timeout=3600).",
+        )
+    at = "" if first.status.line is None else f", at {place(first.status.line)}"
+    return (
+        f"{who} in no call of syncbn{at}, {waits}",
+        "It sleeps, waits for something else (data, a lock, another library's collective), left this call out, or "
+        f"needs longer than the limit. If it may, raise that by {limits.TIMEOUT} or syncbn.init(timeout=...).",
+    )
+
+
+def _in_another_wait(one: Blocked, first: Member, who: str, waits: str) -> tuple[str, str] | None:
     elsewhere = next((w for w in first.status.waits if w.current is not None and w.group != one.group), None)
     if elsewhere is not None:
         return (
@@ -267,19 +288,7 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
             f"{who} in {own.current}, {one.number - own.begun} calls behind, {waits}",
             "Find out what that call waits for.",
         )
-    if first.status.evaluates:
-        return f"{who} in eval mode, or froze layers ({_layers(first)}), {waits}", _EVAL_REMEDY
-    if first.status.busy is not None:
-        return (
-            f"{named(suspects)} {first.status.busy}, {waits}",
-            f"If it needs that long, raise the limit: {limits.TIMEOUT}=3600, or syncbn.init(timeout=3600).",
-        )
-    at = "" if first.status.line is None else f", at {place(first.status.line)}"
-    return (
-        f"{who} in no call of syncbn{at}, {waits}",
-        "It sleeps, waits for something else (data, a lock, another library's collective), left this call out, or "
-        f"needs longer than the limit. If it may, raise that by {limits.TIMEOUT} or syncbn.init(timeout=...).",
-    )
+    return None
 
 
 def place(line: tuple[str, int, str]) -> str:

@@ -76,7 +76,8 @@ def _wrapped(text: str) -> str:
 def _entry(member: Member) -> dict[str, Any]:
     status, line = member.status, member.status.line
     calls = [
-        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed", "failed")} for wait in status.waits
+        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed", "failed")}
+        for wait in status.waits
     ]
     for wait, call in zip(status.waits, calls, strict=True):
         call["waited"] = round(wait.waited, 1)

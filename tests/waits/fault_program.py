@@ -88,7 +88,7 @@ def descend(net):
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.grad is not None:
-                parameter -= 0.01 * parameter.grad
+                parameter.sub_(0.01 * parameter.grad)
 
 
 def say(text):

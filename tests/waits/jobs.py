@@ -103,7 +103,9 @@ class Nest:
                 for rank in given_up:
                     os.kill(pids[rank], signal.SIGKILL)
         statuses = [GIVEN_UP if rank in given_up else ends[rank]["status"] for rank in range(ranks)]
-        out, err = ("".join((folder / f"{name}.{rank}").read_text() for rank in range(ranks)) for name in ("out", "err"))
+        out, err = (
+            "".join((folder / f"{name}.{rank}").read_text() for rank in range(ranks)) for name in ("out", "err")
+        )
         return outcome(folder, statuses, max(end["time"] for end in ends.values()), out, err, [])
 
     def close(self):

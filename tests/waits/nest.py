@@ -111,7 +111,8 @@ def end(words):
 
 def say(**what):
     """Answers in a line."""
-    print(json.dumps(what), flush=True)
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ FAULTS = {
     "segfault": Fault("ended", "The process of rank R is gone"),
     "fewer": Fault("ended", r"Rank R came to the end .* syncbn\.join\(model"),
     "checkpoint": Fault("ended", "Rank R ended with ValueError: negative seek"),
-    "out_of_memory": Fault("ended", "Rank R ended with OutOfMemoryError: CUDA out of", "forward of 'right.1' (call 14)"),
+    "out_of_memory": Fault(
+        "ended", "Rank R ended with OutOfMemoryError: CUDA out of", "forward of 'right.1' (call 14)"
+    ),
     "no_memory": Fault("ended", "Rank R ended with MemoryError", "forward of 'right.1' (call 14)"),
     "stop": Fault("limit", "Rank R is stopped by a signal"),
     "sleep": Fault("limit", r"Rank R is in no call of syncbn, at \S*fault_program.py:\d+ in sleep"),
@@ -102,7 +104,9 @@ def check(name, done, *, rank=1, ranks=3, how="average", soon=SOON):
         return
     assert re.search(pattern(fault.says, rank), text), done
     assert fault.call in text, f"it does not name the call that others are in\n{done}"
-    assert (done.report is not None) == (fault.kind != "alike"), f"a report, where and only where somebody waits\n{done}"
+    assert (done.report is not None) == (fault.kind != "alike"), (
+        f"a report, where and only where somebody waits\n{done}"
+    )
     if done.report is not None:
         check_report(done, text, fault.kind, rank, ranks)
         several = name == "caught" or "wait in different calls" in done.report["sentence"]
@@ -152,6 +156,9 @@ class Jobs:
             if key not in self._made:
                 self._made[key] = self._pool.submit(run, *key)
             return self._made[key]
+
+    def begin_all(self, keys, run):
+        return [self.begin(key, run) for key in keys]
 
     def close(self):
         self._pool.shutdown(cancel_futures=True)
@@ -211,7 +218,7 @@ def everywhere():
 def gloo_jobs(request, nest, tmp_path_factory):
     jobs, run = Jobs(8), over_gloo(nest, tmp_path_factory.mktemp("gloo"))
     wanted = [item.callspec.params["case"] for item in request.session.items if "gloo_jobs" in item.fixturenames]
-    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()
+    yield lambda case: jobs.begin_all((case, *wanted), run)[0].result()
     jobs.close()
 
 
@@ -241,7 +248,11 @@ LIKE_OTHERS = ["segfault", "exits_at_once", "exits", "no_memory", "checkpoint", 
 """To a launcher and to MPI these are like another one."""
 MPI_CASES = [("mpirun", 3, name, "average") for name in FAULTS if name not in [*ALIKE, *LIKE_OTHERS]]
 MPI_CASES += [("mpirun", 3, "+".join(ALIKE), "average")]
-MPI_CASES += [("mpirun", 2, "kill", "average"), ("mpirun", 2, "evaluates", "average"), ("mpirun", 4, "sleep", "average")]
+MPI_CASES += [
+    ("mpirun", 2, "kill", "average"),
+    ("mpirun", 2, "evaluates", "average"),
+    ("mpirun", 4, "sleep", "average"),
+]
 MPI_CASES += [("mpich", 3, name, "average") for name in ("exception", "sleep", "evaluates")]
 TORCHRUN_CASES = [("torchrun", 3, name, "average") for name in ("exception", "kill", "sleep")]
 
@@ -255,7 +266,7 @@ def launched_jobs(request, tmp_path_factory):
         return under("mpirun" if extra else launcher, n, name, how, folder=folder, **extra)
 
     wanted = [item.callspec.params["case"] for item in request.session.items if "launched_jobs" in item.fixturenames]
-    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()
+    yield lambda case: jobs.begin_all((case, *wanted), run)[0].result()
     jobs.close()
 
 
@@ -286,7 +297,9 @@ def test_the_end_of_the_launcher_ends_all_ranks(tmp_path, launcher, end):
     assert GIVEN_UP not in done.statuses, done
     assert done.left == [], done
     assert done.statuses[0] != 0, done
-    assert done.seconds < SOON_LAUNCHED + 5 * (launcher == "torchrun"), f"launch/torchrun.sh gives ranks 5 s to end\n{done}"
+    assert done.seconds < SOON_LAUNCHED + 5 * (launcher == "torchrun"), (
+        f"launch/torchrun.sh gives ranks 5 s to end\n{done}"
+    )
     assert done.err.count(END) == 0, f"nothing is to be found out\n{done}"
 
 
