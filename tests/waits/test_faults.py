@@ -157,6 +157,9 @@ class Jobs:
                 self._made[key] = self._pool.submit(run, *key)
             return self._made[key]
 
+    def begin_all(self, keys, run):
+        return [self.begin(key, run) for key in keys]
+
     def close(self):
         self._pool.shutdown(cancel_futures=True)
 
@@ -215,7 +218,7 @@ def everywhere():
 def gloo_jobs(request, nest, tmp_path_factory):
     jobs, run = Jobs(8), over_gloo(nest, tmp_path_factory.mktemp("gloo"))
     wanted = [item.callspec.params["case"] for item in request.session.items if "gloo_jobs" in item.fixturenames]
-    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()  # noqa: RUF015 - all begin
+    yield lambda case: jobs.begin_all((case, *wanted), run)[0].result()
     jobs.close()
 
 
@@ -263,7 +266,7 @@ def launched_jobs(request, tmp_path_factory):
         return under("mpirun" if extra else launcher, n, name, how, folder=folder, **extra)
 
     wanted = [item.callspec.params["case"] for item in request.session.items if "launched_jobs" in item.fixturenames]
-    yield lambda case: [jobs.begin(each, run) for each in (case, *wanted)][0].result()  # noqa: RUF015 - all begin
+    yield lambda case: jobs.begin_all((case, *wanted), run)[0].result()
     jobs.close()
 
 

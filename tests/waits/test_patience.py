@@ -5,7 +5,6 @@ import pytest
 
 from tests import processes
 
-
 LATE_TO_A_GROUP = """
 import time
 import torch, syncbn
