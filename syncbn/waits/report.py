@@ -76,12 +76,9 @@ def _wrapped(text: str) -> str:
 
 def _entry(member: Member) -> dict[str, Any]:
     status, line = member.status, member.status.line
-    calls = [
-        {name: getattr(wait, name) for name in ("group", "begun", "current", "completed", "failed")}
-        for wait in status.waits
-    ]
-    for wait, call in zip(status.waits, calls, strict=True):
-        call["waited"] = round(wait.waited, 1)
+    waits = sorted(status.waits, key=lambda wait: (wait.current is None, -wait.begun))  # what it is in comes first
+    names = ("group", "begun", "current", "completed", "failed")
+    calls = [{**{name: getattr(wait, name) for name in names}, "waited": round(wait.waited, 1)} for wait in waits]
     return {
         "rank": member.rank,
         "process": member.state,

@@ -16,11 +16,13 @@ syncbn.SyncBatchNorm(3, group_size=2)(torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
-def test_a_rank_that_does_not_come_to_the_first_use_of_a_group_is_named(launcher):
-    done = launcher(2, "-c", LATE_TO_A_GROUP, limit=40)
+def test_a_rank_that_does_not_come_to_the_first_use_of_a_group_is_named(launcher, tmp_path):
+    program = tmp_path / "late.py"
+    program.write_text(LATE_TO_A_GROUP)
+    done = launcher(2, program, limit=40)
     assert done.returncode != 0
     assert "rank 0 waits in the first use of the group of 2 consecutive ranks" in " ".join(done.stderr.split())
-    assert "Rank 1 is in no call of syncbn, at <string>:6 in <module>" in " ".join(done.stderr.split())
+    assert f"Rank 1 is in no call of syncbn, at {program}:6 in <module>" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
