@@ -27,8 +27,8 @@ from syncbn.waits.status import ENDED, Group, Reader, Status, of_exception
 
 GRACE = 3.0
 """Seconds after the limit at which a rank ends that can reach no other one."""
-FAREWELL, QUIET = 5.0, 1.5
-"""Seconds for which a rank that ends by an exception lets the others report it, and that long only if one waits."""
+QUIET = 1.5
+"""Seconds for which a rank that ends by an exception lets the others report it."""
 LINGER = 0.6
 """Seconds for which a rank lives after SIGTERM, so that one of them can report. Open MPI kills after a second."""
 _LAUNCHERS = ("torchrun", "openmpi", "mpich")

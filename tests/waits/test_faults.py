@@ -254,6 +254,10 @@ MPI_CASES += [
     ("mpirun", 4, "sleep", "average"),
 ]
 MPI_CASES += [("mpich", 3, name, "average") for name in ("exception", "sleep", "evaluates")]
+if os.environ.get("SYNCBN_TEST_FAULTS") == "all":  # a quarter of an hour
+    AT_ONCE = ("kill", "segfault", "exits_at_once")
+    MPI_CASES = [("mpirun", n, name, "average") for n in (2, 3, 4) for name in FAULTS]
+    MPI_CASES += [("mpich", n, name, "average") for n in (2, 3, 4) for name in FAULTS if name not in AT_ONCE]
 TORCHRUN_CASES = [("torchrun", 3, name, "average") for name in ("exception", "kill", "sleep")]
 
 
