@@ -203,7 +203,7 @@ def raise_gathered(error: Exception | None, transport: AbstractTransport) -> Non
 def _text(error: object) -> str:
     """Returns the text of an error; its type, if it has none, or raises when asked for it."""
     try:
-        return str(error) or type(error).__name__
+        return str(error).replace("\0", "\\0") or type(error).__name__  # zeros are the padding of notes
     except Exception:  # of any kind: raised on this rank alone, it would leave the others waiting
         return type(error).__name__
 

@@ -211,6 +211,7 @@ def everywhere():
     cases += [(3, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep", "swaps", "evaluates")]
     cases += [(2, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep")]
     cases += [(3, name, 1, "ddp") for name in ("exception", "kill", "fewer", "sleep", "swaps", *WITH_DDP)]
+    cases.remove((4, "backward_order", 1, "average"))  # gloo ends ranks 0 and 1, and with them both that could report
     return cases
 
 
