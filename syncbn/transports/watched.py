@@ -45,9 +45,8 @@ def watch(transport: AbstractTransport) -> None:
         gather.raise_gathered(error, transport)
     members = [Process(*map(int, each)) for each in table[:, 2:].tolist()]
     new = None if table[:, 1].all() else _meet(transport, members)
-    if new is not None or covered:
-        launch = launchers.detect()
-        watchdog.watch(transport, new, transport.ranks[transport.rank], launch.name)
+    # without a channel too: then this rank ends by itself at the limit
+    watchdog.watch(transport, new, transport.ranks[transport.rank], launchers.detect().name)
 
 
 def making(spec: GroupSpec | None, device_type: str) -> AbstractContextManager[None]:

@@ -299,3 +299,14 @@ def test_a_wrapper_of_a_transport_keeps_the_record(ranks):
     world = syncbn.World(ranks.rank, ranks.size, 0, DEVICE, "test", counting)
     world.average(1.0)
     ranks.check(counting.begun == 1 and counting.current is None, f"{counting.begun}")
+
+
+def test_a_group_whose_ranks_reach_no_channel_is_watched_too(ranks, monkeypatch):
+    """Its ranks end by themselves at the limit: test_watchdog.py has that."""
+    monkeypatch.setattr(watchdog, "covers", lambda of: False)
+    monkeypatch.setattr(watched, "_meet", lambda transport, members: None)
+    group = ranks.transport.split(0)
+    watched.watch(group)
+    ranks.check(watchdog.watches(group))
+    if group.size > 1:
+        group.close()
