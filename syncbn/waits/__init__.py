@@ -4,8 +4,10 @@
 limits.py      how long a call may wait, and the variables that say so
 status.py      what a rank says of itself: its calls, the line of the user's code, how it ended
 processes.py   whether the process of another rank of this host runs, is stopped or is gone
-channel.py     two stores, beside the transports, where ranks leave their status
-diagnosis.py   from the status of all ranks: who waits for whom, and what that means
+channel.py     TCP connections, beside the transports, by which ranks tell their status
+diagnosis.py   from the status of all ranks: who waits for whom
+findings.py    what that means, in a sentence, and what to do
 report.py      the table, and the JSON
-watchdog.py    the thread that looks, warns, and ends the job
+judge.py       looks at all ranks, warns, reports, and says when the job ends
+watchdog.py    the thread of every process
 """

@@ -3,7 +3,7 @@
 
 Every rank tells it to the first two ranks of the group. If one of them is stopped or gone, the other one still knows.
 All sockets are used by the watchdog's thread alone, and none of them blocks. A line is a message: a status to the hub,
-a dot or a verdict back.
+a dot, a verdict or a goodbye back.
 
 W ranks.
 """
@@ -23,7 +23,7 @@ SERVERS = 2
 """How many ranks serve a hub, if there are as many."""
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 20.0
-_HEARD, _VERDICT = b".", b"V"
+_HEARD, _VERDICT, _GOODBYE = b".", b"V", b"E"
 _MOST = 2**22
 """Bytes of a line. Whoever sends more is cut off."""
 _PAUSE = 0.05
@@ -110,6 +110,11 @@ class Hub:
         for peer in self._peers:
             peer.send(_VERDICT + verdict.encode())
 
+    def say_goodbye(self) -> None:
+        """Tells every rank that this process comes to its end, by no fault. Else they take it for dead."""
+        for peer in self._peers:
+            peer.send(_GOODBYE)
+
     def accept(self, selector: selectors.BaseSelector) -> None:
         """Takes new connections."""
         try:
@@ -152,6 +157,7 @@ class Link:
         self._lines.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines.send(f"{key} {rank}".encode())
         self._answered = time.monotonic()
+        self._left = False
         self.verdict = ""
 
     @property
@@ -169,6 +175,11 @@ class Link:
         """Whether the hub answers."""
         return not self._lines.broken and time.monotonic() - self._answered < 6 * TICK
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the hub's process is gone without a goodbye."""
+        return self._lines.broken and not self._left
+
     def post(self, text: str) -> None:
         """Tells the hub this rank's status."""
         self._lines.send(text.encode())
@@ -179,6 +190,7 @@ class Link:
             self._answered = time.monotonic()
             if line.startswith(_VERDICT):
                 self.verdict = line[len(_VERDICT) :].decode()
+            self._left = self._left or line == _GOODBYE
         if self._lines.broken:
             selector.unregister(self.connection)
 
@@ -230,6 +242,11 @@ class Channel:
     def is_heard(self) -> bool:
         """Whether a rank that looks at all of them can be reached."""
         return self.hub is not None or any(link.is_heard for link in self.links)
+
+    def dead(self) -> tuple[int, ...]:
+        """Returns the ranks that served hubs if all of them have died, by their rank in the whole job; else none."""
+        dead = self.hub is None and all(link.is_dead for link in self.links)
+        return self.ranks[:SERVERS] if dead else ()
 
     def covers(self, ranks: tuple[int, ...]) -> bool:
         """Whether all of these ranks are members."""

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import final
 
-from syncbn.waits import diagnosis, limits, processes, report
+from syncbn.waits import diagnosis, findings, limits, processes, report
 from syncbn.waits.channel import SERVERS, Channel, Hub
-from syncbn.waits.diagnosis import Finding, Member
+from syncbn.waits.diagnosis import Member
+from syncbn.waits.findings import Finding
 from syncbn.waits.status import Reader, Status
 
 LIMIT_STATUS, ENDED_STATUS = 124, 1
@@ -65,16 +66,16 @@ class Judge:
                 self._debugged[key] = self._debugged.get(key, 0.0) + seconds
             waited = one.waited - self._excused.get(key, 0.0)
             most = limits.BUSY_FACTOR * limit + self._debugged.get(key, 0.0)
-            finding = diagnosis.early(one)
+            finding = findings.early(one)
             if finding is None and not unlimited and (waited >= limit or one.waited >= most):
-                finding = diagnosis.late(one)
+                finding = findings.late(one)
             if finding is not None:
                 found[key] = self._found[key] + seconds if key in self._found else 0.0
                 if found[key] >= (HURRIED if own.terminated else CONFIRMED):
                     self._report(finding, members, end)
             if key not in self._warned and waited >= _warns_at(limit, own):
                 self._warned.add(key)
-                report.write(report.warning(diagnosis.late(one), limit))
+                report.write(report.warning(findings.late(one), limit))
         self._found = found
 
     def _members(self, own: Status, seconds: float) -> list[Member]:

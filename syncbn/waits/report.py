@@ -10,7 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from syncbn.waits.diagnosis import Finding, Member, place, ranks_of
+from syncbn.waits.diagnosis import Member
+from syncbn.waits.findings import Finding, place, ranks_of
 from syncbn.waits.limits import spoken
 from syncbn.waits.processes import GONE, RUNS, STOPPED
 from syncbn.waits.status import Wait

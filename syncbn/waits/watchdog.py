@@ -2,7 +2,8 @@
 """The thread of each process that looks at its own calls, and, on one rank, at those of all.
 
 Rank 0 looks at all, or rank 1 if rank 0 has ended, is stopped or is gone. Every rank ends when that one has found a
-reason. A rank that can reach neither ends by itself a little after the limit.
+reason. A rank that can reach neither ends by itself: soon if it waits for them and both have died, else a little after
+the limit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from syncbn.waits.status import ENDED, Group, Reader, Status, of_exception
 
 GRACE = 3.0
 """Seconds after the limit at which a rank ends that can reach no other one."""
+ORPHANED = 1.5
+"""Seconds for which a rank waits for ranks that have died, if those were all that could report."""
 QUIET = 1.5
 """Seconds for which a rank that ends by an exception lets the others report it."""
 LINGER = 0.6
@@ -94,6 +97,8 @@ class Watchdog(threading.Thread):
             judge = self._judges[channel]
             own.sees = _sees(channel)
             channel.post(own.text())
+            if self.reader.ended == ENDED and channel.hub is not None:
+                channel.hub.say_goodbye()
             if channel.verdict is not None:
                 self._end(channel, channel.verdict["status"])
             if judge is not None:
@@ -137,16 +142,25 @@ class Watchdog(threading.Thread):
             self._terminated = time.monotonic()
 
     def _look_alone(self, own: Status) -> None:
-        """Ends this process if it has come to its limit and can reach no rank that looks at all."""
+        """Ends this process if it waits for ranks that have died, or too long, and can reach no rank that looks."""
         if any(channel.is_heard for channel in self.channels):
             return
+        dead = {rank for channel in self.channels for rank in channel.dead()}
+        members = {group.group_id: group.ranks for group in self.reader.groups()}
         for wait in own.waits:
+            if wait.current is None:
+                continue
             patience = own.limit if wait.patience is None else wait.patience
-            if wait.current is not None and wait.waited >= patience + GRACE:
-                report.write(
-                    f"syncbn: rank {own.rank} has waited for {limits.spoken(wait.waited)} in {wait.current}, and no "
-                    f"rank that could say for whom answers. It ends with status {LIMIT_STATUS}.\n"
-                )
+            told = f"syncbn: rank {own.rank} has waited for {limits.spoken(wait.waited)} in {wait.current}, and "
+            awaited = sorted(dead.intersection(members[wait.group]))
+            if awaited and wait.waited >= ORPHANED:
+                gone = f"of rank {awaited[0]} is" if len(awaited) == 1 else f"of ranks {awaited[0]}, {awaited[1]} are"
+                told += f"the process{'es' * (len(awaited) > 1)} {gone} gone, with all ranks that could report."
+                report.write(f"{told} It ends with status {ENDED_STATUS}.\n")
+                exit_now(ENDED_STATUS)
+            if wait.waited >= patience + GRACE:
+                told += f"no rank that could say for whom answers. It ends with status {LIMIT_STATUS}.\n"
+                report.write(told)
                 exit_now(LIMIT_STATUS)
 
     def _end(self, channel: Channel, status: int) -> None:

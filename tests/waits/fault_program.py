@@ -329,7 +329,7 @@ def threads(job):
 def main(words):
     parser = argparse.ArgumentParser()
     parser.add_argument("faults", choices=[*FAULTS, "threads"], nargs="+")
-    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--rank", type=int, nargs="+", default=[1])
     parser.add_argument("--how", choices=["average", "ddp", "compiled"], default="average")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -349,7 +349,7 @@ def run(name, options):
         say(f"fault at {time.time()}")
         threads(job)
     else:
-        job.run(name if job.world.rank == options.rank else None)
+        job.run(name if job.world.rank in options.rank else None)
 
 
 if __name__ == "__main__":

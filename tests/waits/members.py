@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Statuses made by hand."""
 
-from syncbn.waits.diagnosis import Member
+from syncbn.waits import diagnosis
+from syncbn.waits.diagnosis import SURE, Member
 from syncbn.waits.status import Status, Wait
 
 GROUP = 7
@@ -24,3 +25,13 @@ def outside(rank, done=4, *, state="runs", silent=False, group=GROUP, completed=
 
 def groups(size, **more):
     return {GROUP: tuple(range(size)), **more}
+
+
+def only(members, ranks=None, least=SURE):
+    """The one call in which members wait."""
+    (one,) = diagnosis.blocked(members, ranks or groups(len(members)), least)
+    return one
+
+
+def numbers(members):
+    return [member.rank for member in members]

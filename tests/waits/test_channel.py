@@ -218,9 +218,34 @@ def test_a_rank_hears_that_its_hub_is_gone(bench):
         peer.connection.close()
     b.hub._peers.clear()
     assert b.pump(lambda: not link.is_heard)
+    assert link.is_dead
     assert link.is_sent, "nothing is left to wait for"
     link.post("into the void")
     assert link.connection.fileno() not in b.selector.get_map()
+
+
+def test_a_hub_that_has_said_goodbye_has_not_died(bench):
+    b, process = bench(), processes.own()
+    link = b.link(1)
+    link.post("hello")
+    assert b.has(1, "hello")
+    b.hub.say_goodbye()
+    for peer in list(b.hub._peers):
+        b.selector.unregister(peer.connection)
+        peer.connection.close()
+    b.hub._peers.clear()
+    assert b.pump(lambda: not link.is_heard)
+    assert not link.is_dead
+    assert Channel((4, 6, 7), 1, [process] * 3, None, [link]).dead() == ()
+
+
+def test_ranks_that_served_are_dead_when_all_of_them_are(bench):
+    process, links = processes.own(), [bench().link(2), bench().link(2)]
+    channel = Channel((4, 6, 7), 2, [process] * 3, None, links)
+    for link in links:
+        assert channel.dead() == ()
+        link._lines.broken = True
+    assert channel.dead() == (4, 6)
 
 
 def test_a_hub_that_is_silent_is_not_heard(bench, monkeypatch):

@@ -118,8 +118,8 @@ def pattern(says, rank):
 
 
 def check_apart(fault, done, text, rank):
-    """Both calls are named, or gloo has ended a rank before it could say in which it was."""
-    gone = re.search(r"The process of rank (\d+) is gone", text)
+    """Both calls are named, or gloo has ended ranks before they could say in which they were."""
+    gone = re.search(r"(?i)the process(es)? of ranks? (\d+)(, \d+)? (is|are) gone", text)
     named = fault.call in text, fault.says in text
     assert any(named), f"it names no call\n{done}"
     assert all(named) or gone, f"it names one call\n{done}"
@@ -206,12 +206,21 @@ def test_common_faults_end_the_job_and_say_whose_they_are(nest, tmp_path):
     jobs.close()
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_the_ranks_that_report_are_killed(nest, tmp_path, ranks):
+    done = nest.run(tmp_path, ranks, ["kill", "--rank", "0", "1"], limit=FAR, patience=30)
+    assert done.statuses == [-9, -9, *[1] * (ranks - 2)], done
+    assert done.seconds < SOON, done
+    assert done.err.count("gone, with all ranks that could report. It ends with status 1.") == ranks - 2, done
+    assert "forward of 'stem.1' (call 12)" in done.err, done
+
+
 def everywhere():
     cases = [(ranks, name, 1, "average") for ranks in (3, 2, 4) for name in FAULTS]
     cases += [(3, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep", "swaps", "evaluates")]
     cases += [(2, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep")]
     cases += [(3, name, 1, "ddp") for name in ("exception", "kill", "fewer", "sleep", "swaps", *WITH_DDP)]
-    cases.remove((4, "backward_order", 1, "average"))  # gloo ends ranks 0 and 1, and with them both that could report
     return cases
 
 

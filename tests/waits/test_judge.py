@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from syncbn.waits import diagnosis, judge, limits, processes
+from syncbn.waits import diagnosis, findings, judge, limits, processes
 from syncbn.waits.channel import LOOPBACK, Channel, Hub, listen
 from syncbn.waits.judge import ENDED_STATUS, LIMIT_STATUS, Judge
 from syncbn.waits.processes import GONE, STOPPED
@@ -114,7 +114,7 @@ def test_different_calls_are_reported_after_some_seconds(bench):
     b = bench()
     other = inside(1, 0.0, call="forward 5 of 'bn2'")
     waited = b.wait(20.0, other)
-    assert diagnosis.STUCK <= waited <= diagnosis.STUCK + 2 * TICK
+    assert findings.STUCK <= waited <= findings.STUCK + 2 * TICK
     assert b.ended == [ENDED_STATUS]
 
 

@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from syncbn.waits import diagnosis, report
+from syncbn.waits import diagnosis, findings, report
 from syncbn.waits.processes import GONE, STOPPED
 from syncbn.waits.status import COMPILES, ENDED
 from tests.waits.members import BEFORE, CALL, GROUP, groups, inside, outside
 
 
 def found(members):
-    return diagnosis.late(diagnosis.blocked(members, groups(len(members)))[0])
+    return findings.late(diagnosis.blocked(members, groups(len(members)))[0])
 
 
 def table(members):
@@ -103,7 +103,7 @@ def test_the_time_of_joined_rows_is_the_longest():
 
 def test_ctrl_c_is_one_line():
     members = [inside(0), outside(1, ended="ended with KeyboardInterrupt")]
-    finding = diagnosis.early(diagnosis.blocked(members, groups(2))[0])
+    finding = findings.early(diagnosis.blocked(members, groups(2))[0])
     text = report.text(finding, members, 1)
     assert text.startswith("\nsyncbn: Rank 1 ended with KeyboardInterrupt after backward 4")
     assert text.count("\n") == 2

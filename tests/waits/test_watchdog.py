@@ -45,6 +45,7 @@ class Far:
 
     def __init__(self):
         self.is_heard, self.is_sent, self.verdict, self.posted = True, True, "", []
+        self.is_dead = False
 
     def post(self, text):
         self.posted.append(text)
@@ -76,6 +77,42 @@ def test_a_rank_that_reaches_nobody_ends_by_itself_a_little_after_its_limit(dog,
     assert said[0].startswith("syncbn: rank 3 has waited for 8.0 s in ")
     assert "World.average" in said[0]
     assert "no rank that could say for whom answers. It ends with status 124." in said[0]
+
+
+def dead(dog, *ranks):
+    """All hubs are served by these ranks, which have died; the group of the test's calls has others and this one."""
+    link = with_link(dog, *[processes.own()] * len(ranks))
+    dog.channels[0].ranks = (*ranks, 3)
+    link.is_heard, link.is_dead = False, True
+    return link
+
+
+def test_a_rank_that_waits_for_dead_ranks_that_could_report_ends_soon(dog, said):
+    dead(dog, 2, 4)
+    dog.group.enter("World.average")
+    look_for(dog, watchdog.ORPHANED - limits.TICK)
+    assert said == []
+    with pytest.raises(Ended) as ended:
+        look_for(dog, 2 * limits.TICK)
+    assert ended.value.args == (ENDED_STATUS,)
+    assert said[0].startswith("syncbn: rank 3 has waited for 1.5 s in ")
+    assert said[0].endswith(
+        "and the process of rank 4 is gone, with all ranks that could report. It ends with status 1.\n"
+    )
+
+
+def test_dead_ranks_that_nobody_waits_for_end_nothing(dog, said):
+    dead(dog, 1, 2)
+    dog.group.enter("World.average")
+    look_for(dog, LIMIT + GRACE)
+    assert said == []
+
+
+def test_a_rank_that_has_said_goodbye_is_not_dead(dog, said):
+    dead(dog, 1, 4).is_dead = False
+    dog.group.enter("World.average")
+    look_for(dog, LIMIT + GRACE)
+    assert said == []
 
 
 def test_a_rank_that_reaches_a_judge_leaves_it_the_verdict(dog, said):
