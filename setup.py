@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds the host kernels, if there is a C++ compiler; the rest of the metadata is in pyproject.toml.
+"""Builds the host kernels and the shared memory, if there is a C++ compiler; pyproject.toml has the other metadata.
 
 The four step files are compiled once per instruction set, each into a namespace of its own; run.cpp chooses one of
 them at run time. Without a compiler the install goes on, and the layer uses the kernels in plain torch.
@@ -10,6 +10,7 @@ them at run time. Without a compiler the install goes on, and the layer uses the
 import os
 import platform
 import shlex
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,6 +37,8 @@ class BuildHostKernels(build_ext):
         more = shlex.split(os.environ.get("SYNCBN_CXXFLAGS", ""))
         ext.extra_compile_args = [*FLAGS, *more]
         ext.extra_link_args = more
+        if "kernels" not in ext.name:
+            return super().build_extension(ext)
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
                 [str(HOST / f"{step}.cpp") for step in STEPS],
@@ -44,20 +47,32 @@ class BuildHostKernels(build_ext):
                 extra_postargs=[*ext.extra_compile_args, *flags],
                 depends=ext.depends,
             )
-        super().build_extension(ext)
+        return super().build_extension(ext)
 
+
+LIMITED = ("Py_LIMITED_API", "0x030B0000")
+SHARED_MEMORY = Extension(
+    "syncbn.transports._segment",
+    ["syncbn/transports/segment.cpp"],
+    depends=["syncbn/transports/segment.hpp"],
+    define_macros=[LIMITED],
+    language="c++",
+    py_limited_api=True,
+    optional=True,
+)
 
 setup(
     ext_modules=[
+        *([SHARED_MEMORY] if sys.platform == "linux" else []),
         Extension(
             "syncbn.kernels.host._host",
             [str(HOST / f"{name}.cpp") for name in ("module", "parallel", "run", "tensors")],
             depends=[str(header) for header in sorted(HOST.glob("*.hpp"))],
-            define_macros=[("Py_LIMITED_API", "0x030B0000"), *([("SYNCBN_X86", "1")] if X86 else [])],
+            define_macros=[LIMITED, *([("SYNCBN_X86", "1")] if X86 else [])],
             language="c++",
             py_limited_api=True,
             optional=True,
-        )
+        ),
     ],
     cmdclass={"build_ext": BuildHostKernels},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

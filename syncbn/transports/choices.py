@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from syncbn.transports import launchers
 
-CHOICES = ("auto", "single", "mpi", "nccl", "torch")
+CHOICES = ("auto", "single", "shm", "mpi", "nccl", "torch")
 OVERRIDE = "SYNCBN_TRANSPORT"
 _HAS_DISTRIBUTED = dist.is_available()
 
@@ -29,7 +29,7 @@ def explain(device_type: str = "cpu") -> Choice:
     override = os.environ.get(OVERRIDE, "auto")
     if override not in CHOICES:
         raise ValueError(f"{OVERRIDE} must be one of {', '.join(CHOICES)}; received {override!r}. Correct or unset it.")
-    if override != "auto":
+    if override not in ("auto", "shm"):  # shared memory is made known by the library that is chosen here
         return Choice(override, f"{OVERRIDE}={override}")
     launch = launchers.detect()
     torch_world = world_of_torch()

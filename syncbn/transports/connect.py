@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from syncbn.transports import choices, gather, groups, launchers
+from syncbn.transports import choices, gather, groups, launchers, shared_memory
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.single import SingleTransport
@@ -28,7 +28,7 @@ def connect_subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
         if handle is None and not launch.speaks_mpi:
             return SingleTransport() if launch.size == 1 else _no_mpi_job(spec, launch)
         transport = _mpi(spec, handle)
-        return transport if device_type != "cuda" else _on_gpus(transport)
+        return _on_one_host(transport) if device_type != "cuda" else _on_gpus(transport)
     if choices.world_of_torch() is None and launchers.detect().size == 1:
         return SingleTransport()
     if handle is None or not _torch_knows(handle):
@@ -65,7 +65,12 @@ def over_torch(group: Any, device_type: str) -> AbstractTransport:
     if group is None:  # gloo matches messages by order: in one group, DDP's buckets would meet ours
         apart = device_type == "cpu" or _goes_over_gloo(device_type)
         group = group_of_everyone(device_type) if apart else dist.group.WORLD
-    return TorchTransport(group, device_type)
+    transport = TorchTransport(group, device_type)
+    return _on_one_host(transport) if device_type == "cpu" else transport
+
+
+def _on_one_host(transport: AbstractTransport) -> AbstractTransport:
+    return shared_memory.on_one_host(transport, os.environ.get(choices.OVERRIDE, "auto"))
 
 
 def _mpi(spec: GroupSpec, handle: Any | None) -> MPITransport:

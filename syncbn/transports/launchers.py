@@ -61,5 +61,5 @@ def _read(
     speaks_mpi: bool = False,
 ) -> Launch:
     values = int(environ.get(rank, 0)), int(environ[size]), int(environ.get(local_rank, 0))
-    host_synchronous = int(environ.get(local_size, values[2] + 1))
-    return Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}", local_size=host_synchronous)
+    processes_here = int(environ.get(local_size, values[2] + 1))
+    return Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}", local_size=processes_here)

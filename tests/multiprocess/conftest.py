@@ -24,6 +24,11 @@ class Ranks:
     def __init__(self, world):
         self.world, self.rank, self.size, self.transport = world, world.rank, world.size, world.transport
 
+    @property
+    def library(self):
+        """The library that connects the ranks: "mpi" or "torch", also where they exchange through shared memory."""
+        return getattr(self.transport.spec, "kind", "single")
+
     def check(self, ok, detail=""):
         """Asserts on every rank that ``ok`` holds on every rank. Collective."""
         failed = torch.tensor([float(not ok)], dtype=torch.float64, device="cpu")

@@ -175,7 +175,7 @@ def test_unusable_counts_are_refused(ranks, bad):
 
 def test_a_layer_of_a_larger_job_says_so(ranks):
     layer = syncbn.SyncBatchNorm(5)
-    kind = "mpi" if ranks.transport.name == "mpi" else "torch"
+    kind = "mpi" if ranks.library == "mpi" else "torch"
     layer.process_group = syncbn.GroupSpec(kind, tuple(range(ranks.size + 5)))
     if ranks.transport.name == "single":
         layer(good())  # alone, any group is this process
@@ -189,7 +189,7 @@ def test_a_layer_of_another_ranks_group_says_so(ranks, kind, request):
     """As after one rank saved its model and all load it."""
     if kind == "torch":
         request.getfixturevalue("torch_world")
-    elif ranks.transport.name != "mpi":
+    elif ranks.library != "mpi":
         pytest.skip("no MPI job")
     layer = syncbn.SyncBatchNorm(5)
     layer.process_group = syncbn.GroupSpec(kind, ((ranks.rank + 1) % ranks.size,), "a label nobody knows")

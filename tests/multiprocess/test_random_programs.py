@@ -28,6 +28,7 @@ CHECKS = (
         "syncbn.kernels.host.ops.HostKernels.read_counters",
         lambda _, wire, message: moments.read_counters(wire, message.numbers),
     ),
+    ("syncbn.transports.shared_memory.SharedMemoryTransport.all_reduce", lambda self, wire: self.host.all_reduce(wire)),
 )
 """(name, replacement) of the functions that compare the calls of the ranks, which the negative control does without."""
 

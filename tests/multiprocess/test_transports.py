@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from syncbn import transports
-from syncbn.transports import gather, launchers
+from syncbn.transports import gather, launchers, shared_memory
 from syncbn.transports.single import SingleTransport
+from tests.conftest import DEVICE
 
 pytestmark = pytest.mark.ranks(1)
 
 
-@pytest.fixture(params=["single", "mpi", "staged mpi", "torch"])
+@pytest.fixture(params=["single", "mpi", "staged mpi", "torch", "shm over mpi", "shm over torch"])
 def transport(request, ranks):
     """Each implementation, over every rank of the run where it connects them."""
     if request.param == "single":
@@ -21,12 +22,21 @@ def transport(request, ranks):
             pytest.skip("no MPI job")
         from syncbn.transports import mpi
 
-        yield mpi.MPITransport(mpi.world()) if request.param == "mpi" else staged(mpi.MPITransport(mpi.world()))
+        over = {"mpi": lambda made: made, "staged mpi": staged, "shm over mpi": shared}
+        yield over[request.param](mpi.MPITransport(mpi.world()))
     else:
         request.getfixturevalue("torch_world")
         from syncbn.transports.torch_dist import TorchTransport
 
-        yield TorchTransport(torch.distributed.group.WORLD)
+        made = TorchTransport(torch.distributed.group.WORLD)
+        yield shared(made) if "shm" in request.param else made
+
+
+def shared(host):
+    """Shared memory, made known by another transport."""
+    if DEVICE.type != "cpu" or shared_memory.problem():
+        pytest.skip(shared_memory.problem() or "for CPU tensors")
+    return shared_memory.on_one_host(host, "shm")
 
 
 def staged(host):
@@ -48,7 +58,8 @@ def test_it_knows_its_members(ranks, transport):
     ranks.check(transport.size == (1 if alone else ranks.size), "size")
     ranks.check(transport.rank == (0 if alone else ranks.rank), "rank")
     ranks.check(transport.ranks == tuple(range(transport.size)), f"ranks {transport.ranks}")
-    ranks.check(alone or transport.spec.kind == transport.name, "specification")
+    library = transport.host.name if transport.name == "shm" else transport.name
+    ranks.check(alone or transport.spec.kind == library, "specification")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -109,14 +120,16 @@ def test_barrier_waits_for_the_last(ranks, transport, tmp_path_factory):
 
 
 def test_messages_of_the_user_match_none_of_ours(ranks):
-    if ranks.transport.name != "mpi" or ranks.size < 2:
+    if ranks.library != "mpi" or ranks.size < 2:
         pytest.skip("needs an MPI job of two")
     from mpi4py import MPI
+
+    from syncbn.transports import mpi
 
     comm = MPI.COMM_WORLD
     mine, theirs = torch.tensor([1.0 + ranks.rank], device="cpu"), torch.zeros(1, device="cpu")
     request = comm.Irecv(theirs.numpy(), source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG)
-    ranks.transport.all_reduce(torch.ones(2000, dtype=torch.float64))
+    mpi.MPITransport(mpi.world()).all_reduce(torch.ones(2000, dtype=torch.float64))
     comm.Send(mine.numpy(), dest=(ranks.rank + 1) % ranks.size)
     request.Wait()
     ranks.check(theirs.item() == 1.0 + (ranks.rank - 1) % ranks.size, "the user's message arrived untouched")

@@ -108,8 +108,9 @@ def test_a_barrier_is_on_record_with_its_own_limit(ranks, monkeypatch):
 
 
 @pytest.mark.cpu("gloo on the CPU")
-def test_a_barrier_over_torch_waits_beyond_the_groups_own_limit(ranks, torch_world):
+def test_a_barrier_over_torch_waits_beyond_the_groups_own_limit(ranks, torch_world, monkeypatch):
     """Evaluation on one rank may take longer than a collective of gloo may."""
+    monkeypatch.setenv("SYNCBN_TRANSPORT", "torch")
     second = datetime.timedelta(seconds=1)
     group = torch.distributed.new_group(list(range(ranks.size)), timeout=second)
     world = ranks.world.within(group)

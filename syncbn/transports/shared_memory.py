@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Shared memory of one host, for CPU tensors: ``segment.hpp`` has the protocol, this file connects the ranks.
+
+The segment is a memory file without a name (``memfd_create``), which the other ranks open through the first rank's
+entry in /proc. So nothing is left on the host, however its processes end, and only their user can open it. A group
+over MPI or torch.distributed makes it known, and serves what is rare: notes, new groups.
+
+W ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import os
+import secrets
+import sys
+import warnings
+import weakref
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from syncbn import moments
+from syncbn.moments import Numbers
+from syncbn.transports import gather
+from syncbn.transports.base import AbstractTransport, MismatchError
+from syncbn.waits import processes
+from syncbn.waits.processes import GONE, Process
+from syncbn.waits.status import of_exception
+
+if TYPE_CHECKING:
+    from syncbn.transports._segment import Opened
+
+try:
+    from syncbn.transports import _segment as segment
+except ImportError:  # built without a C++ compiler, or not on Linux
+    segment = None  # type: ignore[assignment]
+else:
+    segment.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
+
+SLOT, LEAST_SLOT, TOTAL = 2**18, 2**16, 2**25
+"""Bytes of a slot; the least; and of all slots of a group, unless that makes them smaller still."""
+DONE, WAITS, DIFFERS, ELSEWHERE, EARLIER = range(5)
+"""What the compiled part answers: every tenth of a second of waiting it says so."""
+_SUM = -1
+_WHAT = "the choice of shared memory"
+_NAME = "syncbn"
+_FOLLOWS = "(follows) "
+"""Before the farewell of a rank that ends since another one has ended."""
+
+
+class RankEndedError(RuntimeError):
+    """A rank has ended, and this one waits for it."""
+
+
+@final
+class SharedMemoryTransport(AbstractTransport):
+    """A segment that all ranks of a host have mapped.
+
+    Args:
+        host: the same ranks over another library.
+        opened: the segment.
+        members: the processes of the ranks.
+    """
+
+    name = "shm"
+
+    def __init__(self, host: AbstractTransport, opened: Opened, members: list[Process]) -> None:
+        self.host, self._opened, self._members = host, opened, members
+        self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
+        self.group_id, self.spec = host.group_id, host.spec
+        _live.add(self)
+
+    def all_reduce(self, wire: Tensor) -> Tensor:
+        """See :meth:`AbstractTransport.all_reduce`.
+
+        Raises:
+            MismatchError: on every rank, if ranks are in different calls.
+            RankEndedError: on every rank that waits for one that has ended.
+        """
+        numbers = moments.ABSTAINS if self.current is None else self.current.numbers
+        progress = segment.begin(self._opened, wire, _SUM, numbers)
+        if progress != DONE and self._finish(progress, wire, _SUM, numbers) == ELSEWHERE:
+            wire.copy_(self.all_reduce(wire.cpu()))
+        return wire
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """See :meth:`AbstractTransport.broadcast`."""
+        numbers = self._numbers()
+        progress = segment.begin(self._opened, tensor, root, numbers)
+        if self._finish(progress, tensor, root, numbers) == ELSEWHERE:
+            tensor.copy_(self.broadcast(tensor.cpu(), root))
+        return tensor
+
+    def barrier(self) -> None:
+        """See :meth:`AbstractTransport.barrier`."""
+        numbers = self._numbers()
+        self._finish(segment.begin(self._opened, None, _SUM, numbers), None, _SUM, numbers)
+
+    def exchange_notes(self, note: str) -> list[str | None]:
+        """See :meth:`AbstractTransport.exchange_notes`."""
+        return self.host.exchange_notes(note)
+
+    def split(self, color: int) -> AbstractTransport:
+        """See :meth:`AbstractTransport.split`. A part of the ranks of a host has a segment of its own."""
+        return on_one_host(self.host.split(color), "shm")
+
+    def close(self) -> None:
+        """See :meth:`AbstractTransport.close`. The segment is unmapped when nothing refers to this object."""
+        self.host.close()
+
+    def say_farewell(self, text: str) -> None:
+        """Tells the other ranks how this process has ended."""
+        segment.say_farewell(self._opened, self.rank, text)
+
+    def _numbers(self) -> Numbers:
+        """Returns what identifies a call that is no all-reduce: its name, if it has one."""
+        if self.current is None:
+            return moments.ABSTAINS
+        return moments.numbers(self.serial, moments.text_hash(self.current.label), 0)
+
+    def _finish(self, progress: int, tensor: Tensor | None, root: int, numbers: Numbers) -> int:
+        """Goes on with a call that :func:`segment.begin` has begun, until it is done."""
+        if progress == EARLIER:  # an exception, such as Ctrl-C, has ended a call on this rank alone
+            self._wait(WAITS)
+            progress = segment.begin(self._opened, tensor, root, numbers)
+        progress = self._wait(progress)
+        if progress == DIFFERS:
+            raise MismatchError  # without a text of a library: all ranks find the same, and go on to compare notes
+        return progress
+
+    def _wait(self, progress: int) -> int:
+        try:
+            while progress == WAITS:
+                self._look_for_ended()
+                progress = segment.advance(self._opened)
+        finally:
+            if progress == WAITS:
+                segment.abandon(self._opened)
+        return progress
+
+    def _look_for_ended(self) -> None:
+        """Raises if a rank that has not come has ended."""
+        ended: dict[int, str] = {}
+        for rank in segment.missing(self._opened):
+            said = segment.farewell(self._opened, rank)
+            if said or processes.state(self._members[rank]) == GONE:
+                ended[rank] = said
+        came = set(ended) - set(segment.missing(self._opened))  # its last act
+        ended = {rank: said for rank, said in ended.items() if rank not in came}
+        if ended:
+            rank = min(ended, key=lambda rank: (ended[rank].startswith(_FOLLOWS), rank))
+            raise RankEndedError(_ended(self.ranks[rank], ended[rank].removeprefix(_FOLLOWS), self))
+
+
+def _ended(rank: int, said: str, transport: AbstractTransport) -> str:
+    what = f"Rank {rank} {said}" if said else f"The process of rank {rank} is gone"
+    call = "a call of the group" if transport.current is None else transport.current
+    after = "" if transport.completed is None else f", after {transport.completed} here"
+    return f"{what}, while rank {transport.ranks[transport.rank]} waits for it in {call}{after}. {_remedy(said)}"
+
+
+def _remedy(said: str) -> str:
+    if not said:
+        return (
+            "It was killed (kill -9, or the system for want of memory: see dmesg), crashed, or called os._exit. The "
+            "launcher knows its exit status."
+        )
+    if said == _END:
+        return "Give every rank the same number of steps, or put the loop in `with syncbn.join(model, optimizer):`."
+    return "Mend that error: the others only wait. World.raise_together(error) ends a step on all ranks alike."
+
+
+def on_one_host(host: AbstractTransport, override: str) -> AbstractTransport:
+    """Connects a group through shared memory if its ranks share a host, else returns it as it is.
+
+    Args:
+        host: the group over another library.
+        override: "shm" demands shared memory, "auto" prefers it. The same on every rank.
+
+    Communication:
+        Three all-reduces over the group, of 4 W + 7, 2 W + 7 and W + 7 float64 values; one if it cannot be used.
+
+    Raises:
+        RuntimeError: on every rank, if shared memory is demanded but cannot be used.
+    """
+    if host.size == 1 or override not in ("auto", "shm"):
+        return host
+    why = problem()
+    table = _gather([float(bool(why)), *map(float, processes.own())], host)
+    members = [Process(*map(int, row[1:])) for row in table]
+    if len({member.host for member in members}) > 1:
+        why = "its ranks are on several hosts, or in containers with processes of their own"
+    elif any(row[0] for row in table):
+        why = why or "a rank has no compiled transport"
+    else:
+        opened, why = _open(host, members)
+        if opened is not None:
+            return SharedMemoryTransport(host, opened, members)
+        if why and override == "auto":
+            warnings.warn(f"syncbn goes without shared memory: {why}.", RuntimeWarning, stacklevel=2)
+    if override == "shm":
+        raise RuntimeError(
+            f"SYNCBN_TRANSPORT=shm needs memory that all ranks of a group share; {why or 'another rank has none'}. "
+            "Unset it: then MPI or torch.distributed serves."
+        )
+    return host
+
+
+def problem() -> str:
+    """Says why this process cannot use shared memory. Empty if it can."""
+    if segment is None:
+        return "the compiled transport is missing (it needs Linux, and a C++ compiler when syncbn is installed)"
+    return "" if hasattr(os, "memfd_create") else "Python offers no memory files here"
+
+
+def _gather(row: list[float], host: AbstractTransport) -> list[list[float]]:
+    table: list[list[float]] = gather.gather(torch.tensor(row, dtype=torch.float64, device="cpu"), host, _WHAT).tolist()
+    return table
+
+
+def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | None, str]:
+    """Opens one segment on all ranks, or on none. Returns it, or why this rank has none."""
+    ranks, slot = host.size, max(LEAST_SLOT, min(SLOT, TOTAL // (2 * host.size)))
+    files, opened, why, key = [], None, "", secrets.randbits(52) + 1
+    try:
+        if host.rank == 0:
+            files.append(_create(segment.size(ranks, slot)))
+            opened = segment.map(files[0], 0, ranks, slot)
+            segment.set_key(opened, key)
+    except OSError as error:
+        why = f"the first rank cannot make a memory file of {segment.size(ranks, slot)} bytes ({error})"
+    number, key = map(int, _gather([float(files[0] if files else -1), float(key)], host)[0])
+    try:
+        if host.rank > 0 and number >= 0:
+            files.append(_open_file(members[0].pid, number, segment.size(ranks, slot)))
+            opened = segment.map(files[0], host.rank, ranks, slot)
+            if segment.key(opened) != key:
+                raise FileNotFoundError(errno.ENOENT, "it is another file")
+    except OSError as error:
+        opened, why = None, f"rank {host.ranks[host.rank]} cannot open the memory of the first one ({error})"
+    failed = any(row[0] for row in _gather([float(opened is None)], host))
+    for file in files:  # the mapping stays
+        os.close(file)
+    return (None, why) if failed else (opened, "")
+
+
+def _create(size: int) -> int:
+    """Makes a memory file. Its pages are there at once: for one that comes later and does not fit, a process dies."""
+    file = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(file, 0, size)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _open_file(pid: int, number: int, size: int) -> int:
+    """Opens a memory file of another process of this user."""
+    path = f"/proc/{pid}/fd/{number}"
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        raise FileNotFoundError(errno.ENOENT, "it is another file", path)
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    if os.fstat(file).st_size != size:
+        os.close(file)
+        raise FileNotFoundError(errno.ENOENT, "it has another size", path)
+    return file
+
+
+_END = "came to the end of the program"
+_live: weakref.WeakSet[SharedMemoryTransport] = weakref.WeakSet()
+
+
+def _at_exit(pid: int) -> None:
+    """Tells all groups how this process has ended. ``sys.last_value`` is the error that the interpreter has printed."""
+    if os.getpid() != pid:  # a fork
+        return
+    error = getattr(sys, "last_value", None)
+    text = _END if error is None else _FOLLOWS * isinstance(error, RankEndedError) + of_exception(error)
+    for transport in list(_live):
+        transport.say_farewell(text)
+
+
+atexit.register(_at_exit, os.getpid())
