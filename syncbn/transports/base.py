@@ -116,7 +116,7 @@ class AbstractTransport(ABC):
             yield
             self.completed = self.current
         except BaseException:
-            self.failed = self.begun, self.current
+            self.leave()
             raise
         finally:
             self.current = self.patience = None

@@ -7,7 +7,8 @@ N batch, C channels, S product of the spatial dims, W ranks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ def all_reduce(wire: Tensor, transport: AbstractTransport, message: Message, not
         return transport.reduce(wire, message)
     except MismatchError as error:
         raise calls_differ(message, notes, transport, str(error)) from error
+
+
+@contextmanager
+def on_record(what: str, transport: AbstractTransport, patience: float | None = None) -> Iterator[None]:
+    """Does :meth:`AbstractTransport.call`. If the transport refuses the call, raises an error that names the calls."""
+    with transport.call(what, patience):
+        try:
+            yield
+        except MismatchError as error:
+            raise calls_differ(transport.named(what), no_notes, transport, str(error)) from error
 
 
 def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, said: str = "") -> ValueError:

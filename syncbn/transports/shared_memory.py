@@ -10,12 +10,10 @@ W ranks.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import fcntl
 import os
 import secrets
-import sys
 import warnings
 import weakref
 from typing import TYPE_CHECKING, final
@@ -29,7 +27,7 @@ from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport, MismatchError
 from syncbn.waits import processes
 from syncbn.waits.processes import GONE, Process
-from syncbn.waits.status import of_exception
+from syncbn.waits.status import farewells, of_exception
 
 if TYPE_CHECKING:
     from syncbn.transports._segment import Opened
@@ -72,7 +70,7 @@ class SharedMemoryTransport(AbstractTransport):
         self.host, self._opened, self._members = host, opened, members
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.group_id, self.spec = host.group_id, host.spec
-        _live.add(self)
+        _live.append((os.getpid(), weakref.ref(self, _forget)))
 
     def all_reduce(self, wire: Tensor) -> Tensor:
         """See :meth:`AbstractTransport.all_reduce`.
@@ -106,6 +104,7 @@ class SharedMemoryTransport(AbstractTransport):
 
     def split(self, color: int) -> AbstractTransport:
         """See :meth:`AbstractTransport.split`. A part of the ranks of a host has a segment of its own."""
+        self.barrier()  # if some ranks are in another call, all find out now
         return on_one_host(self.host.split(color), "shm")
 
     def close(self) -> None:
@@ -273,17 +272,21 @@ def _open_file(pid: int, number: int, size: int) -> int:
 
 
 _END = "came to the end of the program"
-_live: weakref.WeakSet[SharedMemoryTransport] = weakref.WeakSet()
+_live: list[tuple[int, weakref.ref[SharedMemoryTransport]]] = []
+"""Every segment, and the process that uses it: a fork of that has copies of the references."""
 
 
-def _at_exit(pid: int) -> None:
-    """Tells all groups how this process has ended. ``sys.last_value`` is the error that the interpreter has printed."""
-    if os.getpid() != pid:  # a fork
-        return
-    error = getattr(sys, "last_value", None)
+def _forget(dead: weakref.ref[SharedMemoryTransport]) -> None:
+    _live[:] = [each for each in _live if each[1] is not dead]
+
+
+def _say_farewells(error: BaseException | None) -> None:
+    """Tells all groups how this process has ended."""
     text = _END if error is None else _FOLLOWS * isinstance(error, RankEndedError) + of_exception(error)
-    for transport in list(_live):
-        transport.say_farewell(text)
+    for pid, reference in list(_live):
+        transport = reference()
+        if transport is not None and pid == os.getpid():
+            transport.say_farewell(text)
 
 
-atexit.register(_at_exit, os.getpid())
+farewells.append(_say_farewells)

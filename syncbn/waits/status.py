@@ -124,6 +124,10 @@ describers: list[Callable[[], list[str]]] = []
 """Functions that name layers in eval mode, see ``Status.evaluates``. The room of the layers adds one."""
 
 
+farewells: list[Callable[[BaseException | None], None]] = []
+"""Functions that tell others how this process ends: by an error, or none. Shared memory adds one."""
+
+
 pending: list[Callable[[], Callable[[], list[Any]] | None]] = []
 """Weak references to functions that return the calls which a device has not done yet. The kernels for GPUs add one."""
 

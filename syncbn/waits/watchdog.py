@@ -24,7 +24,7 @@ from syncbn.waits import limits, processes, report
 from syncbn.waits.channel import Channel
 from syncbn.waits.judge import ENDED_STATUS, LIMIT_STATUS, Judge
 from syncbn.waits.limits import TICK
-from syncbn.waits.status import ENDED, Group, Reader, Status, of_exception
+from syncbn.waits.status import ENDED, Group, Reader, Status, farewells, of_exception
 
 GRACE = 3.0
 """Seconds after the limit at which a rank ends that can reach no other one."""
@@ -285,5 +285,7 @@ def covers(ranks: tuple[int, ...]) -> bool:
 def _at_exit() -> None:
     for dog in _running:
         if dog.pid == os.getpid():
-            error = getattr(sys, "last_value", None)
+            error = getattr(sys, "last_value", None)  # what the interpreter has printed
+            for tell in farewells:
+                tell(error)
             dog.farewell(ENDED if error is None else of_exception(error))

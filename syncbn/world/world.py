@@ -54,7 +54,7 @@ class World:
         error = error or arguments.root_error(root, self.size)
         numbers = {"root": math.nan if error is not None else float(root)}
         self._require_same_layout(tensors, "World.broadcast", error, numbers)
-        with torch.no_grad(), self.transport.call("World.broadcast"):
+        with torch.no_grad(), gather.on_record("World.broadcast", self.transport):
             for pack in packs.by_dtype(tensors.values(), lambda t: t.dtype):
                 flat = torch.cat([t.detach().reshape(-1) for t in pack])
                 self.transport.broadcast(flat, root)
@@ -199,7 +199,7 @@ class World:
         error, what = arguments.size_error(size, self.size), "World.subgroup"
         size = 1 if error is not None else operator.index(size)
         gather.require_equal({"size": size}, self.transport, what, "Give every rank the same one.", error)
-        with self.transport.call("World.subgroup"):
+        with gather.on_record("World.subgroup", self.transport):
             group = self.transport.split(self.rank // size)
         watched.watch(group)
         return transports.adopt(group, self.device.type)
@@ -222,7 +222,7 @@ class World:
             patience = math.inf if timeout is None else limits.checked(timeout, "World.barrier(timeout)")
         except ValueError as wrong:
             patience, error = math.inf, wrong
-        with self.transport.call("World.barrier", patience):
+        with gather.on_record("World.barrier", self.transport, patience):
             self.transport.barrier()
         gather.raise_together(error, self.transport, "World.barrier")
 

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import pytest
 
+from syncbn.transports import shared_memory
 from syncbn.waits.judge import ENDED_STATUS, LIMIT_STATUS
 from tests.waits.jobs import END, GIVEN_UP, Nest, launched
 
 SOON, SOON_LAUNCHED = 5.0, 8.0
 """Seconds after which a job has ended, counted from the fault or from the limit. A launcher takes some of its own."""
+GLOO = {"SYNCBN_TRANSPORT": "torch"}
 LIMIT, FAR = 3.0, 100.0
 """SYNCBN_TIMEOUT where the limit ends the job, and where something else must end it much earlier."""
 
@@ -164,15 +166,44 @@ class Jobs:
         self._pool.shutdown(cancel_futures=True)
 
 
-def over_gloo(nest, folder):
-    """A function that runs a case over gloo."""
+def over(transport, nest, folder):
+    """A function that runs a case over gloo (torch) or through shared memory (shm)."""
 
     def run(ranks, name, rank, how):
-        return nest.run(
-            new(folder), ranks, [name, "--rank", str(rank), "--how", how], limit=limit_of(name, how), patience=30
-        )
+        words = [name, "--rank", str(rank), "--how", how]
+        limit, more = limit_of(name, how), {"SYNCBN_TRANSPORT": transport}
+        return nest.run(new(folder), ranks, words, limit=limit, patience=30, **more)
 
     return run
+
+
+def check_shared(name, done, *, rank=1, ranks=3, how="average"):
+    """Raises if a job has not ended as it should where ranks share memory.
+
+    Every rank that waits for one that has ended gets an error of its own, and so does every rank of those that are in
+    different calls. A report is made at the limit.
+    """
+    fault, text = expected(name, how), " ".join(done.err.split())
+    if fault.kind in ("limit", "alike"):
+        check(name, done, rank=rank, ranks=ranks, how=how)
+        return
+    assert GIVEN_UP not in done.statuses, f"it did not end\n{done}"
+    assert done.seconds <= SOON, f"too late\n{done}"
+    others = [status for each, status in enumerate(done.statuses) if each != rank]
+    assert others == [1] * (ranks - 1), f"a rank has not ended by an error\n{done}"
+    assert done.err.count(END) <= 1, f"reported more than once\n{done}"
+    assert fault.call in text, f"it does not name the call that others are in\n{done}"
+    if fault.kind == "ended" and name != "caught":
+        assert re.search(pattern(fault.says.removesuffix(" after "), rank), text), done
+        found = re.findall(r"RankEndedError: (Rank|The process of rank) (\d+)", text)
+        assert {int(who) for _, who in found} == {rank}, f"it names others\n{done}"
+        least = 1 if how == "ddp" else ranks - 1  # DDP sends its buffers over gloo, which raises on those that send
+        assert len(found) >= least, f"not every rank that waits says for whom\n{done}"
+    else:
+        assert text.count("All ranks must be in one call") >= ranks - 1, f"not every rank gets the error\n{done}"
+        assert re.search(rf"on ranks? {rank}\b", text), f"it does not name the rank\n{done}"
+        says = fault.says if fault.kind == "apart" else fault.says.split(" on rank")[0]
+        assert name == "caught" or re.search(says if fault.kind != "apart" else re.escape(says), text), done
 
 
 def limit_of(name, how="average"):
@@ -193,23 +224,25 @@ def nest():
     made.close()
 
 
+TRANSPORTS = ["torch", *["shm"] * (not shared_memory.problem())]
 COMMON = ["exception", "kill", "fewer", "out_of_memory", "evaluates", "swaps", "skips_last", "sleep", "stop", "none"]
 
 
-def test_common_faults_end_the_job_and_say_whose_they_are(nest, tmp_path):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_common_faults_end_the_job_and_say_whose_they_are(nest, tmp_path, transport):
     jobs = Jobs(4)
     cases = [(3, name, 1, "average") for name in COMMON]
-    futures = {case[1]: jobs.begin(case, over_gloo(nest, tmp_path)) for case in cases}
+    futures = {case[1]: jobs.begin(case, over(transport, nest, tmp_path)) for case in cases}
     assert futures.pop("none").result().statuses == [0, 0, 0]
     for name, future in futures.items():
-        check(name, future.result())
+        (check if transport == "torch" else check_shared)(name, future.result())
     jobs.close()
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_the_ranks_that_report_are_killed(nest, tmp_path, ranks):
-    done = nest.run(tmp_path, ranks, ["kill", "--rank", "0", "1"], limit=FAR, patience=30)
+    done = nest.run(tmp_path, ranks, ["kill", "--rank", "0", "1"], limit=FAR, patience=30, **GLOO)
     assert done.statuses == [-9, -9, *[1] * (ranks - 2)], done
     assert done.seconds < SOON, done
     assert done.err.count("gone, with all ranks that could report. It ends with status 1.") == ranks - 2, done
@@ -224,12 +257,21 @@ def everywhere():
     return cases
 
 
-@pytest.fixture(scope="module")
-def gloo_jobs(request, nest, tmp_path_factory):
-    jobs, run = Jobs(8), over_gloo(nest, tmp_path_factory.mktemp("gloo"))
-    wanted = [item.callspec.params["case"] for item in request.session.items if "gloo_jobs" in item.fixturenames]
+def jobs_over(transport, request, nest, folder, fixture):
+    jobs, run = Jobs(8), over(transport, nest, folder)
+    wanted = [item.callspec.params["case"] for item in request.session.items if fixture in item.fixturenames]
     yield lambda case: jobs.begin_all((case, *wanted), run)[0].result()
     jobs.close()
+
+
+@pytest.fixture(scope="module")
+def gloo_jobs(request, nest, tmp_path_factory):
+    yield from jobs_over("torch", request, nest, tmp_path_factory.mktemp("gloo"), "gloo_jobs")
+
+
+@pytest.fixture(scope="module")
+def shared_jobs(request, nest, tmp_path_factory):
+    yield from jobs_over("shm", request, nest, tmp_path_factory.mktemp("shm"), "shared_jobs")
 
 
 @pytest.mark.faults
@@ -239,11 +281,19 @@ def test_over_gloo(gloo_jobs, case):
     check(name, gloo_jobs(case), rank=rank, ranks=ranks, how=how)
 
 
+@pytest.mark.faults
+@pytest.mark.skipif(bool(shared_memory.problem()), reason=shared_memory.problem())
+@pytest.mark.parametrize("case", everywhere(), ids=lambda case: "-".join(map(str, case)))
+def test_through_shared_memory(shared_jobs, case):
+    ranks, name, rank, how = case
+    check_shared(name, shared_jobs(case), rank=rank, ranks=ranks, how=how)
+
+
 def under(launcher, n, name, how="average", then=None, folder=None, **extra):
     """Runs a case under a launcher: ``name`` may be several faults, each of which every rank survives."""
     words, fault = [*name.split("+"), "--how", how], name.split("+")[-1]
-    limit = limit_of(fault, how)
-    return launched(launcher, new(folder), n, words, limit=limit, patience=60, then=then, **extra)
+    limit, library = limit_of(fault, how), {"SYNCBN_TRANSPORT": "mpi" if launcher == "mpirun" else "torch"}
+    return launched(launcher, new(folder), n, words, limit=limit, patience=60, then=then, **library, **extra)
 
 
 def mpich():
@@ -328,7 +378,7 @@ def test_mpich_kills_all_ranks_at_once_where_one_is_killed(tmp_path):
 
 @pytest.mark.faults
 def test_two_threads_in_one_group_end(nest, tmp_path):
-    done = nest.run(tmp_path, 3, ["threads"], limit=LIMIT, patience=30)
+    done = nest.run(tmp_path, 3, ["threads"], limit=LIMIT, patience=30, **GLOO)
     text = " ".join(done.err.split())
     assert GIVEN_UP not in done.statuses, done
     assert done.seconds < LIMIT + SOON, done
