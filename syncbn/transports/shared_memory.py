@@ -27,7 +27,7 @@ from syncbn.transports import gather
 from syncbn.transports.base import AbstractTransport, MismatchError
 from syncbn.waits import processes
 from syncbn.waits.processes import GONE, Process
-from syncbn.waits.status import farewells, of_exception
+from syncbn.waits.status import farewells, is_cut_off, of_exception
 
 if TYPE_CHECKING:
     from syncbn.transports._segment import Opened
@@ -105,7 +105,7 @@ class SharedMemoryTransport(AbstractTransport):
     def split(self, color: int) -> AbstractTransport:
         """See :meth:`AbstractTransport.split`. A part of the ranks of a host has a segment of its own."""
         self.barrier()  # if some ranks are in another call, all find out now
-        return on_one_host(self.host.split(color), "shm")
+        return on_one_host(self.host.split(color), "auto")
 
     def close(self) -> None:
         """See :meth:`AbstractTransport.close`. The segment is unmapped when nothing refers to this object."""
@@ -151,15 +151,19 @@ class SharedMemoryTransport(AbstractTransport):
         came = set(ended) - set(segment.missing(self._opened))  # its last act
         ended = {rank: said for rank, said in ended.items() if rank not in came}
         if ended:
-            rank = min(ended, key=lambda rank: (ended[rank].startswith(_FOLLOWS), rank))
+            rank = min(ended, key=lambda rank: (_follows(ended[rank]), rank))
             raise RankEndedError(_ended(self.ranks[rank], ended[rank].removeprefix(_FOLLOWS), self))
+
+
+def _follows(said: str) -> bool:
+    """Whether a rank has ended since another one has."""
+    return said.startswith(_FOLLOWS) or is_cut_off(said)
 
 
 def _ended(rank: int, said: str, transport: AbstractTransport) -> str:
     what = f"Rank {rank} {said}" if said else f"The process of rank {rank} is gone"
     call = "a call of the group" if transport.current is None else transport.current
-    after = "" if transport.completed is None else f", after {transport.completed} here"
-    return f"{what}, while rank {transport.ranks[transport.rank]} waits for it in {call}{after}. {_remedy(said)}"
+    return f"{what}, while rank {transport.ranks[transport.rank]} waits for it in {call}. {_remedy(said)}"
 
 
 def _remedy(said: str) -> str:

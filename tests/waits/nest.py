@@ -21,6 +21,7 @@ import torch.distributed
 import torch.nn.parallel
 
 import syncbn  # noqa: F401 - the ranks find it imported
+from tests.transports import soak
 from tests.waits import fault_program
 
 FIRST_PORT, LAST_PORT = 20000, 32000
@@ -96,7 +97,10 @@ def end(words):
     """Runs the program in a rank and ends as Python does, without the second it takes to free what torch imported."""
     status = 1
     try:
-        fault_program.main(words)
+        if words[0] == "soak":
+            soak.main(words[1:])
+        else:
+            fault_program.main(words)
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
