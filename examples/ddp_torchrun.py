@@ -4,12 +4,12 @@
 Every process checks its copy of the model against training on the whole batch in one process.
 
     $ NPROC=2 launch/torchrun.sh examples/ddp_torchrun.py
-    2 processes, statistics over torch, gradients over DDP
+    2 processes, statistics over shm, gradients over DDP
     10 steps, as in one process with the whole batch: True
     without the conversion: False
 
     $ NPROC=2 launch/mpirun.sh examples/ddp_torchrun.py
-    2 processes, statistics over mpi, gradients over DDP
+    2 processes, statistics over shm, gradients over DDP
     10 steps, as in one process with the whole batch: True
     without the conversion: False
 """

@@ -13,7 +13,7 @@ The same weights, images, order and SGD each time:
     | one process   |           0.978 |               0.0e+00 |    0.0e+00 |     0.0020 |
     | BatchNorm2d   |           0.939 |               6.1e-02 |    3.0e-01 |     0.0044 |
     | SyncBatchNorm |           0.978 |               1.2e-07 |    7.2e-07 |     0.0120 |
-    Batch of 8 on 4 processes (mpi), float32; difference: the largest of any parameter to the one-process run
+    Batch of 8 on 4 processes (shm), float32; difference: the largest of any parameter to the one-process run
     curves: out/digits.png
     SyncBatchNorm tracks the one-process run to rounding: 1.2e-07. BatchNorm2d: 6.1e-02.
 

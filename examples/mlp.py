@@ -10,7 +10,7 @@ On scikit-learn's digits scaled up to 28 x 28, or on your own images: `--data FI
     step  60: loss 0.3883
     step  80: loss 0.2834
     step 100: loss 0.2389
-    test accuracy 0.98 after 100 steps on 2 processes over mpi
+    test accuracy 0.98 after 100 steps on 2 processes over shm
 
 The losses do not depend on the number of processes: `python examples/mlp.py` prints the same ones, and so does
 `NPROC=3 launch/torchrun.sh examples/mlp.py`.

@@ -20,6 +20,10 @@ torch.set_num_threads(1)
 HERE = Path(__file__).parent
 LAUNCH = launchers.detect()
 WANTED = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
+TRANSPORT = os.environ.get("SYNCBN_TEST_TRANSPORT", "auto")
+"""Of a whole run: mpi and torch have stages of their own, since auto takes shared memory on one host."""
+if TRANSPORT != "auto":
+    os.environ["SYNCBN_TRANSPORT"] = TRANSPORT
 DEVICE = torch.device(fake_cuda.install() if WANTED == fake_cuda.NAME else WANTED)
 """Where tests make their tensors: launch/gpu.sh runs them on a GPU, tests/run.sh fake-gpu on one of host memory."""
 if DEVICE.type != "cpu":
@@ -90,8 +94,9 @@ def _texts(path):
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
-    """Keeps a transport that a person forces in the shell out of the tests."""
-    monkeypatch.delenv("SYNCBN_TRANSPORT", raising=False)
+    """Keeps a transport that a person forces in the shell out of the tests. A stage of tests forces one itself."""
+    if TRANSPORT == "auto":
+        monkeypatch.delenv("SYNCBN_TRANSPORT", raising=False)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ mkdir -p "$LOGS" || exit 1
 several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
 counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining,joining_errors}.py)
+# On one host the ranks exchange through shared memory; mpi-2, mpich and gloo go through those libraries.
 # What another MPI library may do otherwise: besides those, torch.distributed connected under its launcher, errors,
 # derivatives of any order, and random programs. Masks, modes, checkpoints and wrappers send by the same transport.
 library="$counted $(echo $several/test_{bad_input,ddp,random_programs,second_derivatives}.py)"
@@ -35,7 +36,7 @@ stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich faults zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich gloo faults zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
             *) echo "$word" ;;
         esac
     done
@@ -54,7 +55,7 @@ stage() {
     case $1 in
         one) timeout -k 10 900 python -m pytest -n 2 -m "$brief and not builds and not nvrtc" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         mpi-3) ranks 3 mpirun -m "$brief" $several ;;
-        mpi-2) ranks 2 mpirun -m "$brief" $counted ;;
+        mpi-2) SYNCBN_TEST_TRANSPORT=mpi ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
         programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup -m "program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
@@ -65,8 +66,9 @@ stage() {
             ranks 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
                 $several/test_call_identity.py
             ;;
-        mpich) PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $library ;;
-        faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 0 -m faults tests/waits "${more[@]}" ;;
+        mpich) SYNCBN_TEST_TRANSPORT=mpi PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $library ;;
+        gloo) SYNCBN_TEST_TRANSPORT=torch ranks 2 torchrun -m "$brief" $library ;;
+        faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
         zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;

@@ -22,7 +22,7 @@ import syncbn
 from syncbn import kernels, moments, transports
 from syncbn.cli import models
 from syncbn.cli.models import ModelReport
-from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe
+from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe, shared_memory
 from syncbn.transports.choices import OVERRIDE
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
@@ -188,10 +188,21 @@ def _connect(report: Report, launch: Launch) -> AbstractTransport | None:
     world = syncbn.init(device="cpu", torch_distributed=torch_distributed)
     report.transport, report.reason, *_ = transports.explain()
     if world.size == launch.size:
+        if world.size > 1:
+            report.transport = world.transport.name
+            report.reason += "; " + _of_shared_memory(world.transport)
         return world.transport
     what = f"NOT synchronised: {_started(launch)}, and the {report.transport} transport connects {world.size}"
     report.complain(what, f"Unset {OVERRIDE}, or use the launcher that goes with the transport.")
     return None
+
+
+def _of_shared_memory(transport: AbstractTransport) -> str:
+    if transport.name == "shm":
+        return "the ranks share this host's memory"
+    if os.environ.get(OVERRIDE, "auto") != "auto":
+        return "shared memory is not asked for"
+    return f"no shared memory: {shared_memory.problem() or 'not all ranks can open the same'}"
 
 
 def _map_ranks(report: Report, transport: AbstractTransport) -> None:

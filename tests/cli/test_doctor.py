@@ -10,6 +10,7 @@ import torch
 from syncbn import kernels
 from syncbn.cli import doctor, probe
 from syncbn.cli.probe import Place, Problem, Report
+from syncbn.transports import shared_memory
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
 from tests import processes
@@ -47,7 +48,7 @@ def without_mpi4py(tmp_path):
 
 BROKEN = [
     (("RANK=0", "WORLD_SIZE=two"), "the environment cannot be read: .*two"),
-    (("SYNCBN_TRANSPORT=pigeon",), "must be one of auto, single, mpi, nccl, torch; received 'pigeon'"),
+    (("SYNCBN_TRANSPORT=pigeon",), "must be one of auto, single, shm, mpi, nccl, torch; received 'pigeon'"),
     (("RANK=0", "WORLD_SIZE=2"), "could not connect the processes: .*MASTER_ADDR"),
 ]
 FOREIGN = {
@@ -91,19 +92,21 @@ def test_json_is_one_document_with_everything(alone):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "n", "names", "transport"),
+    ("launcher", "n", "names", "library", "more"),
     [
-        (processes.mpirun, 3, ("openmpi", "mpich"), "mpi"),
-        (processes.torchrun, 2, ("torchrun",), "torch"),
+        (processes.mpirun, 3, ("openmpi", "mpich"), "mpi", {}),
+        (processes.mpirun, 3, ("openmpi", "mpich"), "mpi", {"SYNCBN_TRANSPORT": "mpi"}),
+        (processes.torchrun, 2, ("torchrun",), "torch", {}),
     ],
 )
-def test_under_a_launcher_rank_0_maps_all_ranks(launcher, n, names, transport):
-    done = launcher(n, *DOCTOR, "--json")
+def test_under_a_launcher_rank_0_maps_all_ranks(launcher, n, names, library, more):
+    done = launcher(n, *DOCTOR, "--json", **more)
     report = json.loads(done.stdout)
     assert done.returncode == 0
     assert report["launcher"] in names
-    assert report["transport"] == transport
-    assert report["reason"]
+    shared = not shared_memory.problem() and not more
+    assert report["transport"] == ("shm" if shared else library)
+    assert ("; the ranks share this host's memory" in report["reason"]) == shared, report["reason"]
     assert [place["rank"] for place in report["ranks"]] == list(range(n))
     assert len({place["pid"] for place in report["ranks"]}) == n
     assert {place["host"] for place in report["ranks"]} == {socket.gethostname()}
@@ -134,7 +137,7 @@ def test_torchrun_without_mpi4py_is_well(without_mpi4py):
     report = json.loads(done.stdout)
     assert done.returncode == 0
     assert report["mpi"]["error"] == "no mpi4py on this machine"
-    assert report["transport"] == "torch"
+    assert report["transport"] == ("torch" if shared_memory.problem() else "shm")
 
 
 @in_one_process

@@ -242,6 +242,7 @@ def test_a_torch_world_made_anew_is_used_anew(ranks, rng, monkeypatch):
 @pytest.mark.ranks(2)
 def test_an_unconnected_job_warns_once(ranks, monkeypatch):
     """Silently unsynchronised is the worst outcome: the layer says so, once."""
+    monkeypatch.delenv("SYNCBN_TRANSPORT", raising=False)
     monkeypatch.setattr("syncbn.transports.dispatch.made", {})
     monkeypatch.setattr("syncbn.transports.choices.world_of_torch", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -16,7 +16,7 @@ import syncbn
 from syncbn.transports import shared_memory
 from syncbn.transports.base import MismatchError
 from syncbn.transports.shared_memory import on_one_host
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, TRANSPORT
 
 pytestmark = [
     pytest.mark.ranks(2),
@@ -285,4 +285,4 @@ def test_a_part_of_the_ranks_has_a_segment_of_its_own(ranks, shared):
 
 
 def test_a_layer_and_the_world_use_it(ranks):
-    ranks.check(syncbn.init(device="cpu").transport.name == "shm" or "SYNCBN_TEST_TRANSPORT" in os.environ)
+    ranks.check(syncbn.init(device="cpu").transport.name == ("shm" if TRANSPORT == "auto" else TRANSPORT))

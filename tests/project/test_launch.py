@@ -90,7 +90,7 @@ def test_shell_files_are_strict_short_and_clean(name):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(("start", "transport"), [(processes.mpirun, "mpi"), (processes.torchrun, "torch")])
+@pytest.mark.parametrize(("start", "transport"), [(processes.mpirun, "shm"), (processes.torchrun, "shm")])
 def test_a_launcher_starts_nproc_ranks_that_train_together(program, start, transport):
     done = start(3, program(TRAIN), "two words", "--flag", limit=LIMIT)
     assert done.returncode == 0, done.stderr
