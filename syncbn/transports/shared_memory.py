@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 try:
     from syncbn.transports import _segment as segment
 except ImportError:  # built without a C++ compiler, or not on Linux
-    segment = None  # type: ignore[assignment]
+    _BUILT = False
 else:
+    _BUILT = True
     segment.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
 SLOT, LEAST_SLOT, TOTAL = 2**18, 2**16, 2**25
@@ -215,7 +216,7 @@ def on_one_host(host: AbstractTransport, override: str) -> AbstractTransport:
 
 def problem() -> str:
     """Says why this process cannot use shared memory. Empty if it can."""
-    if segment is None:
+    if not _BUILT:
         return "the compiled transport is missing (it needs Linux, and a C++ compiler when syncbn is installed)"
     return "" if hasattr(os, "memfd_create") else "Python offers no memory files here"
 

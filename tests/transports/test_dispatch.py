@@ -83,7 +83,7 @@ def test_the_override_wins(monkeypatch, name):
 def test_an_unknown_override_lists_the_choices(monkeypatch):
     monkeypatch.setenv("SYNCBN_TRANSPORT", "carrier pigeon")
     monkeypatch.setattr("syncbn.transports.dispatch.made", {})
-    with pytest.raises(ValueError, match="one of auto, single, mpi, nccl, torch; received 'carrier pigeon'"):
+    with pytest.raises(ValueError, match="one of auto, single, shm, mpi, nccl, torch; received 'carrier pigeon'"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
 
 
