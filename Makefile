@@ -64,7 +64,7 @@ dist: $(VENV)-dist/ready
 
 # What the demo needs. The CPU build of torch comes first: resolved by a range, torch brings gigabytes of CUDA packages.
 DEMO := .[mpi,examples]
-$(VENV)/demo-ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*)
+$(VENV)/demo-ready: constraints.txt pyproject.toml setup.py $(wildcard syncbn/kernels/host/*pp syncbn/transports/*pp)
 	@echo "Making $(VENV): what pip says goes to $(VENV)/pip.log"
 	@$(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/pip.log

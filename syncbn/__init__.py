@@ -43,6 +43,7 @@ from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
 from syncbn.training.recalibration import recalibrate
 from syncbn.transports.groups import GroupSpec
+from syncbn.transports.shared_memory import RankEndedError
 from syncbn.world.init import init
 from syncbn.world.world import World
 
@@ -60,6 +61,7 @@ __all__ = [
     "LazySyncBatchNorm1d",
     "LazySyncBatchNorm2d",
     "LazySyncBatchNorm3d",
+    "RankEndedError",
     "RenormLimits",
     "SyncBatchNorm",
     "SyncBatchNorm1d",

@@ -51,7 +51,7 @@ echo "contents"
 tar --list --file "$sdist" >"$work/contents of the sdist"
 gpu=('\.cu$' '\.cuh$')
 typed=('syncbn/py\.typed$' '\.pyi$')
-for pattern in "${gpu[@]}" "${typed[@]}" '/_host\.abi3\.so$' 'dist-info/.*LICENSE$' 'entry_points\.txt$'; do
+for pattern in "${gpu[@]}" "${typed[@]}" '/_host\.abi3\.so$' '/_segment\.abi3\.so$' 'dist-info/.*LICENSE$' 'entry_points\.txt$'; do
     has "$work/contents of the wheel" "$pattern"
 done
 lacks "$work/contents of the wheel" '\.(cpp|hpp|c|h|o)$'

@@ -58,9 +58,9 @@ stage() {
         mpi-2) SYNCBN_TEST_TRANSPORT=mpi ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup -m "program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 25 -m "program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
-        kernels) timeout -k 10 1500 python -m pytest -n 2 -m "(builds or nvrtc or slow) and not program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        kernels) timeout -k 10 1500 python -m pytest -n 2 --durations 15 -m "(builds or nvrtc or slow) and not program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) ranks 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
             ranks 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \

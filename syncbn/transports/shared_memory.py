@@ -52,7 +52,9 @@ _FOLLOWS = "(follows) "
 
 
 class RankEndedError(RuntimeError):
-    """A rank has ended, and this one waits for it."""
+    """A rank of this host has ended, and this one waits for it. Its text says how that one ended, and in which call."""
+
+    __module__ = "syncbn"
 
 
 @final

@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from tests.processes import descendants, kill, start, survivors
 
 PROGRAM = Path(__file__).parent / "fault_program.py"
@@ -56,6 +58,12 @@ def outcome(folder, statuses, ended, out, err, left):
     return Outcome(statuses, ended - max(begun, default=0.0), out, err, report, left)
 
 
+def left_by(job):
+    """What still listens of a job over gloo: on its port, or a process of it."""
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    return [f"{each}" for each in listening if each.laddr.port == job["port"] or each.pid in job["pids"]]
+
+
 class Nest:
     """Jobs over gloo, see ``nest.py``. Any thread may run one."""
 
@@ -90,7 +98,8 @@ class Nest:
         with self._lock:
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
-        pids = said.get(timeout=60)["pids"]
+        begun = said.get(timeout=60)
+        pids = begun["pids"]
         if then is not None:
             then(folder, pids)
         deadline, ends, given_up = time.monotonic() + patience, {}, []
@@ -106,7 +115,7 @@ class Nest:
         out, err = (
             "".join((folder / f"{name}.{rank}").read_text() for rank in range(ranks)) for name in ("out", "err")
         )
-        return outcome(folder, statuses, max(end["time"] for end in ends.values()), out, err, [])
+        return outcome(folder, statuses, max(end["time"] for end in ends.values()), out, err, left_by(begun))
 
     def close(self):
         self._process.stdin.close()

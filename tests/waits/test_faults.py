@@ -249,12 +249,32 @@ def test_the_ranks_that_report_are_killed(nest, tmp_path, ranks):
     assert "forward of 'stem.1' (call 12)" in done.err, done
 
 
-def everywhere():
-    cases = [(ranks, name, 1, "average") for ranks in (3, 2, 4) for name in FAULTS]
-    cases += [(3, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep", "swaps", "evaluates")]
-    cases += [(2, name, 0, "average") for name in ("exception", "kill", "exits", "stop", "sleep")]
-    cases += [(3, name, 1, "ddp") for name in ("exception", "kill", "fewer", "sleep", "swaps", *WITH_DDP)]
-    return cases
+NOT_RANK_1 = [(3, name, 0) for name in ("exception", "kill", "exits", "stop", "sleep", "swaps", "evaluates")]
+NOT_RANK_1 += [(2, name, 0) for name in ("exception", "kill", "exits", "stop", "sleep")]
+OTHER_SIZES = [
+    "exception",
+    "kill",
+    "fewer",
+    "sleep",
+    "stop",
+    "swaps",
+    "skips_last",
+    "no_backward",
+    "evaluates",
+    "caught",
+]
+"""Over gloo; through shared memory all faults run at all sizes."""
+
+
+def cases(sizes, others=()):
+    """All faults at some sizes, some at others, and those of other ranks, in DDP and in compiled models."""
+    found = [(ranks, name, 1, "average") for ranks in sizes for name in FAULTS]
+    found += [(ranks, name, 1, "average") for ranks in others for name in OTHER_SIZES]
+    found += [(*case, "average") for case in NOT_RANK_1]
+    return found + [(3, name, 1, "ddp") for name in ("exception", "kill", "fewer", "sleep", "swaps", *WITH_DDP)]
+
+
+COMPILED = [(3, name, 1, "compiled") for name in ("exception", "kill", "sleep", "eps", "width")]
 
 
 def jobs_over(transport, request, nest, folder, fixture):
@@ -275,7 +295,7 @@ def shared_jobs(request, nest, tmp_path_factory):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("case", everywhere(), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", cases((3,), (2, 4)), ids=lambda case: "-".join(map(str, case)))
 def test_over_gloo(gloo_jobs, case):
     ranks, name, rank, how = case
     check(name, gloo_jobs(case), rank=rank, ranks=ranks, how=how)
@@ -283,7 +303,7 @@ def test_over_gloo(gloo_jobs, case):
 
 @pytest.mark.faults
 @pytest.mark.skipif(bool(shared_memory.problem()), reason=shared_memory.problem())
-@pytest.mark.parametrize("case", everywhere(), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*cases((2, 3, 4)), *COMPILED], ids=lambda case: "-".join(map(str, case)))
 def test_through_shared_memory(shared_jobs, case):
     ranks, name, rank, how = case
     check_shared(name, shared_jobs(case), rank=rank, ranks=ranks, how=how)
@@ -377,8 +397,9 @@ def test_mpich_kills_all_ranks_at_once_where_one_is_killed(tmp_path):
 
 
 @pytest.mark.faults
-def test_two_threads_in_one_group_end(nest, tmp_path):
-    done = nest.run(tmp_path, 3, ["threads"], limit=LIMIT, patience=30, **GLOO)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_two_threads_in_one_group_end(nest, tmp_path, transport):
+    done = nest.run(tmp_path, 3, ["threads"], limit=LIMIT, patience=30, SYNCBN_TRANSPORT=transport)
     text = " ".join(done.err.split())
     assert GIVEN_UP not in done.statuses, done
     assert done.seconds < LIMIT + SOON, done

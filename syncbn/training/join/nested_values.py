@@ -36,7 +36,7 @@ class Group(NamedTuple):
 class Encoder:
     """Turns nested values into JSON and a list of tensors.
 
-    A container becomes ``[kind, items]``, a tensor ``["tensor", index, dtype, shape, stride, on_host]``.
+    A container becomes ``[kind, items]``, a tensor ``["tensor", index, dtype, shape, stride, on_cpu]``.
     """
 
     def __init__(self) -> None:
@@ -95,8 +95,8 @@ def broadcast(encoded: Any, tensors: Sequence[Tensor], root: int, group: Group) 
     if group.host.rank == root:
         found = dict(enumerate(tensors))
         for pack in _packs(encoded):
-            where = group.host if pack[0].on_host else group.transport
-            device = torch.device("cpu") if pack[0].on_host else group.device
+            where = group.host if pack[0].on_cpu else group.transport
+            device = torch.device("cpu") if pack[0].on_cpu else group.device
             where.broadcast(torch.cat([found[leaf.place].reshape(-1).to(device) for leaf in pack]), root)
     else:
         found = {index: t for pack in _packs(encoded) for index, t in _receive(pack, root, group)}
@@ -123,15 +123,15 @@ class _Leaf(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
     stride: list[int]
-    on_host: bool
+    on_cpu: bool
 
 
 def _leaves(encoded: Any) -> Iterator[_Leaf]:
     if not isinstance(encoded, list):
         return
     if encoded[0] == "tensor":
-        _, index, dtype, shape, stride, on_host = encoded
-        yield _Leaf(index, getattr(torch, dtype.removeprefix("torch.")), torch.Size(shape), stride, on_host)
+        _, index, dtype, shape, stride, on_cpu = encoded
+        yield _Leaf(index, getattr(torch, dtype.removeprefix("torch.")), torch.Size(shape), stride, on_cpu)
         return
     for item in encoded[1]:
         yield from _leaves(item[1] if encoded[0] in _DICTS else item)
@@ -142,7 +142,7 @@ def _packs(encoded: Any) -> Iterator[list[_Leaf]]:
     packs: dict[Any, list[_Leaf]] = {}
     sizes: Counter[Any] = Counter()
     for leaf in _leaves(encoded):
-        key, size = (leaf.dtype, leaf.on_host), leaf.shape.numel() * leaf.dtype.itemsize
+        key, size = (leaf.dtype, leaf.on_cpu), leaf.shape.numel() * leaf.dtype.itemsize
         if key in packs and sizes[key] + size > PACK_BYTES:
             yield packs.pop(key)
             sizes[key] = 0
@@ -153,9 +153,9 @@ def _packs(encoded: Any) -> Iterator[list[_Leaf]]:
 
 def _receive(pack: list[_Leaf], root: int, group: Group) -> Iterator[tuple[int, Tensor]]:
     sizes = [leaf.shape.numel() for leaf in pack]
-    device = torch.device("cpu") if pack[0].on_host else group.device
+    device = torch.device("cpu") if pack[0].on_cpu else group.device
     flat = torch.empty(sum(sizes), dtype=pack[0].dtype, device=device)
-    (group.host if pack[0].on_host else group.transport).broadcast(flat, root)
+    (group.host if pack[0].on_cpu else group.transport).broadcast(flat, root)
     for leaf, values in zip(pack, torch.split(flat, sizes), strict=True):
         tensor = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=device)
         yield leaf.place, tensor.copy_(values.view(leaf.shape))
