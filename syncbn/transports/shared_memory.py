@@ -40,8 +40,8 @@ else:
     _BUILT = True
     segment.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
-SLOT, LEAST_SLOT, TOTAL = 2**18, 2**16, 2**25
-"""Bytes of a slot; the least; and of all slots of a group, unless that makes them smaller still."""
+SLOT, LEAST_SLOT, TOTAL, PAGE = 2**18, 2**16, 2**25, 2**12
+"""Bytes of a slot; the least; of all slots of a group, unless that makes them smaller still; and what divides them."""
 DONE, WAITS, DIFFERS, ELSEWHERE, EARLIER = range(5)
 """What the compiled part answers: every tenth of a second of waiting it says so."""
 _SUM = -1
@@ -230,14 +230,14 @@ def _gather(row: list[float], host: AbstractTransport) -> list[list[float]]:
 
 def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | None, str]:
     """Opens one segment on all ranks, or on none. Returns it, or why this rank has none."""
-    ranks, slot = host.size, max(LEAST_SLOT, min(SLOT, TOTAL // (2 * host.size)))
+    ranks, slot = host.size, slot_bytes(host.size)
     files, opened, why, key = [], None, "", secrets.randbits(52) + 1
     try:
         if host.rank == 0:
             files.append(_create(segment.size(ranks, slot)))
             opened = segment.map(files[0], 0, ranks, slot)
             segment.set_key(opened, key)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         why = f"the first rank cannot make a memory file of {segment.size(ranks, slot)} bytes ({error})"
     number, key = map(int, _gather([float(files[0] if files else -1), float(key)], host)[0])
     try:
@@ -246,12 +246,17 @@ def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | Non
             opened = segment.map(files[0], host.rank, ranks, slot)
             if segment.key(opened) != key:
                 raise FileNotFoundError(errno.ENOENT, "it is another file")
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         opened, why = None, f"rank {host.ranks[host.rank]} cannot open the memory of the first one ({error})"
     failed = any(row[0] for row in _gather([float(opened is None)], host))
     for file in files:  # the mapping stays
         os.close(file)
     return (None, why) if failed else (opened, "")
+
+
+def slot_bytes(ranks: int) -> int:
+    """Returns the bytes of a slot, whole pages."""
+    return max(LEAST_SLOT, min(SLOT, TOTAL // (2 * ranks) // PAGE * PAGE))
 
 
 def _create(size: int) -> int:
