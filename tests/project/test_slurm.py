@@ -68,7 +68,7 @@ def slurm(tmp_path):
 def test_slurm_without_pmi_trains_over_torch_distributed(program, slurm):
     done, options, command, address, threads = slurm(program(TRAIN), "--epochs", "3", PMI="none", SLURM_CPUS_PER_TASK=2)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == [f"{r} of 2 torch 6.5 ['--epochs', '3']" for r in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == [f"{r} of 2 shm 6.5 ['--epochs', '3']" for r in (0, 1)]
     assert options == {"mpi": "none", "ntasks": "2", "cpus-per-task": "2", "kill-on-bad-exit": "1"}
     assert (command[0], address, threads) == ("python", None, "1")
 
@@ -85,13 +85,13 @@ def test_slurm_on_two_hosts_meets_at_the_first(program, slurm):
     done, _, _, address, _ = slurm(program(TRAIN), nodes=2, PMI="none")
     assert done.returncode == 0, done.stderr
     assert address == "localhost"
-    assert sorted(done.stdout.splitlines()) == [f"{r} of 2 torch 6.5 []" for r in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == [f"{r} of 2 shm 6.5 []" for r in (0, 1)]
 
 
 def test_slurm_with_pmi_trains_over_mpi(program, slurm):
     done, options, command, address, _ = slurm(program(TRAIN), NPROC=2, SLURM_NTASKS=7)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == [f"{r} of 2 mpi 6.5 []" for r in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == [f"{r} of 2 shm 6.5 []" for r in (0, 1)]
     assert (options["mpi"], options["ntasks"], command[1:3], address) == ("pmix", "2", ["-m", "mpi4py"], None)
 
 

@@ -24,9 +24,9 @@ NOTICED = 1.0
 
 
 @pytest.mark.program
-@pytest.mark.parametrize(("start", "ranks"), [(processes.torchrun, 2), (processes.mpirun, 3), (processes.torchrun, 8)])
+@pytest.mark.parametrize(("start", "ranks"), [(processes.mpirun, 2), (processes.torchrun, 8)])
 def test_every_exchange_is_exact(start, ranks):
-    done = start(ranks, "tests/transports/soak.py", "--exchanges", 10_000 if ranks < 8 else 3_000)
+    done = start(ranks, "tests/transports/soak.py", "--exchanges", 10_000 if ranks < 8 else 1_000)
     assert done.returncode == 0, done.stderr
     exact = re.findall(r"over shm: (\d+) of \1 exchanges exact", done.stdout)
     assert len(exact) == ranks, done.stdout

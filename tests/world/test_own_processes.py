@@ -43,7 +43,7 @@ def test_spawned_processes_count_themselves_and_keep_the_users_limit(tmp_path):
     """init_process_group(rank=...) leaves no variable that says which process of this host each one is."""
     program = tmp_path / "spawn.py"
     program.write_text(SPAWN)
-    done = run(sys.executable, program, 2, tmp_path / "store", PYTHONPATH=".", limit=90)
+    done = run(sys.executable, program, 2, tmp_path / "store", PYTHONPATH=".", SYNCBN_TRANSPORT="torch", limit=90)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert f"rank {rank} of 2, local {rank}, True" in done.stdout, done.stdout + done.stderr
