@@ -12,8 +12,8 @@ A tour, in reading order:
     functional.py     the skeleton: the steps above, in order, for every kind of call
     moments.py        the wire: which call it is, and sums of x and x * x, in float64
     kernels/          the steps on one process's data: torch_ops.py is readable, host/ compiled C++, cuda/ for GPUs
-    transports/       the step across processes; groups.py is what a module stores of a group, gather.py the
-                      errors that all ranks raise alike
+    transports/       the step across processes, on one host through shared_memory.py and segment.hpp; groups.py is
+                      what a module stores of a group, gather.py the errors that all ranks raise alike
     checks/           the errors of a call
     calls/            how one forward and its backward are done: eager, compiled, repeated, renormalized
     layer.py          the module, SyncBatchNorm; evaluation.py is eval of mixed dtypes

@@ -59,8 +59,8 @@ def fork(job, rank, port):
 
 
 def prepare(words):
-    """Imports what only DDP and compiled models need, so that their ranks need not."""
-    if "ddp" in words or "compiled" in words:
+    """Imports what only DDP needs, so that its ranks need not. A fork cannot compile: compiled jobs have a launcher."""
+    if "ddp" in words:
         import torch._dynamo  # noqa: F401
 
 
