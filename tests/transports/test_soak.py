@@ -42,7 +42,8 @@ class Kill:
     def __call__(self, folder, pids):
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            if all("begun" in (folder / f"out.{rank}").read_text() for rank in range(self.ranks)):
+            said = [path.read_text() for path in folder.glob("out.*")]
+            if len(said) == self.ranks and all("begun" in text for text in said):
                 break
             time.sleep(0.02)
         time.sleep(self.random.random() * 0.3)
