@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 CHOICES = ("auto", "host", "torch")
-OVERRIDE = "SYNCBN_KERNELS"
+OVERRIDE, ISA = "SYNCBN_KERNELS", "SYNCBN_HOST_ISA"
 OLDEST = (8, 0)
 """The lowest compute capability that has the kernels' instructions, those for bfloat16 above all."""
 PLAIN = (Tensor, Parameter)
@@ -137,8 +137,9 @@ def explain() -> Choice:
     """Says which kernels CPU tensors get in this process, and why.
 
     Raises:
-        ValueError: if ``SYNCBN_KERNELS`` is not one of ``CHOICES``.
-        RuntimeError: if it is "host" and the host kernels cannot be loaded.
+        ValueError: if ``SYNCBN_KERNELS`` is not one of ``CHOICES``, or ``SYNCBN_HOST_ISA`` names no instruction set that
+            was built and that this processor runs.
+        RuntimeError: if the first is "host" and the host kernels cannot be loaded.
     """
     wanted = os.environ.get(OVERRIDE, "auto")
     if wanted not in CHOICES:
@@ -149,7 +150,14 @@ def explain() -> Choice:
     if not problem:
         from syncbn.kernels.host import _host
 
-        return Choice("host", f"compiled C++ for {_host.instruction_set()}, the best that this processor runs")
+        isa = os.environ.get(ISA)
+        if not isa:
+            return Choice("host", f"compiled C++ for {_host.instruction_set()}, the best that this processor runs")
+        if isa not in _host.instruction_sets():
+            known = ", ".join(_host.instruction_sets())
+            raise ValueError(f"{ISA} must be one of {known} on this processor; received {isa!r}. Correct or unset it.")
+        _host.use_instruction_set(isa)
+        return Choice("host", f"compiled C++ for {isa}, by {ISA}")
     if wanted == "host":
         raise RuntimeError(
             f"{OVERRIDE}=host needs the compiled host kernels; {problem}. "

@@ -26,6 +26,25 @@ def test_the_environment_chooses(monkeypatch):
         explain()
 
 
+def test_the_environment_chooses_the_instruction_set(monkeypatch):
+    from syncbn.kernels.host import _host
+
+    monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
+    fastest = _host.instruction_set()
+    try:
+        for name in _host.instruction_sets():
+            monkeypatch.setenv("SYNCBN_HOST_ISA", name)
+            assert explain() == ("host", f"compiled C++ for {name}, by SYNCBN_HOST_ISA")
+            assert _host.instruction_set() == name
+        monkeypatch.setenv("SYNCBN_HOST_ISA", "pentium")
+        with pytest.raises(
+            ValueError, match="SYNCBN_HOST_ISA must be one of .*baseline on this processor; received 'pe"
+        ):
+            explain()
+    finally:
+        _host.use_instruction_set(fastest)
+
+
 def test_without_compiled_kernels_the_readable_ones_serve(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
@@ -47,11 +66,11 @@ def test_a_build_without_a_compiler_succeeds(tmp_path):
     for name in ("syncbn", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         source = processes.ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    for built in tmp_path.rglob("_host*.so"):
+    for built in tmp_path.rglob("*.abi3.so"):
         built.unlink()
     words = [sys.executable, "setup.py", "--quiet", "build", "--build-base", "build"]
     nothing = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
     done = subprocess.run(words, cwd=tmp_path, env=nothing, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "build").rglob("torch_ops.py"))
-    assert not list(tmp_path.rglob("_host*.so"))
+    assert not list(tmp_path.rglob("*.abi3.so"))
