@@ -137,8 +137,8 @@ def explain() -> Choice:
     """Says which kernels CPU tensors get in this process, and why.
 
     Raises:
-        ValueError: if ``SYNCBN_KERNELS`` is not one of ``CHOICES``, or ``SYNCBN_HOST_ISA`` names no instruction set that
-            was built and that this processor runs.
+        ValueError: if ``SYNCBN_KERNELS`` is not one of ``CHOICES``, or ``SYNCBN_HOST_ISA`` no instruction set that this
+            processor runs.
         RuntimeError: if the first is "host" and the host kernels cannot be loaded.
     """
     wanted = os.environ.get(OVERRIDE, "auto")
