@@ -18,6 +18,8 @@ from syncbn.transports import launchers
 
 GRACE = 5.0
 """Seconds for which a failing rank waits for rank 0 to print: a launcher ends all processes when one fails."""
+PASSED_ON = 0.5
+"""Seconds that a launcher gets to pass on what rank 0 has printed, before it hears that rank 0 has failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,17 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _last(status: int) -> int:
-    """Delays a failing rank other than rank 0. Returns its status."""
-    if status and _rank() > 0:
-        time.sleep(GRACE)
+    """Delays a failing rank, rank 0 the least. Returns its status."""
+    rank, size = _place()
+    if status and size > 1:
+        time.sleep(GRACE if rank > 0 else PASSED_ON)
     return status
 
 
-def _rank() -> int:
+def _place() -> tuple[int, int]:
+    """Returns rank and size of the job."""
     try:
-        return launchers.detect().rank
+        launch = launchers.detect()
     except ValueError:  # the launcher's variables are no numbers: the doctor reports it
-        return 0
+        return 0, 1
+    return launch.rank, launch.size
 
 
 @final
@@ -63,7 +68,7 @@ class _RankZeroParser(argparse.ArgumentParser):
     """A parser that prints on rank 0 only."""
 
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        if _rank() == 0:
+        if _place()[0] == 0:
             super()._print_message(message, file)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:

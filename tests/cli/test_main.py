@@ -61,6 +61,15 @@ def test_wrong_arguments_end_with_status_2_and_say_what_is_wrong(naps, capsys, w
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_rank_0_leaves_its_launcher_time_to_pass_on_what_it_has_said(naps, capsys, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(SystemExit):
+        main.main(["heal"])
+    assert naps == [main.PASSED_ON]
+    assert "heal" in capsys.readouterr().err
+
+
 def test_another_rank_fails_silently_and_after_rank_0(naps, capsys, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
