@@ -123,6 +123,8 @@ def check_apart(fault, done, text, rank):
     """Both calls are named, or gloo has ended ranks before they could say in which they were."""
     gone = re.search(r"(?i)the process(es)? of ranks? (\d+)(, \d+)? (is|are) gone", text)
     named = fault.call in text, fault.says in text
+    if "Message truncated, error stack" in text and not any(named):
+        return  # MPICH has ended the job itself, on a communicator of its own that no error handler of ours reaches
     assert any(named), f"it names no call\n{done}"
     assert all(named) or gone, f"it names one call\n{done}"
     assert gone is None or "op.preamble.length" in text, done
