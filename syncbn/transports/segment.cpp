@@ -17,7 +17,7 @@ using namespace syncbn;
 
 constexpr const char* NAME = "syncbn.segment";
 constexpr uint64_t LONG_ENOUGH = 1 << 16;  // bytes whose sum takes longer than letting another thread run
-constexpr double TICK = 0.1;               // seconds, see shared_memory.py
+constexpr double TICK = 0.1;               // seconds after which a call that waits lets Python look around
 enum Answer { ELSEWHERE = 3, EARLIER };    // beside those of Progress
 
 std::atomic<uint32_t> forks{0};  // in this process and those it was forked from

@@ -11,7 +11,6 @@ W ranks.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import warnings
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from syncbn import moments
 from syncbn.moments import Numbers
-from syncbn.transports import gather
+from syncbn.transports import gather, memory_file
 from syncbn.transports.base import AbstractTransport, MismatchError
 from syncbn.waits import processes
 from syncbn.waits.processes import GONE, Process
@@ -40,13 +39,10 @@ else:
     _BUILT = True
     segment.learn_torch(Tensor.__dlpack_c_exchange_api__, Tensor)
 
-SLOT, LEAST_SLOT, TOTAL, PAGE = 2**18, 2**16, 2**25, 2**12
-"""Bytes of a slot; the least; of all slots of a group, unless that makes them smaller still; and what divides them."""
 DONE, WAITS, DIFFERS, ELSEWHERE, EARLIER = range(5)
 """What the compiled part answers: every tenth of a second of waiting it says so."""
 _SUM = -1
 _WHAT = "the choice of shared memory"
-_NAME = "syncbn"
 _FOLLOWS = "(follows) "
 """Before the farewell of a rank that ends since another one has ended."""
 
@@ -116,7 +112,7 @@ class SharedMemoryTransport(AbstractTransport):
 
     def say_farewell(self, text: str) -> None:
         """Tells the other ranks how this process has ended."""
-        segment.say_farewell(self._opened, self.rank, text)
+        segment.say_farewell(self._opened, self.rank, text.encode(errors="backslashreplace").decode())
 
     def _numbers(self) -> Numbers:
         """Returns what identifies a call that is no all-reduce: its name, if it has one."""
@@ -230,11 +226,11 @@ def _gather(row: list[float], host: AbstractTransport) -> list[list[float]]:
 
 def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | None, str]:
     """Opens one segment on all ranks, or on none. Returns it, or why this rank has none."""
-    ranks, slot = host.size, slot_bytes(host.size)
+    ranks, slot = host.size, memory_file.slot_bytes(host.size)
     files, opened, why, key = [], None, "", secrets.randbits(52) + 1
     try:
         if host.rank == 0:
-            files.append(_create(segment.size(ranks, slot)))
+            files.append(memory_file.create(segment.size(ranks, slot)))
             opened = segment.map(files[0], 0, ranks, slot)
             segment.set_key(opened, key)
     except (OSError, MemoryError) as error:
@@ -242,7 +238,7 @@ def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | Non
     number, key = map(int, _gather([float(files[0] if files else -1), float(key)], host)[0])
     try:
         if host.rank > 0 and number >= 0:
-            files.append(_open_file(members[0].pid, number, segment.size(ranks, slot)))
+            files.append(memory_file.open_of(members[0].pid, number, segment.size(ranks, slot)))
             opened = segment.map(files[0], host.rank, ranks, slot)
             if segment.key(opened) != key:
                 raise FileNotFoundError(errno.ENOENT, "it is another file")
@@ -252,35 +248,6 @@ def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | Non
     for file in files:  # the mapping stays
         os.close(file)
     return (None, why) if failed else (opened, "")
-
-
-def slot_bytes(ranks: int) -> int:
-    """Returns the bytes of a slot, whole pages."""
-    return max(LEAST_SLOT, min(SLOT, TOTAL // (2 * ranks) // PAGE * PAGE))
-
-
-def _create(size: int) -> int:
-    """Makes a memory file. Its pages are there at once: for one that comes later and does not fit, a process dies."""
-    file = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.posix_fallocate(file, 0, size)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError:
-        os.close(file)
-        raise
-    return file
-
-
-def _open_file(pid: int, number: int, size: int) -> int:
-    """Opens a memory file of another process of this user."""
-    path = f"/proc/{pid}/fd/{number}"
-    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-        raise FileNotFoundError(errno.ENOENT, "it is another file", path)
-    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    if os.fstat(file).st_size != size:
-        os.close(file)
-        raise FileNotFoundError(errno.ENOENT, "it has another size", path)
-    return file
 
 
 _END = "came to the end of the program"

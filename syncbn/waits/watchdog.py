@@ -152,7 +152,7 @@ class Watchdog(threading.Thread):
                 continue
             patience = own.limit if wait.patience is None else wait.patience
             told = f"syncbn: rank {own.rank} has waited for {limits.spoken(wait.waited)} in {wait.current}, and "
-            awaited = sorted(dead.intersection(members[wait.group]))
+            awaited = sorted(dead.intersection(members.get(wait.group, ())))
             if awaited and wait.waited >= ORPHANED:
                 gone = f"of rank {awaited[0]} is" if len(awaited) == 1 else f"of ranks {awaited[0]}, {awaited[1]} are"
                 told += f"the process{'es' * (len(awaited) > 1)} {gone} gone, with all ranks that could report."

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import syncbn
-from syncbn.transports import shared_memory
+from syncbn.transports import memory_file, shared_memory
 from syncbn.transports.base import MismatchError
 from syncbn.transports.shared_memory import on_one_host
 from tests.conftest import DEVICE, TRANSPORT
@@ -71,9 +71,9 @@ def test_its_pages_go_when_the_group_goes(ranks, library):
 
 
 def test_only_this_user_may_open_it():
-    file = shared_memory._create(4096)
+    file = memory_file.create(4096)
     try:
-        assert os.fstat(file).st_mode & 0o077 == 0 or not os.path.exists(f"/dev/shm/{shared_memory._NAME}")
+        assert os.fstat(file).st_mode & 0o077 == 0 or not os.path.exists(f"/dev/shm/{memory_file.NAME}")
         with pytest.raises(PermissionError):
             os.ftruncate(file, 0)  # sealed: nobody can take the pages away from another rank
     finally:
@@ -95,7 +95,7 @@ def test_no_memory_on_the_first_rank_is_a_warning_there_and_the_library_serves(r
     def full(size):
         raise FULL
 
-    monkeypatch.setattr(shared_memory, "_create", full)
+    monkeypatch.setattr(memory_file, "create", full)
     made, said = quiet(lambda: on_one_host(library, "auto"))
     ranks.check(made is library)
     ranks.check(len(said) == (ranks.rank == 0), f"{said}")
@@ -114,7 +114,7 @@ def test_no_memory_on_the_first_rank_is_a_warning_there_and_the_library_serves(r
 
 @pytest.mark.parametrize("why", ["refused", "another file", "another size"])
 def test_a_rank_that_cannot_open_it_takes_all_back_to_the_library(ranks, library, monkeypatch, why):
-    opens = shared_memory._open_file
+    opens = memory_file.open_of
 
     def fails(pid, number, size):
         if not last(ranks):
@@ -123,9 +123,9 @@ def test_a_rank_that_cannot_open_it_takes_all_back_to_the_library(ranks, library
             raise PermissionError(errno.EACCES, "Permission denied")
         if why == "another size":
             return opens(pid, number, size + 4096)
-        return shared_memory._create(size)  # its key is 0
+        return memory_file.create(size)  # its key is 0
 
-    monkeypatch.setattr(shared_memory, "_open_file", fails)
+    monkeypatch.setattr(memory_file, "open_of", fails)
     made, said = quiet(lambda: on_one_host(library, "auto"))
     ranks.check(made is library)
     ranks.check(len(said) == last(ranks), f"{said}")

@@ -2,12 +2,13 @@
 """Shared memory, as far as one process can see it. On every rank: tests/multiprocess/test_shared_memory.py."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from syncbn.transports import shared_memory
-from syncbn.transports.shared_memory import LEAST_SLOT, PAGE, SLOT, TOTAL, slot_bytes
+from syncbn.transports import memory_file, shared_memory
+from syncbn.transports.memory_file import LEAST_SLOT, PAGE, SLOT, TOTAL, slot_bytes
 
 pytestmark = pytest.mark.skipif(bool(shared_memory.problem()), reason=shared_memory.problem())
 
@@ -24,7 +25,7 @@ def test_a_slot_is_whole_pages_and_all_together_are_bounded():
 def alone():
     """A segment of one rank."""
     segment = shared_memory.segment
-    file = shared_memory._create(segment.size(1, LEAST_SLOT))
+    file = memory_file.create(segment.size(1, LEAST_SLOT))
     yield segment.map(file, 0, 1, LEAST_SLOT)
     os.close(file)
 
@@ -36,6 +37,14 @@ def test_a_farewell_is_cut_where_it_does_not_fit(alone):
     said = segment.farewell(alone, 0)
     assert said.startswith("ended with ValueError: éé")
     assert 1000 < len(said.encode()) <= 1020
+
+
+def test_a_farewell_of_a_text_that_is_none(alone):
+    """As of an error with the name of a file: what it raised would end the farewell to the watchdog, too."""
+    host = SimpleNamespace(rank=0, size=1, ranks=(0,), group_id=1, spec=None)
+    transport = shared_memory.SharedMemoryTransport(host, alone, [])
+    transport.say_farewell("ended with OSError: \udcff")
+    assert shared_memory.segment.farewell(alone, 0) == "ended with OSError: \\udcff"
 
 
 WRONG = {

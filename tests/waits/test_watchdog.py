@@ -108,6 +108,15 @@ def test_dead_ranks_that_nobody_waits_for_end_nothing(dog, said):
     assert said == []
 
 
+def test_a_group_that_is_given_up_while_it_is_looked_at_does_not_end_the_thread(dog, said):
+    dead(dog, 2, 4)
+    dog.group.enter("World.average")
+    own = dog.reader.read(limits.TICK, LIMIT)
+    dog.reader.groups = list
+    dog._look_alone(own)
+    assert said == []
+
+
 def test_a_rank_that_has_said_goodbye_is_not_dead(dog, said):
     dead(dog, 1, 4).is_dead = False
     dog.group.enter("World.average")
