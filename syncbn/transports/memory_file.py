@@ -22,6 +22,7 @@ def create(size: int) -> int:
     """Makes a memory file. Its pages are there at once: for one that comes later and does not fit, a process dies."""
     file = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        os.fchmod(file, 0o600)
         os.posix_fallocate(file, 0, size)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except OSError:
