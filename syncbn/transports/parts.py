@@ -7,6 +7,7 @@ W ranks.
 from __future__ import annotations
 
 import socket
+from collections import Counter
 
 import torch
 
@@ -47,6 +48,16 @@ def connect_part(spec: GroupSpec, everyone: AbstractTransport) -> AbstractTransp
         names = gather.gather_notes(socket.gethostname(), everyone)
         raise ValueError(_unequal(hosts, names, everyone.ranks))
     return everyone.split(numbers.index(hosts[everyone.rank]))
+
+
+def ranks_of_hosts(everyone: AbstractTransport) -> list[int]:
+    """Counts the ranks of each host, in the order of their first ranks.
+
+    Communication:
+        One all-reduce of W + 7 float64 values.
+    """
+    row = torch.tensor([float(processes.own().host)], dtype=torch.float64, device="cpu")
+    return list(Counter(gather.gather(row, everyone)[:, 0].tolist()).values())
 
 
 def _unequal(hosts: list[float], names: list[str], ranks: tuple[int, ...]) -> str:
