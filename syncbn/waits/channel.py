@@ -31,8 +31,8 @@ _PAUSE = 0.05
 
 
 def listen(address: str, port: int = 0, backlog: int = 128) -> socket.socket:
-    """Opens a socket that listens on a port of an address; port 0 for a free one, "" for all of this host's."""
-    listener = socket.socket()
+    """Opens a socket that listens on a port of an address; port 0 for a free one."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
     listener.listen(backlog)
