@@ -57,7 +57,11 @@ def over_torch(group: Any, device_type: str) -> AbstractTransport:
         apart = device_type == "cpu" or _goes_over_gloo(device_type)
         group = group_of_everyone(device_type) if apart else dist.group.WORLD
     transport = TorchTransport(group, device_type)
-    return _on_one_host(transport) if device_type == "cpu" else transport
+    if device_type != "cpu":
+        return transport
+    from syncbn.transports.nodes import by_nodes
+
+    return by_nodes(transport, os.environ.get(choices.OVERRIDE, "auto"))
 
 
 def _on_one_host(transport: AbstractTransport) -> AbstractTransport:

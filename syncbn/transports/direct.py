@@ -5,9 +5,9 @@ gloo's all-reduce passes a message on 2 (W - 1) times, and each time asks first 
 one-way delays of the network. Here two receives from every rank are always posted ahead, so a message goes at once, and
 a sum takes one delay.
 
-A message is ``[sequence, bytes, dtype, numbers of the call (4), 0]`` and the values. It is received into memory of a
-fixed size, so ranks in calls of different length find that out by comparing, where gloo would end the process. A wire
-that is too long to be sent W - 1 times leaves its values out: gloo's all-reduce sums it, after the heads agree.
+A message is ``[sequence, bytes, dtype, numbers of the call (4), sound]`` and the values. It is received into memory
+of a fixed size, so ranks in calls of different length find that out by comparing, where gloo would end the process. A
+wire that is too long to be sent W - 1 times leaves its values out: gloo's all-reduce sums it, after the heads agree.
 
 W ranks.
 """
@@ -57,13 +57,14 @@ class Direct:
     def _post(self, group: Any, other: int, memory: Tensor) -> None:
         self._posted[other].append((memory, group.recv([memory], other, TAG)))
 
-    def sum(self, wire: Tensor, numbers: Numbers, group: Any) -> bool | None:
+    def sum(self, wire: Tensor, numbers: Numbers, group: Any, *, sound: bool = True) -> bool | None:
         """Sums a wire in place, if it is not too long. Returns whether; None if ranks are in different calls.
 
         Args:
             wire: contiguous float64 or float32, on the CPU.
             numbers: of the call.
             group: the process group.
+            sound: False if this rank knows already that ranks are in different calls.
 
         Raises:
             RuntimeError: by gloo, if a rank has ended or does not answer within the limit of the group.
@@ -71,7 +72,7 @@ class Direct:
         self._sequence += 1
         flat = wire.view(-1)
         small = wire.nbytes <= LONGEST
-        head = (self._sequence, wire.nbytes, _DTYPES[wire.dtype], *numbers)
+        head = (self._sequence, wire.nbytes, _DTYPES[wire.dtype], *numbers, float(sound))
         self._own[: len(head)] = torch.tensor(head, dtype=torch.float64, device="cpu")
         if small:
             self._values(self._own, flat).copy_(flat)
@@ -112,5 +113,5 @@ def direct_of(group: Any, rank: int, size: int) -> Direct:
 
 def _agree(heads: list[list[float]]) -> bool:
     """Whether all ranks are in one call. One that abstains from naming it fits every call of its length."""
-    calls = {tuple(head[3:]) for head in heads if head[3]}
-    return len(calls) <= 1 and len({tuple(head[:3]) for head in heads}) == 1
+    calls = {tuple(head[3:7]) for head in heads if head[3]}
+    return len(calls) <= 1 and len({tuple(head[:3]) for head in heads}) == 1 and all(head[7] for head in heads)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import moments
+from syncbn.moments import Numbers
 from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, RECENT, AbstractTransport, MismatchError
 from syncbn.transports.direct import MOST_RANKS, Direct, direct_of
@@ -79,18 +80,19 @@ class TorchTransport(AbstractTransport):
             return wire.copy_(self.all_reduce(wire.to(self.device_type)))
         group = self.group
         if self._direct is not None and wire.is_cpu:
-            return self._sum_directly(wire, group)
+            return self.sum_of_call(wire, moments.ABSTAINS if self.current is None else self.current.numbers)
         try:
             sum_in_place(wire, group)
         except RuntimeError as error:  # gloo, also if another rank has closed the connection after its error
             raise MismatchError(f"torch.distributed.all_reduce of {wire.numel()} values failed: {error}") from error
         return wire
 
-    def _sum_directly(self, wire: Tensor, group: Any) -> Tensor:
+    def sum_of_call(self, wire: Tensor, numbers: Numbers, *, sound: bool = True) -> Tensor:
+        """Does :meth:`all_reduce` by a direct exchange; see :meth:`Direct.sum`."""
         assert self._direct is not None
-        numbers = moments.ABSTAINS if self.current is None else self.current.numbers
+        group = self.group
         try:
-            summed = self._direct.sum(wire, numbers, group)
+            summed = self._direct.sum(wire, numbers, group, sound=sound)
             if summed is False:  # too long: the heads agree, so gloo can sum it
                 sum_in_place(wire, group)
         except RuntimeError as error:
