@@ -20,12 +20,13 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
 
 # More processes than cores is allowed; Open MPI then yields instead of spinning. Two names: versions 4 and 5.
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
-export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-slot:oversubscribe}
 
 # A container runs as root, which Open MPI refuses without these two variables.
 if [ "$(id -u)" = 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 
-# The runner of mpi4py ends all processes at once when one of them raises; without it the others hang.
-exec "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"
+# The runner of mpi4py ends all processes at once when one of them raises; without it the others hang. mpirun itself can
+# hang, or end with status 0, when a host is lost: guard.py makes it end, and never with 0 where the job has failed.
+exec "$PYTHON" "$(dirname "$0")/guard.py" "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"

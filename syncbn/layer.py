@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class SyncBatchNorm(_BatchNorm):
         dtype: their dtype.
         bias: False leaves the bias out.
         group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must
-            divide the number of all ranks.
+            divide the number of all ranks. "node" is the ranks of one host, as many on each.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization; None is batch normalization. See
             :class:`syncbn.RenormLimits`.
         replays: True if a forward inside backward is one that activation checkpointing repeats: it then sends nothing.
@@ -90,7 +90,7 @@ class SyncBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        group_size: int | None = None,
+        group_size: int | Literal["node"] | None = None,
         renorm_limits: tuple[float, float] | None = None,
         replays: bool = True,
     ) -> None:

@@ -98,6 +98,7 @@ def to_text(report: Report) -> str:
         ("kernels", f"{report.kernels}: {report.kernels_reason}"),
         ("transport", f"{report.transport}: {report.reason}"),
         ("all-reduce", _all_reduce(report)),
+        *([] if report.hosts == 1 else [("in one node", _in_one_node(report))]),
     ]
     ranks = [list(asdict(place).values()) for place in report.ranks]
     parts = [
@@ -120,8 +121,18 @@ def _mpi(mpi: MPIFacts) -> str:
     return f"{mpi.name} {mpi.version} ({mpi.library})" if mpi.name else "not looked at"
 
 
+def _times(latency_us: dict[str, float]) -> str:
+    return ", ".join(f"{us:.1f} us at C = {C}" for C, us in latency_us.items())
+
+
+def _in_one_node(report: Report) -> str:
+    if not report.node_latency_us:
+        return f"not timed: the {report.hosts} hosts have different numbers of ranks"
+    return f"{_times(report.node_latency_us)} (group_size='node', {report.processes // report.hosts} ranks a host)"
+
+
 def _all_reduce(report: Report) -> str:
-    times = ", ".join(f"{us:.1f} us at C = {C}" for C, us in report.latency_us.items())
+    times = _times(report.latency_us)
     answer = {"right": "the known answer", "wrong": "a WRONG answer"}.get(report.all_reduce, report.all_reduce)
     return f"{answer}; {times}" if times else answer
 

@@ -22,13 +22,16 @@ import syncbn
 from syncbn import kernels, moments, transports
 from syncbn.cli import models
 from syncbn.cli.models import ModelReport
-from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe, shared_memory
+from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe, parts, shared_memory
 from syncbn.transports.choices import OVERRIDE
+from syncbn.transports.groups import NODE, GroupSpec
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
 
 CHANNELS = (64, 512, 2048)
-WARMUP, REPEATS = 20, 200
+LEAST_REPEATS, REPEATS = 5, 200
+SECONDS = 1.0
+"""The longest time for each C, unless the least number of repeats takes longer."""
 SEPARATOR = "\x1f"
 BUILD = "build the model"
 """The step in which code of the user runs."""
@@ -75,6 +78,9 @@ class Report:
     """right, wrong or not checked."""
     latency_us: dict[str, float] = field(default_factory=dict)
     """Of one all-reduce of a wire, by C: the median on the slowest rank."""
+    node_latency_us: dict[str, float] = field(default_factory=dict)
+    """The same for a group of one node, if the ranks are on several hosts, as many on each."""
+    hosts: int = 1
     model: ModelReport | None = None
     """Of the model that --model names."""
     problems: list[Problem] = field(default_factory=list)
@@ -224,9 +230,26 @@ def try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
     if not right:
         remedy = f"Do not train on it. Try another: {OVERRIDE}={' or '.join(transports.CHOICES[1:])}."
         report.complain(f"an all-reduce of the {transport.name} transport returned a wrong sum", remedy)
-    medians = torch.tensor([latency(transport, C, device) for C in CHANNELS], dtype=torch.float64, device="cpu")
+    report.latency_us = latencies(transport, everyone, device)
+    sizes = parts.ranks_of_hosts(everyone)
+    report.hosts = len(sizes)
+    if len(sizes) > 1 and len(set(sizes)) == 1:
+        report.step = "sum over the ranks of each host"
+        node = transports.choose(GroupSpec(NODE, ()), device.type)
+        report.node_latency_us = latencies(node, everyone, device)
+
+
+def latencies(transport: AbstractTransport, everyone: AbstractTransport, device: torch.device) -> dict[str, float]:
+    """Returns the median microseconds of an all-reduce of the forward wire by C, on the slowest rank of the job."""
+    first = gather.gather(_row([latency(transport, CHANNELS[-1], device, 3)]), everyone).max().item()
+    repeats = max(LEAST_REPEATS, min(REPEATS, int(SECONDS * 1e6 / (first + 1))))  # hosts may be far from each other
+    medians = _row([latency(transport, C, device, repeats) for C in CHANNELS])
     slowest = gather.gather(medians, everyone).amax(0).tolist()
-    report.latency_us = {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
+    return {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
+
+
+def _row(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def sums_are_right(transport: AbstractTransport, device: torch.device) -> bool:
@@ -236,17 +259,17 @@ def sums_are_right(transport: AbstractTransport, device: torch.device) -> bool:
     return bool((transport.all_reduce(k * (transport.rank + 1)) == k * total).all())
 
 
-def latency(transport: AbstractTransport, C: int, device: torch.device) -> float:
+def latency(transport: AbstractTransport, C: int, device: torch.device, repeats: int) -> float:
     """Returns this rank's median microseconds of an all-reduce of the forward wire."""
     wire = torch.zeros(moments.wire_length(C), dtype=torch.float64, device=device)
     times = []
-    for _ in range(WARMUP + REPEATS):
+    for _ in range(repeats + repeats // 10):
         start = time.perf_counter_ns()
         transport.all_reduce(wire)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(times[WARMUP:])
+    return statistics.median(times[repeats // 10 :])
 
 
 def _share_problems(report: Report, transport: AbstractTransport) -> None:

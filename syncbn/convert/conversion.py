@@ -8,7 +8,7 @@ reference to the layer stay as they are, so a shared layer stays shared and an o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,7 +30,7 @@ def convert_sync_batchnorm(
     module: nn.Module,
     process_group: Any = None,
     *,
-    group_size: int | None = None,
+    group_size: int | Literal["node"] | None = None,
     only: Only = None,
     replace: Functions | None = None,
 ) -> nn.Module:
@@ -44,7 +44,7 @@ def convert_sync_batchnorm(
         module: a model, or one layer.
         process_group: the ranks to synchronise over; None keeps the group that a torch.nn.SyncBatchNorm has.
         group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must divide
-            the number of all ranks.
+            the number of all ranks. "node" is the ranks of one host, as many on each.
         only: the layers to convert: a name with wildcards such as ``"backbone.*"``, a sequence of them, or a function
             of (name, layer) that returns whether to convert the layer. The other layers stay as they are.
         replace: for classes that cannot convert, ``{TheirNorm: function}``. The function takes a layer of exactly this

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         device: where to create parameters and buffers.
         dtype: their dtype.
         bias: False leaves the bias out.
-        group_size: the number of consecutive ranks to synchronise over.
+        group_size: the number of consecutive ranks to synchronise over, or "node".
         renorm_limits: ``(r_max, d_max)`` of batch renormalization.
         replays: True if a forward inside backward is one that activation checkpointing repeats.
     """
@@ -53,7 +53,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        group_size: int | None = None,
+        group_size: int | Literal["node"] | None = None,
         renorm_limits: tuple[float, float] | None = None,
         replays: bool = True,
     ) -> None:

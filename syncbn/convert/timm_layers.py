@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from timm.layers import norm_act
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class SyncBatchNormAct2d(SyncBatchNorm2d, norm_act.BatchNormAct2d):  # type: ign
     Args:
         num_features: C.
         process_group: the ranks to synchronise over.
-        group_size: the number of consecutive ranks to synchronise over.
+        group_size: the number of consecutive ranks to synchronise over, or "node".
         renorm_limits: ``(r_max, d_max)`` of batch renormalization.
         replays: True if a forward inside backward is one that activation checkpointing repeats.
         options: those of timm.layers.BatchNormAct2d.
@@ -34,7 +34,7 @@ class SyncBatchNormAct2d(SyncBatchNorm2d, norm_act.BatchNormAct2d):  # type: ign
         num_features: int,
         *args: Any,
         process_group: Any = None,
-        group_size: int | None = None,
+        group_size: int | Literal["node"] | None = None,
         renorm_limits: tuple[float, float] | None = None,
         replays: bool = True,
         **options: Any,

@@ -44,15 +44,6 @@ def connect_subset(spec: GroupSpec, device_type: str) -> AbstractTransport:
     return over_torch(handle, device_type)
 
 
-def connect_block(size: int, everyone: AbstractTransport) -> AbstractTransport:
-    """Makes this rank's group of ``size`` consecutive ranks. Collective over every rank of the job."""
-    if everyone.size == 1:
-        return everyone
-    gather.require_equal({"group_size": size}, everyone, "SyncBatchNorm", "Build the same model on every rank.")
-    groups.require_divisor(size, everyone.size, "group_size")
-    return everyone.split(everyone.rank // size)
-
-
 def over_torch(group: Any, device_type: str) -> AbstractTransport:
     """Connects a torch ProcessGroup; None for one of all ranks."""
     if choices.world_of_torch() is None:
@@ -66,7 +57,11 @@ def over_torch(group: Any, device_type: str) -> AbstractTransport:
         apart = device_type == "cpu" or _goes_over_gloo(device_type)
         group = group_of_everyone(device_type) if apart else dist.group.WORLD
     transport = TorchTransport(group, device_type)
-    return _on_one_host(transport) if device_type == "cpu" else transport
+    if device_type != "cpu":
+        return transport
+    from syncbn.transports.nodes import by_nodes
+
+    return by_nodes(transport, os.environ.get(choices.OVERRIDE, "auto"))
 
 
 def _on_one_host(transport: AbstractTransport) -> AbstractTransport:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from syncbn.transports import choices, launchers, watched
 from syncbn.transports.base import AbstractTransport
-from syncbn.transports.connect import connect_block, connect_subset, over_torch
-from syncbn.transports.groups import GroupSpec
+from syncbn.transports.connect import connect_subset, over_torch
+from syncbn.transports.groups import PARTS, GroupSpec
+from syncbn.transports.parts import connect_part
 from syncbn.transports.single import SingleTransport
 
 
@@ -61,8 +62,8 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
         with watched.making(spec, device_type):
             if spec is None:
                 transport = connect_everyone(device_type)
-            elif spec.kind == "blocks":
-                transport = connect_block(spec.size, choose(None, device_type))
+            elif spec.kind in PARTS:
+                transport = connect_part(spec, choose(None, device_type))
             else:
                 transport = connect_subset(spec, device_type)
             watched.watch(transport)

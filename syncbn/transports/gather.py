@@ -39,13 +39,18 @@ def exchange(values: Tensor, transport: AbstractTransport, what: str) -> Tensor:
     Raises:
         ValueError: on every rank, if some are in another call.
     """
-    hash = moments.text_hash(what)
-    message = Message(moments.numbers(transport.serial, hash, 0), transport.size, what, _OTHER, transport.serial)
+    message = message_of(what, transport)
     wire = torch.cat((values.new_tensor(moments.head(message.numbers)), values))
     wire = all_reduce(wire, transport, message)
     if not moments.same_call(wire[: moments.CALL].tolist(), message.numbers):
         raise calls_differ(message, no_notes, transport)
     return wire[moments.CALL :]
+
+
+def message_of(what: str, transport: AbstractTransport) -> Message:
+    """Returns the identity of a message that is not a layer's."""
+    numbers = moments.numbers(transport.serial, moments.text_hash(what), 0)
+    return Message(numbers, transport.size, what, _OTHER, transport.serial)
 
 
 Notes = Callable[[], tuple[str, str]]

@@ -13,6 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+NODE = "node"
+"""The kind of the group of the ranks of one host, and what ``group_size`` calls it."""
+PARTS = ("blocks", NODE)
+"""Kinds of which every rank uses its own group."""
+
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -21,7 +26,7 @@ class GroupSpec:
     __module__ = "syncbn"
 
     kind: str
-    """"mpi" or "torch"; "blocks", of which every rank uses its own; or "alone"."""
+    """"mpi" or "torch"; "blocks" or "node", of which every rank uses its own; or "alone"."""
     ranks: tuple[int, ...]
     """The members, by their rank in the whole job."""
     label: str = ""
@@ -32,6 +37,8 @@ class GroupSpec:
     def __str__(self) -> str:
         if self.kind == "blocks":
             return f"group of {self.size} consecutive ranks"
+        if self.kind == NODE:
+            return "group of the ranks of one host"
         return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
 
     def __getstate__(self) -> dict[str, Any]:

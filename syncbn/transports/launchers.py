@@ -60,6 +60,34 @@ def _read(
     *,
     speaks_mpi: bool = False,
 ) -> Launch:
-    values = int(environ.get(rank, 0)), int(environ[size]), int(environ.get(local_rank, 0))
-    processes_here = int(environ.get(local_size, values[2] + 1))
-    return Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}", local_size=processes_here)
+    values = number(environ, rank, 0), number(environ, size), number(environ, local_rank, 0)
+    _require_place(rank, values[0], size, values[1])
+    processes_here = number(environ, local_size, values[2] + 1)
+    place = Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}")
+    return place._replace(local_size=processes_here)
+
+
+def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Reads a variable that holds a whole number.
+
+    Raises:
+        ValueError: if it holds something else, or if it is not set and there is no default.
+    """
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.strip().isdecimal():
+        received = "nothing" if text is None else repr(text)
+        raise ValueError(
+            f"{name} must be a whole number; received {received}. A launcher sets it: unset it if no launcher started "
+            "this process, or correct what exports it."
+        )
+    return int(text)
+
+
+def _require_place(rank: str, own: int, size: str, total: int) -> None:
+    if not 0 <= own < total:
+        raise ValueError(
+            f"{rank} must be below {size}; received {rank}={own} and {size}={total}. Give each process a number of its "
+            f"own from 0 to {size} - 1."
+        )

@@ -168,19 +168,3 @@ def _fresh_generator() -> torch.Generator:
     generator = torch.Generator("cpu")
     generator.seed()
     return generator
-
-
-def ranks_on_this_host() -> int:
-    """Counts the ranks that share memory with this one. Collective over COMM_WORLD."""
-    host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    size = int(host.Get_size())
-    host.Free()
-    return size
-
-
-def host_of_rank_zero() -> str:
-    """Returns MPI's name for the host of rank 0. Collective over COMM_WORLD."""
-    name = MPI.Get_processor_name().encode()[:256].ljust(256, b"\0")
-    buffer = torch.tensor(list(name), dtype=torch.uint8, device="cpu")
-    MPI.COMM_WORLD.Bcast([buffer.numpy(), MPI.BYTE], 0)
-    return bytes(buffer.tolist()).rstrip(b"\0").decode()

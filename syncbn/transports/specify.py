@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from syncbn.transports import groups
-from syncbn.transports.groups import GroupSpec
+from syncbn.transports.groups import NODE, GroupSpec
 from syncbn.waits.limits import shown
 
 
@@ -36,11 +36,11 @@ def specify(group: Any) -> GroupSpec | None:
     return spec
 
 
-def specify_blocks(group: Any, size: int | None) -> GroupSpec | None:
+def specify_blocks(group: Any, size: int | Literal["node"] | None) -> GroupSpec | None:
     """Turns ``process_group`` or ``group_size`` into a specification. At most one of them is given.
 
     Raises:
-        ValueError: if both are given, or ``size`` is not a number of ranks.
+        ValueError: if both are given, or ``size`` is neither a number of ranks nor "node".
     """
     if size is None:
         return specify(group)
@@ -49,8 +49,12 @@ def specify_blocks(group: Any, size: int | None) -> GroupSpec | None:
             f"group_size and process_group exclude each other; received group_size={size} and a process_group. "
             "Give the one that names the ranks."
         )
+    if isinstance(size, str) and size == NODE:
+        return GroupSpec(NODE, ())
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"group_size must be an integer >= 1; received {size!r}. None synchronises over every rank.")
+        raise ValueError(
+            f"group_size must be an integer >= 1 or '{NODE}'; received {size!r}. None synchronises over every rank."
+        )
     return GroupSpec("blocks", (), size=size)
 
 

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from syncbn.transports import gather
+from syncbn.transports.base import AbstractTransport
 
 T = TypeVar("T", bound=Tensor)
 
@@ -39,3 +44,30 @@ def by_dtype(tensors: Iterable[T], key: Callable[[T], torch.dtype]) -> list[list
     for tensor in tensors:
         packs.setdefault(key(tensor), []).append(tensor)
     return list(packs.values())
+
+
+def layout(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the numbers by which ranks compare their models."""
+    # torch.compile adds _orig_mod to the names; a compiled model is the same model.
+    text = repr([(name.replace("_orig_mod.", ""), tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
+    return {
+        "number of tensors": len(tensors),
+        "number of values": sum(t.numel() for t in tensors.values()),
+        "checksum of names, shapes and dtypes": zlib.crc32(text.encode("utf-8", "surrogatepass")),
+    }
+
+
+def require_same_layout(
+    tensors: Mapping[str, Tensor],
+    transport: AbstractTransport,
+    what: str,
+    error: Exception | None,
+    numbers: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Raises on every rank unless all have the same tensors, the same ``numbers``, and no error.
+
+    Communication:
+        One all-reduce of W * (4 + len(numbers)) + 7 float64 values.
+    """
+    remedy = "Build the same model on every rank."
+    gather.require_equal({**numbers, **layout(tensors)}, transport, what, remedy, error)

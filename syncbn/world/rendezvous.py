@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 
+from syncbn.transports import over_mpi
 from syncbn.transports.launchers import Launch
+from syncbn.waits.channel import LOOPBACK, listen
+from syncbn.world import meeting
 
-LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)
 # The agent's store outlives a process group, and with --max-restarts the processes too: a second group, or a second
 # round of processes, needs a new prefix, or it gets the addresses of the first.
 _connections = itertools.count()
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_met: list[Any] = []
+"""The store that is open, and not yet used for a connection."""
 
 
 def connect_torch(launch: Launch) -> None:
@@ -32,17 +36,30 @@ def connect_torch(launch: Launch) -> None:
     atexit.register(_disconnect_torch)  # a gloo thread that is alive at exit can abort the process
     own = torch.cuda.is_available() and not shares_gpus(launch)  # NCCL refuses two ranks on one GPU
     backend = "cpu:gloo,cuda:nccl" if own else "gloo"
-    if launch.name in ("torchrun", "env"):
-        from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-
-        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        store = PrefixStore(f"syncbn/{os.environ.get(RESTARTS, '0')}/{next(_connections)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        return
-    address, store = _store(launch)
-    if address == LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = meet(launch)
+    _met.clear()
+    meeting.settle(store, launch.rank, launch.size, TIMEOUT)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size)
+
+
+def meet(launch: Launch) -> Any:
+    """Opens the key-value store through which :func:`connect_torch` connects the processes, once for each connection.
+
+    Communication:
+        Collective over all processes of the job.
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    if not _met:
+        store = meeting.open_store(launch.rank, launch.size, TIMEOUT) if _by_address(launch) else _store(launch)
+        _met.append(PrefixStore(f"syncbn/{os.environ.get(RESTARTS, '0')}/{next(_connections)}", store))
+    return _met[0]
+
+
+def _by_address(launch: Launch) -> bool:
+    """Whether the processes meet at MASTER_ADDR."""
+    told = meeting.ADDRESS in os.environ and meeting.PORT in os.environ
+    return launch.name in ("torchrun", "env") or (launch.size > 1 and told)
 
 
 def shares_gpus(launch: Launch) -> bool:
@@ -87,58 +104,26 @@ def _disconnect_torch() -> None:
         dist.destroy_process_group()
 
 
-def _store(launch: Launch) -> tuple[str, Any]:
-    """Opens the key-value store where the processes exchange their addresses."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener: socket.socket | None = None
+def _store(launch: Launch) -> Any:
+    """Opens the store where nobody has told an address."""
     if launch.size == 1:
-        listener = _listen(LOOPBACK, 0)
-        port = int(listener.getsockname()[1])
-    elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return address, TCPStore(address, port, launch.size, launch.rank == 0, TIMEOUT)
-    elif launch.speaks_mpi:
-        return _store_over_mpi(launch)
-    elif os.environ.get("SLURM_STEP_NUM_NODES") == "1":
+        listener = listen(LOOPBACK)
+        return _on_loopback(launch, int(listener.getsockname()[1]), listener)
+    if launch.speaks_mpi:
+        return meeting.store_over_mpi(over_mpi(), TIMEOUT)
+    if os.environ.get("SLURM_STEP_NUM_NODES") == "1":
         port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-        listener = _listen(LOOPBACK, port) if launch.rank == 0 else None
-    else:
-        raise RuntimeError(
-            f"torch.distributed needs the address of rank 0 under {launch.name} on several hosts; MASTER_ADDR and "
-            "MASTER_PORT are not set. Export them, as launch/slurm.sbatch does, or use srun --mpi=pmix with "
-            'pip install "syncbn[mpi]".'
-        )
-    return LOOPBACK, _tcp_store(launch, LOOPBACK, port, listener)
+        return _on_loopback(launch, port, listen(LOOPBACK, port) if launch.rank == 0 else None)
+    raise RuntimeError(
+        f"torch.distributed needs the address of rank 0 under {launch.name} on several hosts; MASTER_ADDR and "
+        "MASTER_PORT are not set. Export them, as launch/slurm.sbatch does, or use srun --mpi=pmix with "
+        'pip install "syncbn[mpi]".'
+    )
 
 
-def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
-    """Rank 0 listens on a free port, on loopback if all ranks are on its host. MPI broadcasts the port."""
-    from syncbn.transports import mpi, over_mpi
-
-    transport = over_mpi()
-    on_one_host = mpi.ranks_on_this_host() == launch.size
-    listener: socket.socket | None = None
-    port = torch.zeros(1, dtype=torch.int64, device="cpu")
-    address = LOOPBACK if on_one_host else mpi.host_of_rank_zero()
-    if launch.rank == 0:
-        listener = _listen(LOOPBACK if on_one_host else "", 0)
-        port.fill_(listener.getsockname()[1])
-    transport.broadcast(port)
-    return address, _tcp_store(launch, address, int(port), listener)
-
-
-def _tcp_store(launch: Launch, address: str, port: int, listener: socket.socket | None) -> Any:
+def _on_loopback(launch: Launch, port: int, listener: socket.socket | None) -> Any:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if listener is None:
-        return TCPStore(address, port, launch.size, False, TIMEOUT)
-    return TCPStore(address, port, launch.size, True, TIMEOUT, master_listen_fd=listener.detach())
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen(128)
-    return listener
+        return TCPStore(LOOPBACK, port, launch.size, False, TIMEOUT)
+    return TCPStore(LOOPBACK, port, launch.size, True, TIMEOUT, master_listen_fd=listener.detach())

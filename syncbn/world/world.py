@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify
 from syncbn.waits import limits
-from syncbn.world import arguments, packs
+from syncbn.world import arguments, averaging, packs
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class World:
         tensors, error = arguments.tensors_of(module, "World.broadcast", buffers=True)
         error = error or arguments.root_error(root, self.size)
         numbers = {"root": math.nan if error is not None else float(root)}
-        self._require_same_layout(tensors, "World.broadcast", error, numbers)
+        packs.require_same_layout(tensors, self.transport, "World.broadcast", error, numbers)
         with torch.no_grad(), gather.on_record("World.broadcast", self.transport):
             for pack in packs.by_dtype(tensors.values(), lambda t: t.dtype):
                 flat = torch.cat([t.detach().reshape(-1) for t in pack])
@@ -73,8 +70,8 @@ class World:
             module: the model. Names, shapes and dtypes are equal on every rank.
 
         Communication:
-            One comparison of the layout, then one all-reduce per dtype of gradient: float64 for float64,
-            float32 for all others. By every rank.
+            One all-reduce per dtype of gradient: float64 for float64, float32 for all others. One comparison of the
+            layout before the first one of a model, or if a rank has another model or an error. By every rank.
 
         Raises:
             ValueError, TypeError: on every rank, if the models differ, or the module of any rank is none, has values
@@ -82,9 +79,7 @@ class World:
         """
         parameters, error = arguments.tensors_of(module, "World.average_gradients", buffers=False)
         error = error or packs.sparse_error(parameters)
-        self._require_same_layout(parameters, "World.average_gradients", error)
-        for pack in packs.by_dtype(parameters.values(), packs.wire_dtype):
-            self._average(pack)
+        averaging.average(parameters, error, self.transport, self.device)
 
     @announced
     def loss_scale(self, count: int) -> float:
@@ -251,33 +246,3 @@ class World:
             ValueError, TypeError or RuntimeError: on every rank, naming the ranks that passed it.
         """
         gather.raise_together(error, self.transport, "World.raise_together")
-
-    def _require_same_layout(
-        self,
-        tensors: Mapping[str, Tensor],
-        what: str,
-        error: Exception | None,
-        numbers: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
-        # torch.compile adds _orig_mod to the names; a compiled model is the same model.
-        text = repr([(name.replace("_orig_mod.", ""), tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
-        layout = {
-            "number of tensors": len(tensors),
-            "number of values": sum(t.numel() for t in tensors.values()),
-            "checksum of names, shapes and dtypes": zlib.crc32(text.encode("utf-8", "surrogatepass")),
-        }
-        gather.require_equal({**numbers, **layout}, self.transport, what, "Build the same model on every rank.", error)
-
-    def _average(self, pack: list[Tensor]) -> None:
-        """All-reduces one pack: the gradients, and for each parameter a flag for whether it has one."""
-        dtype = packs.wire_dtype(pack[0])
-        flags = torch.tensor([p.grad is not None for p in pack], dtype=dtype, device=pack[0].device)
-        parts = [packs.real(torch.zeros_like(p) if p.grad is None else p.grad) for p in pack]
-        wire = torch.cat([*[part.to(dtype).reshape(-1) for part in parts], flags])
-        gather.all_reduce(wire, self.transport, self.transport.named("World.average_gradients"))
-        *summed, flags = torch.split(wire, [*[part.numel() for part in parts], len(pack)])
-        for parameter, part, gradient, found in zip(pack, parts, summed, flags.tolist(), strict=True):
-            if found:
-                mean = (gradient / self.size).view_as(part).to(part.dtype)
-                mean = torch.view_as_complex(mean) if parameter.is_complex() else mean
-                parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)

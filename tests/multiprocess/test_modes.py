@@ -4,12 +4,14 @@
 import copy
 import io
 import pickle
+import socket
 
 import pytest
 import torch
 from torch import nn
 
 import syncbn
+from syncbn.waits import processes
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C, counting, settled  # noqa: F401
 from tests.multiprocess.test_groups import check_group
@@ -211,9 +213,60 @@ def test_another_group_size_on_one_rank_is_one_error(ranks, monkeypatch):
     ranks.raises(ValueError, lambda: layer(torch.randn(4, 3)), *parts)
 
 
-@pytest.mark.parametrize("bad", [0, -2, 1.5])
+@pytest.fixture
+def on_hosts(ranks, monkeypatch):
+    """Makes the ranks believe that each is on the host of a given number, and forget the groups that they have made."""
+
+    def place(hosts):
+        own = processes.own()._replace(host=7 + hosts[ranks.rank])
+        monkeypatch.setattr("syncbn.waits.processes.own", lambda: own)
+        monkeypatch.setattr("syncbn.transports.dispatch.made", {})
+
+    return place
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("hosts", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 0, 1], [5, 5, 3, 3]], ids=str)
+def test_a_group_of_one_node_is_that_of_the_ranks_of_a_host(ranks, rng, on_hosts, hosts):
+    hosts = hosts[: ranks.size]
+    if len({hosts.count(host) for host in hosts}) > 1:
+        pytest.skip("hosts of unequal size")
+    on_hosts(hosts)
+    group = syncbn.SyncBatchNorm(5, group_size="node").process_group
+    check_group(ranks, group, [r for r in range(ranks.size) if hosts[r] == hosts[ranks.rank]], rng)
+
+
+@pytest.mark.ranks(2)
+def test_a_saved_layer_of_a_node_names_no_host(ranks, rng, on_hosts):
+    on_hosts([0] * ranks.size)
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(5), group_size="node")
+    layer(torch.randn(4, 5))
+    saved = pickle.dumps(layer)
+    on_hosts(list(range(ranks.size)))  # another job, with as many hosts as ranks
+    group = pickle.loads(saved).process_group
+    ranks.check(f"{group}" == "group of the ranks of one host", f"{group}")
+    check_group(ranks, group, [ranks.rank], rng)
+
+
+@pytest.mark.ranks(3)
+def test_hosts_of_unequal_size_are_one_error(ranks, on_hosts):
+    on_hosts([0, 1] + [1] * (ranks.size - 2))
+    layer, name, others = syncbn.SyncBatchNorm(3, group_size="node"), socket.gethostname(), range(1, ranks.size)
+    parts = [f"1 on {name} (rank 0), {ranks.size - 1} on {name} (ranks {', '.join(map(str, others))})", "on every host"]
+    ranks.raises(ValueError, lambda: layer(torch.randn(4, 3)), *parts)
+
+
+@pytest.mark.ranks(2)
+def test_a_node_on_one_rank_and_a_number_on_another_is_one_error(ranks, monkeypatch):
+    monkeypatch.setattr("syncbn.transports.dispatch.made", {})
+    layer = syncbn.SyncBatchNorm(3, group_size="node" if ranks.rank == 1 else 1)
+    parts = ["same group_size on every rank", "1 on rank", "'node' on rank 1"]
+    ranks.raises(ValueError, lambda: layer(torch.randn(4, 3)), *parts)
+
+
+@pytest.mark.parametrize("bad", [0, -2, 1.5, "host"])
 def test_a_group_size_that_is_none_is_refused(ranks, bad):
-    ranks.raises(ValueError, lambda: syncbn.SyncBatchNorm(3, group_size=bad), "integer >= 1", f"{bad}")
+    ranks.raises(ValueError, lambda: syncbn.SyncBatchNorm(3, group_size=bad), "integer >= 1 or 'node'", f"{bad}")
 
 
 def test_group_size_and_process_group_exclude_each_other(ranks):

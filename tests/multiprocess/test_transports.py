@@ -7,12 +7,13 @@ import torch
 from syncbn import transports
 from syncbn.transports import gather, launchers, shared_memory
 from syncbn.transports.single import SingleTransport
+from syncbn.waits import processes
 from tests.conftest import DEVICE
 
 pytestmark = pytest.mark.ranks(1)
 
 
-@pytest.fixture(params=["single", "mpi", "staged mpi", "torch", "shm over mpi", "shm over torch"])
+@pytest.fixture(params=["single", "mpi", "staged mpi", "torch", "shm over mpi", "shm over torch", "nodes"])
 def transport(request, ranks):
     """Each implementation, over every rank of the run where it connects them."""
     if request.param == "single":
@@ -29,7 +30,24 @@ def transport(request, ranks):
         from syncbn.transports.torch_dist import TorchTransport
 
         made = TorchTransport(torch.distributed.group.WORLD)
-        yield shared(made) if "shm" in request.param else made
+        if request.param == "nodes":
+            yield nodes_of(made, ranks, request.getfixturevalue("monkeypatch"))
+        else:
+            yield shared(made) if "shm" in request.param else made
+
+
+def nodes_of(host, ranks, monkeypatch):
+    """Two hosts, of which the second has the last rank alone."""
+    if ranks.size < 3 or DEVICE.type != "cpu":
+        pytest.skip("needs two ranks on one of two hosts")
+    from syncbn.transports.nodes import NodesTransport, by_nodes
+
+    own = processes.own()._replace(host=7 + (ranks.rank == ranks.size - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("syncbn.waits.processes.own", lambda: own)
+        made = by_nodes(host, "auto")
+    ranks.check(isinstance(made, NodesTransport), f"{made}")
+    return made
 
 
 def shared(host):

@@ -160,8 +160,9 @@ def test_a_step_counts_as_many_calls_as_collectives(ranks):
     ranks.check(first == 6, f"2 forwards, 2 backwards, 2 comparisons; counted {first}")
     again = begun_in(ranks, step)
     ranks.check(again == 4, f"2 forwards, 2 backwards; counted {again}")
-    averaged = begun_in(ranks, lambda: ranks.world.average_gradients(model))
-    ranks.check(averaged == 2, f"{averaged}")
+    averaged = [begun_in(ranks, lambda: ranks.world.average_gradients(model)) for _ in range(2)]
+    # Three where the group has agreed on another model before: one call of zeros says so.
+    ranks.check(averaged in ([2, 1], [3, 1]), f"the layout is compared once; counted {averaged}")
     ranks.check(begun_in(ranks, lambda: model.eval()(x)) == 0, "eval sends nothing")
 
 

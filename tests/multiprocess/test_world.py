@@ -11,7 +11,7 @@ from torch import nn
 
 import syncbn
 from syncbn import transports
-from syncbn.transports import launchers, shared_memory
+from syncbn.transports import gather, launchers, shared_memory
 from tests.conftest import DEVICE
 from tests.multiprocess.test_collectives import CountingTransport
 from tests.multiprocess.test_ddp import loss, network
@@ -83,19 +83,83 @@ def test_average_gradients_leaves_frozen_parameters_alone(ranks):
         ranks.raises(ValueError, lambda: ranks.world.average_gradients(model), "same number of tensors")
 
 
-def test_average_gradients_packs_one_wire_a_dtype(ranks):
+HEAD = 31 + 1  # which call it is, and whether this rank's model is the one that the group has agreed on
+
+
+def counted(ranks):
     counting = CountingTransport(ranks.transport)
-    world = syncbn.World(ranks.rank, ranks.size, 0, DEVICE, "test", counting)
-    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)])
+    return counting, syncbn.World(ranks.rank, ranks.size, 0, DEVICE, "test", counting)
+
+
+def with_gradients(*parts):
+    model = nn.ModuleList(parts)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
+    return model
+
+
+def test_average_gradients_compares_a_model_once_and_packs_one_wire_a_dtype(ranks):
+    counting, world = counted(ranks)
+    model = with_gradients(nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
+    wires = [(HEAD + 18 + 6, torch.float32), (6 + 2, torch.float64)]  # values, and a flag a tensor
+    comparison = (4 * ranks.size + 7, torch.float64)  # is it the same model everywhere, with dense gradients
+    for expected in ([comparison, *wires], wires, wires):
+        counting.sent.clear()
+        world.average_gradients(model)
+        ranks.check(counting.sent == expected, f"{counting.sent}")
+
+
+def test_models_that_take_turns_are_compared_in_the_first_turns_only(ranks):
+    counting, world = counted(ranks)
+    turns = [with_gradients(nn.Linear(2, 2)), with_gradients(nn.Linear(3, 3)), with_gradients(nn.Linear(4, 4))]
+    for turn in range(4):
+        for model in turns:
+            counting.sent.clear()
+            world.average_gradients(model)
+            if turn > 1:
+                n = sum(p.numel() for p in model.parameters())
+                ranks.check(counting.sent == [(HEAD + 2 + n, torch.float32)], f"{turn}: {counting.sent}")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("wrong", ["model", "sparse", "no model"])
+def test_average_gradients_refuses_alike_also_after_calls_that_went_well(ranks, wrong):
+    bad = ranks.rank == ranks.size - 1
+    good = with_gradients(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    for _ in range(2):
+        ranks.world.average_gradients(good)
+    if wrong == "sparse":
+        other = nn.Embedding(6, 3, sparse=True)
+        other(torch.tensor([1, 2])).sum().backward()
+    else:
+        other = with_gradients(nn.Linear(2, 7)) if wrong == "model" else None
+    kind, part = {
+        "model": (ValueError, "same number of tensors"),
+        "sparse": (ValueError, "received sparse ones of weight"),
+        "no model": (TypeError, "received NoneType"),
+    }[wrong]
+    given = other if bad else good
+    for _ in range(2):
+        ranks.raises(kind, lambda: ranks.world.average_gradients(given), part)
+        ranks.check_equal(good[0].weight.grad, torch.ones(2, 2), "nothing was averaged")
+    ranks.world.average_gradients(good)
+    ranks.check_equal(good[1].weight.grad, torch.ones(2, 2, dtype=torch.float64), "the next step works")
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_in_average_gradients_and_another_in_another_call_is_one_error(ranks):
+    """Without shared memory, which compares the calls itself: the wires have one length and one dtype."""
+    model = with_gradients(nn.Linear(2, 2, dtype=torch.float64))
+    counting, world = counted(ranks)
     world.average_gradients(model)
-    expected = [
-        (4 * ranks.size + 7, torch.float64),  # is it the same model everywhere, with dense gradients
-        (18 + 6, torch.float32),  # values, and a flag a tensor
-        (6 + 2, torch.float64),
-    ]
-    ranks.check(counting.sent == expected, f"{counting.sent}")
+    length = counting.sent[-1][0]
+
+    def call():
+        if ranks.rank:
+            return world.average_gradients(model)
+        return gather.exchange(torch.zeros(length - 7, dtype=torch.float64), counting, "another call")
+
+    ranks.raises(ValueError, call, "All ranks must be in one call", "World.average_gradients", "another call")
 
 
 def test_pure_mpi_training_with_uneven_shares_equals_one_process(ranks, rng):

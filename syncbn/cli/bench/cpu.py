@@ -29,11 +29,13 @@ from syncbn import kernels
 from syncbn.cli.bench import report
 from syncbn.cli.bench.baseline import BaselineBatchNorm
 from syncbn.cli.bench.report import Machine, Options, Row, Shape
-from syncbn.transports import gather, launchers
+from syncbn.transports import gather, launchers, parts
 from syncbn.world.world import World
 
 
-def measure(shape: Shape, options: Options, world: World, tick: Callable[[], object] = lambda: None) -> Row:
+def measure(
+    shape: Shape, options: Options, world: World, tick: Callable[[], object] = lambda: None, *, node: bool = False
+) -> Row:
     """Times one shape.
 
     Args:
@@ -41,6 +43,7 @@ def measure(shape: Shape, options: Options, world: World, tick: Callable[[], obj
         options: how to measure; ``shapes`` is not read.
         world: the processes.
         tick: called after every round, for a progress bar.
+        node: whether to time groups of one node, too. The same on every rank.
 
     Communication:
         That of the layers, one all-reduce of one value before every turn, and one of all times at the end.
@@ -50,33 +53,38 @@ def measure(shape: Shape, options: Options, world: World, tick: Callable[[], obj
     """
     error: Exception | None = None
     try:
-        layers, x, grad_y = _prepare(shape, options, world)
+        layers, x, grad_y = _prepare(shape, options, world, node=node)
     except (RuntimeError, MemoryError) as failure:
         error = RuntimeError(f"syncbn bench needs memory for shape {shape}: {str(failure).splitlines()[0]}")
     world.raise_together(error)
     times: list[float] = []
     for round_ in range(options.warmup + options.repeats):
-        turns = [one_turn(layer, x, grad_y, world) for layer in layers]
+        turns = [one_turn(layer, x, grad_y, world) for layer in layers.values()]
         times += turns if round_ >= options.warmup else []
         tick()
     slowest = gather.gather(torch.tensor(times, dtype=torch.float64), world.transport).amax(0)
     columns = slowest.view(options.repeats, len(layers)).T.tolist()
-    return Row(shape, *[statistics.median(column) for column in columns])
+    medians = {name: statistics.median(column) for name, column in zip(layers, columns, strict=True)}
+    return Row(shape, **medians)
 
 
-def _prepare(shape: Shape, options: Options, world: World) -> tuple[list[nn.Module], Tensor, Tensor]:
-    """Makes the layers in the order of the columns, an input and a gradient."""
+def _prepare(
+    shape: Shape, options: Options, world: World, *, node: bool
+) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
+    """Makes the layers by the names of their times in a row, an input and a gradient."""
     C = shape[1]
     dtype: torch.dtype = getattr(torch, options.dtype)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
     grad_y = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
-    layers: list[nn.Module] = [nn.BatchNorm2d(C), syncbn.SyncBatchNorm(C)]
+    layers: dict[str, nn.Module] = {"torch_us": nn.BatchNorm2d(C), "syncbn_us": syncbn.SyncBatchNorm(C)}
+    if node:
+        layers["node_us"] = syncbn.SyncBatchNorm(C, group_size="node")
     if _has_baseline(options, world.size):
-        layers.append(BaselineBatchNorm(C))
+        layers["baseline_us"] = BaselineBatchNorm(C)
     if dtype == torch.float64:
-        layers = [layer.double() for layer in layers]
+        layers = {name: layer.double() for name, layer in layers.items()}
     return layers, x.requires_grad_(), grad_y
 
 
@@ -181,9 +189,11 @@ def _connect(options: Options, launch: launchers.Launch) -> World:
 
 def _measure_all(options: Options, world: World) -> list[Row]:
     rounds = len(options.shapes) * (options.warmup + options.repeats)
+    hosts = parts.ranks_of_hosts(world.transport)
+    node = len(hosts) > 1 and len(set(hosts)) == 1
     hidden = None if world.rank == 0 else True  # None: shown on a terminal only
     with tqdm(total=rounds, unit="round", disable=hidden, leave=False, file=sys.stderr) as bar:
-        return [measure(shape, options, world, bar.update) for shape in options.shapes]
+        return [measure(shape, options, world, bar.update, node=node) for shape in options.shapes]
 
 
 def fail(error: Exception, rank: int, status: int) -> int:

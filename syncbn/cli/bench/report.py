@@ -73,6 +73,8 @@ class Row:
     torch_us: float
     syncbn_us: float
     baseline_us: float | None = None
+    node_us: float | None = None
+    """Ours with group_size="node", if the ranks are on several hosts, as many on each."""
 
     @property
     def baseline_ratio(self) -> float | None:
@@ -99,20 +101,21 @@ def render(rows: Sequence[Row], options: Options, machine: Machine, *, form: str
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """Renders the rows, with the geometric means of the ratios below."""
-    headers = ["N,C,H,W", "torch us", "syncbn us", "baseline us", "baseline / syncbn", "syncbn / torch"]
+    """Renders the rows, with the geometric means of the ratios below; a column for one node on several hosts."""
+    node = ["node us"] if _has_node(rows) else []
+    headers = ["N,C,H,W", "torch us", "syncbn us", *node, "baseline us", "baseline / syncbn", "syncbn / torch"]
     body = [
         [",".join(map(str, row.shape))]
-        + [_number(us, 0) for us in (row.torch_us, row.syncbn_us, row.baseline_us)]
+        + [_number(us, 0) for us in (row.torch_us, row.syncbn_us, *([row.node_us] if node else []), row.baseline_us)]
         + [_number(ratio, 2) for ratio in (row.baseline_ratio, row.torch_ratio)]
         for row in rows
     ]
     means = [_number(mean, 2) for mean in _means(rows).values()]
     return tabulate(
-        [*body, ["geometric mean", "", "", "", *means]],
+        [*body, ["geometric mean", *[""] * len(headers[1:-2]), *means]],
         headers,
         disable_numparse=True,
-        colalign=("left", *["right"] * 5),
+        colalign=("left", *["right"] * len(headers[1:])),
     )
 
 
@@ -120,8 +123,10 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Renders the rows as comma-separated values; the field is empty without the baseline."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["N", "C", "H", "W", "torch_us", "syncbn_us", "baseline_us"])
-    writer.writerows([*row.shape, row.torch_us, row.syncbn_us, row.baseline_us] for row in rows)
+    node = _has_node(rows)
+    writer.writerow(["N", "C", "H", "W", "torch_us", "syncbn_us", "baseline_us", *["node_us"] * node])
+    for row in rows:
+        writer.writerow([*row.shape, row.torch_us, row.syncbn_us, row.baseline_us, *[row.node_us] * node])
     return text.getvalue().rstrip("\n")
 
 
@@ -130,6 +135,10 @@ def as_json(rows: Sequence[Row], options: Options, machine: Machine) -> str:
     described = [asdict(r) | {"baseline_ratio": r.baseline_ratio, "torch_ratio": r.torch_ratio} for r in rows]
     document = {"machine": asdict(machine), "options": asdict(options), "rows": described}
     return json.dumps(document | {"geometric_mean": _means(rows)}, indent=2)
+
+
+def _has_node(rows: Sequence[Row]) -> bool:
+    return any(row.node_us is not None for row in rows)
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float | None]:
