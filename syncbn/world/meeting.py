@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,8 @@ ADDRESS, PORT = addresses.MASTER, "MASTER_PORT"
 _AGENT = "TORCHELASTIC_USE_AGENT_STORE"
 _RECHECK = 10.0
 """Seconds for which rank 0 has just listened: no host may be silent for longer."""
+_FAREWELL = 3.0
+"""Seconds for which rank 0 leaves an error to the others."""
 _LATER = timedelta(seconds=15)
 """By how much the other ranks wait longer than rank 0, which knows who is missing."""
 
@@ -161,8 +164,18 @@ def settle(store: Any, rank: int, size: int, timeout: timedelta) -> None:
         ) from error
     choice = json.loads(store.get("choice"))
     if choice["error"]:
+        _let_others_read(store, rank, size)
         raise RuntimeError(choice["error"])
     addresses.tell_gloo(choice["addresses"][own.host])
+
+
+def _let_others_read(store: Any, rank: int, size: int) -> None:
+    """Lets rank 0 wait until the others have read the error, since its store may end with it."""
+    end = time.monotonic() + _FAREWELL
+    heard = store.add("heard", 1)
+    while rank == 0 and heard < size and time.monotonic() < end:
+        time.sleep(0.05)
+        heard = store.add("heard", 0)
 
 
 def _choose(store: Any, size: int, timeout: timedelta) -> dict[str, Any]:
