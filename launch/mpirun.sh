@@ -20,7 +20,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
 
 # More processes than cores is allowed; Open MPI then yields instead of spinning. Two names: versions 4 and 5.
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
-export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-slot:oversubscribe}
 
 # A container runs as root, which Open MPI refuses without these two variables.
 if [ "$(id -u)" = 0 ]; then
