@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import secrets
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,11 @@ from typing import Any
 
 import torch
 
+from syncbn.transports.identity import Identity, of_job
 from syncbn.transports.launchers import Launch
+from syncbn.world import meeting
+from syncbn.world.gate import Seat
+from syncbn.world.meeting import Place
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)
@@ -32,7 +37,7 @@ def connect_torch(launch: Launch) -> None:
     atexit.register(_disconnect_torch)  # a gloo thread that is alive at exit can abort the process
     own = torch.cuda.is_available() and not shares_gpus(launch)  # NCCL refuses two ranks on one GPU
     backend = "cpu:gloo,cuda:nccl" if own else "gloo"
-    if launch.name in ("torchrun", "env"):
+    if launch.name == "torchrun" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
         store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
@@ -89,56 +94,57 @@ def _disconnect_torch() -> None:
 
 def _store(launch: Launch) -> tuple[str, Any]:
     """Opens the key-value store where the processes exchange their addresses."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener: socket.socket | None = None
+    identity = of_job(launch)
     if launch.size == 1:
-        listener = _listen(LOOPBACK, 0)
-        port = int(listener.getsockname()[1])
+        place = _place_of(meeting.listen(LOOPBACK, 0), LOOPBACK)
     elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return address, TCPStore(address, port, launch.size, launch.rank == 0, TIMEOUT)
+        place = _chosen_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     elif launch.speaks_mpi:
-        return _store_over_mpi(launch)
+        place, identity = _place_over_mpi(launch, identity)
+    elif launch.name == "slurm" and "MASTER_ADDR" in os.environ:
+        place = _at(os.environ["MASTER_ADDR"], meeting.ports_of(identity))
     elif os.environ.get("SLURM_STEP_NUM_NODES") == "1":
-        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-        listener = _listen(LOOPBACK, port) if launch.rank == 0 else None
+        place = _at(LOOPBACK, meeting.ports_of(identity))
     else:
+        remedy = "Export them, the same on every rank"
+        if launch.name == "slurm":
+            remedy = (
+                'Export MASTER_ADDR, as launch/slurm.sbatch does, or use srun --mpi=pmix with pip install "syncbn[mpi]"'
+            )
         raise RuntimeError(
-            f"torch.distributed needs the address of rank 0 under {launch.name} on several hosts; MASTER_ADDR and "
-            "MASTER_PORT are not set. Export them, as launch/slurm.sbatch does, or use srun --mpi=pmix with "
-            'pip install "syncbn[mpi]".'
+            f"torch.distributed needs the address of rank 0 under {launch.name} ({launch.evidence}); MASTER_ADDR and "
+            f"MASTER_PORT are not set. {remedy}."
         )
-    return LOOPBACK, _tcp_store(launch, LOOPBACK, port, listener)
+    return place.address, meeting.meet(place, Seat(identity, launch.rank, launch.size), TIMEOUT)
 
 
-def _store_over_mpi(launch: Launch) -> tuple[str, Any]:
-    """Rank 0 listens on a free port, on loopback if all ranks are on its host. MPI broadcasts the port."""
+def _at(address: str, ports: tuple[int, ...]) -> Place:
+    """Returns a place. Rank 0 listens on loopback alone if the others come by it."""
+    return Place(address, ports, bind=LOOPBACK if address in (LOOPBACK, "localhost") else "")
+
+
+def _chosen_place(address: str, port: str) -> Place:
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"MASTER_PORT must be a port from 1 to 65535; received {port!r}. Set it to a free one.")
+    return _at(address, (int(port),))
+
+
+def _place_of(listener: socket.socket, address: str) -> Place:
+    return Place(address, (int(listener.getsockname()[1]),), listener)
+
+
+def _place_over_mpi(launch: Launch, identity: Identity) -> tuple[Place, Identity]:
+    """Rank 0 listens on a free port, on loopback if all ranks are on its host. MPI broadcasts the port and a secret."""
     from syncbn.transports import mpi, over_mpi
 
     transport = over_mpi()
     on_one_host = mpi.ranks_on_this_host() == launch.size
     listener: socket.socket | None = None
-    port = torch.zeros(1, dtype=torch.int64, device="cpu")
+    told = torch.zeros(2, dtype=torch.int64, device="cpu")
     address = LOOPBACK if on_one_host else mpi.host_of_rank_zero()
     if launch.rank == 0:
-        listener = _listen(LOOPBACK if on_one_host else "", 0)
-        port.fill_(listener.getsockname()[1])
-    transport.broadcast(port)
-    return address, _tcp_store(launch, address, int(port), listener)
-
-
-def _tcp_store(launch: Launch, address: str, port: int, listener: socket.socket | None) -> Any:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    if listener is None:
-        return TCPStore(address, port, launch.size, False, TIMEOUT)
-    return TCPStore(address, port, launch.size, True, TIMEOUT, master_listen_fd=listener.detach())
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen(128)
-    return listener
+        listener = meeting.listen(LOOPBACK if on_one_host else "", 0)
+        told[:] = torch.tensor([listener.getsockname()[1], secrets.randbits(62)])
+    transport.broadcast(told)
+    port, secret = told.tolist()
+    return Place(address, (port,), listener), identity._replace(secret=f"{identity.secret}{secret}")
