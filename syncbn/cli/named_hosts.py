@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def count(environ: Mapping[str, str] = os.environ, command: Sequence[str] | None
         return int(environ["SLURM_JOB_NUM_NODES"])
     words = _of_parent() if command is None else command
     names = set()
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in itertools.pairwise(words):
         if option in _LISTS:
             names |= {name.partition(":")[0] for name in value.split(",")}
         if option in _FILE_OPTIONS:

@@ -90,7 +90,9 @@ def look(rank: int, size: int, channel: AbstractChannel | None, limit: float, la
         network.problems.append((what, remedy))
     for r, offer in offers.items():
         if offer.error:
-            network.problems.append((f"rank {r}: {offer.error}", f"Set {GLOO_INTERFACE} alike on all hosts, or unset it."))
+            network.problems.append(
+                (f"rank {r}: {offer.error}", f"Set {GLOO_INTERFACE} alike on all hosts, or unset it.")
+            )
     if len(network.hosts) > 1 and not network.problems:
         _try_routes(network, rank, channel)
         _warn_of_names(network)
@@ -137,7 +139,9 @@ def _try_routes(network: Network, rank: int, channel: AbstractChannel) -> None:
     if rank in first:
         peers = [first[(own + step) % len(first)] for step in range(1, min(len(first), MOST_PEERS + 1))]
         with ThreadPoolExecutor(len(peers)) as pool:
-            found = pool.map(lambda peer: _attempt(network.hosts[first.index(peer)].address, ports.get(peer, "")), peers)
+            found = pool.map(
+                lambda peer: _attempt(network.hosts[first.index(peer)].address, ports.get(peer, "")), peers
+            )
         channel.tell("routes", json.dumps(dict(zip(map(str, peers), found, strict=True))))
     for source, text in channel.hear("routes", first, limit).items():
         for target, found in json.loads(text).items():
@@ -167,7 +171,7 @@ def _warn_of_names(network: Network) -> None:
     if misled and not os.environ.get(GLOO_INTERFACE):
         names = ", ".join(f"{host.name} ({host.own_name or 'unknown'})" for host in misled[:8])
         inter = ",".join(sorted({host.interface for host in misled}))
-        what = f"its own name is loopback or unknown on {names}: a program that calls init_process_group itself waits there"
+        what = f"a program that calls init_process_group itself waits on hosts whose own name is no address: {names}"
         remedy = f"Let syncbn.init() call it, or set {GLOO_INTERFACE}={inter} on these hosts."
         network.warnings.append((what, remedy))
 
@@ -176,9 +180,13 @@ def _suspect_repeated(network: Network, offers: list[Offer], launcher: str) -> N
     shared = addresses.repeated(offers)
     if not shared:
         return
-    named = sorted({f"{each.name} {each.address}" for offer in offers for each in offer.addresses if each.address in shared})
+    named = sorted(
+        {f"{each.name} {each.address}" for offer in offers for each in offer.addresses if each.address in shared}
+    )
     what = f"several hosts have the same address: {', '.join(named)}"
-    network.warnings.append((what, "syncbn.init() passes over it; NCCL and Open MPI have variables of their own for it."))
+    network.warnings.append(
+        (what, "syncbn.init() passes over it; NCCL and Open MPI have variables of their own for it.")
+    )
     if launcher == "openmpi" and not (os.environ.get(TCP_INCLUDE) or os.environ.get(TCP_EXCLUDE)):
         right = {each.network for offer in offers for each in offer.addresses if each.address not in shared}
         remedy = f"Set {TCP_INCLUDE}={','.join(sorted(right))}, which names the network of the job."

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where processes meet to connect torch.distributed: the store of MASTER_ADDR, or one that MPI makes known.
+"""At which address the processes of a job listen, and whether the others reach it.
 
-What cannot work is an error on every rank that can hear of it, not a wait. What listens here listens at one address.
+What cannot work is an error on every rank that can hear of it, not a wait.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -14,131 +13,108 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch
-
 from syncbn.transports import addresses, gather, interfaces, launchers, reach
 from syncbn.transports.addresses import Offer
 from syncbn.transports.base import AbstractTransport
-from syncbn.waits.channel import LOOPBACK, listen
 
 ADDRESS, PORT = addresses.MASTER, "MASTER_PORT"
 _AGENT = "TORCHELASTIC_USE_AGENT_STORE"
-_RECHECK = 10.0
-"""Seconds for which rank 0 has just listened: no host may be silent for longer."""
 _FAREWELL = 3.0
 """Seconds for which rank 0 leaves an error to the others."""
 _LATER = timedelta(seconds=15)
 """By how much the other ranks wait longer than rank 0, which knows who is missing."""
+_REMEDY = (
+    f"Set {ADDRESS} to an address of rank 0's host that this host reaches, the same for every rank, or open the port "
+    "in the firewall. `syncbn doctor`, started in the same way, says what each host offers."
+)
 
 
-def master() -> tuple[str, int]:
-    """Returns where the processes meet.
-
-    Raises:
-        ValueError: if a variable is missing or no number.
-    """
-    missing = [name for name in (ADDRESS, PORT) if not os.environ.get(name)]
-    if missing:
-        raise ValueError(
-            f"torch.distributed needs {ADDRESS} and {PORT} to connect processes; received no "
-            f"{' and no '.join(missing)}. Export the address of rank 0's host and a free port of it, the same ones for "
-            "every rank."
-        )
-    return os.environ[ADDRESS], launchers.number(os.environ, PORT)
-
-
-def open_store(rank: int, size: int, timeout: timedelta) -> Any:
-    """Opens the key-value store at MASTER_ADDR and MASTER_PORT. Rank 0 serves it, unless torchrun does.
+def port() -> int:
+    """Returns MASTER_PORT.
 
     Raises:
-        ValueError: see :func:`master`.
-        RuntimeError: if the name is unknown on this host, or nobody answers or listens there in time.
+        ValueError: if it is no port.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    found = launchers.number(os.environ, PORT)
+    if not 0 < found < 65536:
+        raise ValueError(f"{PORT} must be a port from 1 to 65535; received {found}. Set it to a free one.")
+    return found
 
-    name, port = master()
+
+def agent_serves() -> bool:
+    """Whether torchrun's agent serves the store."""
+    return os.environ.get(_AGENT) == str(True)
+
+
+def agent_store(timeout: timedelta) -> Any:
+    """Opens the store of torchrun's agent.
+
+    Raises:
+        RuntimeError: if the agent's address is unknown on this host, or nobody answers or listens there in time.
+    """
+    from torch.distributed import rendezvous  # type: ignore[attr-defined]
+
+    if agent_serves():
+        require_answer(reach.resolve(os.environ.get(ADDRESS, ""), ADDRESS), port())
+    return next(iter(rendezvous("env://", timeout=timeout)))[0]
+
+
+def address_of(name: str) -> str:
+    """Returns the address by which all ranks reach rank 0's host, from what MASTER_ADDR says.
+
+    A loopback address is replaced where it is Debian's for a host's own name: on other hosts it would be themselves.
+    """
     address = reach.resolve(name, ADDRESS)
-    if os.environ.get(_AGENT) != str(True):
-        address = _seen_by_others(name, address)
-        if rank == 0:
-            return _serve(address, port, size, timeout)
-    remedy = (
-        f"Set {ADDRESS} to an address of rank 0's host that this host reaches, the same for every rank, or open {PORT} "
-        "in the firewall. `syncbn doctor`, started in the same way, says what each host offers."
-    )
-    reach.wait_for(address, port, what="rank 0", remedy=remedy, limit=timeout.total_seconds())
-    return TCPStore(address, port, size, False, timeout, wait_for_workers=False)
-
-
-def _seen_by_others(name: str, address: str) -> str:
-    """Replaces a loopback address that is Debian's for a host's own name: on other hosts it would be themselves."""
-    literal = name in ("localhost", address)
-    outward = interfaces.ordered()
-    if literal or not interfaces.is_loopback(address) or not outward:
+    launch, outward = launchers.detect(), interfaces.ordered()
+    if name in ("localhost", address) or not interfaces.is_loopback(address) or not outward:
         return address
-    launch = launchers.detect()
     alone = "LOCAL_WORLD_SIZE" in os.environ and launch.local_size == launch.size
     return address if alone else outward[0].address
 
 
-def _serve(address: str, port: int, size: int, timeout: timedelta) -> Any:
-    """Listens at one address, not at all of this host's, unless the address is another's, who passes connections on."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener: int | None = None
-    try:
-        listener = listen(address, port, 1024).detach()
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
-            raise
-        address = address if error.errno == errno.EADDRINUSE else LOOPBACK
-    try:  # several groups of one process use one server: torch finds the one that listens on this port
-        return TCPStore(address, port, size, True, timeout, False, True, listener)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"Rank 0 must listen at {address} port {port}; received: {error}. If another program or another job of "
-            f"this host has the port, set {PORT} to a free one, the same for every rank."
-        ) from error
+def is_own(address: str) -> bool:
+    """Whether this host has an address. It has not where another one passes connections on to it."""
+    return interfaces.is_loopback(address) or address in [each.address for each in interfaces.interfaces()]
 
 
-def store_over_mpi(transport: AbstractTransport, timeout: timedelta) -> Any:
-    """Rank 0 listens on a free port, at the address by which the others reach it. MPI makes it known.
-
-    Communication:
-        Two all-reduces of texts, a broadcast of a number, and one all-reduce of 8 values.
+def require_answer(address: str, number: int) -> None:
+    """Raises unless rank 0's host answers at an address within some seconds. It may refuse: rank 0 comes later.
 
     Raises:
-        RuntimeError: on every rank, if some rank does not reach the address.
+        RuntimeError: with the address and what to set.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    reach.require_answer(address, number, "rank 0", _REMEDY)
 
-    own = addresses.own()
-    notes = gather.gather_notes(own.text(), transport)
+
+def address_over(transport: AbstractTransport) -> str:
+    """Returns the address at which all ranks of a transport reach rank 0's host: loopback if they are on that host.
+
+    Communication:
+        One all-reduce of texts.
+
+    Raises:
+        RuntimeError: on every rank, if there is none.
+    """
+    notes = gather.gather_notes(addresses.own().text(), transport)
     offers = [Offer.read(note) for note in notes]
     _raise_errors(offers, transport.ranks)
-    address = addresses.agree(offers)[0]
+    return addresses.agree(offers)[0]
+
+
+def require_answer_of_all(address: str, number: int, transport: AbstractTransport) -> None:
+    """Raises on every rank unless all ranks reach rank 0, which listens already.
+
+    Communication:
+        One all-reduce of 8 values.
+    """
     error: RuntimeError | None = None
-    listener: socket.socket | None = None
-    port = torch.zeros(1, dtype=torch.int64, device="cpu")
+    remedy = f"Open the ports between the hosts, or name the interface of the job by {addresses.GLOO_INTERFACE}."
     try:
-        if transport.rank == 0:
-            listener = listen(address, 0, 1024)
-            port.fill_(listener.getsockname()[1])
-    except OSError as failed:
-        error = RuntimeError(f"rank 0 cannot listen at {address}: {failed}")
-    transport.broadcast(port)
-    try:
-        if transport.rank > 0 and int(port):
-            remedy = (
-                f"Open the ports between the hosts, or name the interface of the job by {addresses.GLOO_INTERFACE}."
-            )
-            reach.wait_for(address, int(port), what="rank 0", remedy=remedy, limit=_RECHECK, silent=_RECHECK)
+        if transport.rank:
+            reach.require_answer(address, number, "rank 0", remedy)
     except RuntimeError as failed:
         error = failed
     gather.raise_together(error, transport, "syncbn.init")
-    if listener is None:
-        return TCPStore(address, int(port), transport.size, False, timeout)
-    return TCPStore(address, int(port), transport.size, True, timeout, master_listen_fd=listener.detach())
 
 
 def settle(store: Any, rank: int, size: int, timeout: timedelta) -> None:
@@ -196,12 +172,11 @@ def _choose(store: Any, size: int, timeout: timedelta) -> dict[str, Any]:
 
 
 def _never_came(missing: list[str], size: int, timeout: timedelta) -> str:
-    name, port = master() if os.environ.get(ADDRESS) and os.environ.get(PORT) else ("rank 0's host", 0)
     who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:50])}{' and others' if len(missing) > 50 else ''}"
     return (
-        f"All {size} ranks must come to rank 0 at {name}{f' port {port}' if port else ''}; received nothing from {who} "
-        f"within {timeout.total_seconds():.0f} s. Look for a process that ended or never started, or a host that does "
-        f"not reach this address: it says so itself."
+        f"All {size} ranks must come to the store of rank 0; received nothing from {who} within "
+        f"{timeout.total_seconds():.0f} s. Look for a process that ended or never started, or a host that does not "
+        "reach rank 0's: it says so itself."
     )
 
 
