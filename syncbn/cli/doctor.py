@@ -56,8 +56,9 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
         if report.step.startswith(probe.BUILD):
             why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
+        if report.network.suspects:
+            why, remedy = report.network.suspects[0]
         report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
-        report.problems += [Problem(*each) for each in report.network.suspects]
         speak(report, launch, as_json=as_json, out=out)
         os._exit(1)
 
