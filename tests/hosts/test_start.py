@@ -18,6 +18,7 @@ LIMIT = 90
 ANSWERS = """
 import sys
 from syncbn.transports import reach
+reach.require_answer("10.77.0.3", 29500, "rank 0", "", limit=0.5)  # it refuses: rank 0 may come later
 try:
     reach.require_answer("10.77.0.1", 29500, "rank 0", "Set MASTER_ADDR.", limit=0.5)
 except RuntimeError as error:
@@ -48,9 +49,7 @@ def doctor(monkeypatch, hosts, way, *words, per_host=1, **environ):
     return json.loads(found.group()), statuses, job
 
 
-@pytest.mark.parametrize(
-    ("way", "more"), [("plain", {"MASTER_ADDR": "h1"}), ("torchrun", {}), ("mpirun", {INCLUDE: "10.77.0.0/24"})]
-)
+@pytest.mark.parametrize(("way", "more"), [("plain", {"MASTER_ADDR": "h1"}), ("torchrun", {})])
 def test_hosts_whose_own_names_are_loopback_train_to_the_bit(debian, way, more):
     job = Job(debian, way, 1, **more)
     assert set(job.statuses(LIMIT)) == {0}, job.out + job.err
@@ -92,8 +91,6 @@ def test_a_host_that_does_not_answer_is_named_with_the_variable(bare):
         "Every host must reach rank 0 at 10.77.0.1 port 29500; received no answer within 0.5 s on h2 (10.77.0.2): "
         "a firewall, a host that is down, or an address of another network. Set MASTER_ADDR." in done.err
     ), done
-    refused = bare.run("h2", sys.executable, "-c", ANSWERS)
-    assert refused.status == 0, refused  # rank 0 may come later
 
 
 def test_the_doctor_says_what_each_host_offers_and_who_reaches_whom(bare, monkeypatch):
