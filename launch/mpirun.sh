@@ -27,5 +27,6 @@ if [ "$(id -u)" = 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 
-# The runner of mpi4py ends all processes at once when one of them raises; without it the others hang.
-exec "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"
+# The runner of mpi4py ends all processes at once when one of them raises; without it the others hang. mpirun itself can
+# hang, or end with status 0, when a host is lost: guard.py makes it end, and never with 0 where the job has failed.
+exec "$PYTHON" "$(dirname "$0")/guard.py" "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"

@@ -15,7 +15,7 @@ from syncbn.transports.addresses import Offer
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
 from syncbn.waits import channel, limits, processes, watchdog
-from syncbn.waits.channel import LOOPBACK, SERVERS, Channel, Hub, Link
+from syncbn.waits.channel import LOOPBACK, Channel, Hub, Link
 from syncbn.waits.processes import Process
 
 _WHAT = "the first use of a group"
@@ -26,7 +26,7 @@ def watch(transport: AbstractTransport) -> None:
 
     Communication:
         One all-reduce of 5 W + 7 float64 values over the group; if its ranks have no channel in common yet, two more of
-        2 W + 7, and TCP connections to the first two ranks, on loopback if all are on one host.
+        2 W + 7, and TCP connections to two ranks, on loopback if all are on one host.
 
     Raises:
         ValueError: on every rank, if ``SYNCBN_TIMEOUT`` is wrong on any.
@@ -68,9 +68,10 @@ def making(spec: GroupSpec | None, device_type: str) -> AbstractContextManager[N
 def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | None:
     """Makes the channel of a group. Returns None on every rank if any rank cannot reach another one."""
     rank, together = transport.rank, len({process.host for process in members}) == 1
-    names, why = ([LOOPBACK] * transport.size, "") if together else _addresses(transport)
+    names, hosts, why = ([LOOPBACK] * transport.size, [], "") if together else _addresses(transport)
+    servers = channel.servers([process.host for process in members])
     key, port, hub = secrets.randbits(52), 0, None
-    if rank < SERVERS and not why:
+    if rank in servers and not why:
         try:
             listener = channel.listen(names[rank], backlog=transport.size)
             port, hub = listener.getsockname()[1], Hub(listener, str(key), transport.size)
@@ -79,7 +80,7 @@ def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | Non
     row = torch.tensor([float(port), float(key)], dtype=torch.float64, device="cpu")
     rows = gather.gather(row, transport, _WHAT).tolist()
     links = []
-    for server in range(min(SERVERS, transport.size)):
+    for server in servers:
         port, key = map(int, rows[server])
         try:
             if server != rank and port:
@@ -91,16 +92,17 @@ def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | Non
         if why:
             warnings.warn(_unwatched(why), RuntimeWarning, stacklevel=2)
         return None
-    return Channel(transport.ranks, rank, members, hub, links)
+    return Channel(transport.ranks, rank, members, hub, links, hosts)
 
 
-def _addresses(transport: AbstractTransport) -> tuple[list[str], str]:
-    """Returns the address of each rank's host, and why there is none: the same on every rank."""
+def _addresses(transport: AbstractTransport) -> tuple[list[str], list[str], str]:
+    """Returns the address and the name of each rank's host, and why there is no address: the same on every rank."""
     offers = [Offer.read(note) for note in gather.gather_notes(addresses.own().text(), transport)]
+    names = [offer.name for offer in offers]
     try:
-        return addresses.agree(offers), ""
+        return addresses.agree(offers), names, ""
     except addresses.NoAddressError as error:
-        return [], str(error)
+        return [], names, str(error)
 
 
 def _unwatched(why: str) -> str:

@@ -4,7 +4,8 @@
 limits.py      how long a call may wait, and the variables that say so
 status.py      what a rank says of itself: its calls, the line of the user's code, how it ended
 processes.py   whether the process of another rank of this host runs, is stopped or is gone
-channel.py     TCP connections, beside the transports, by which ranks tell their status
+lines.py       a TCP connection that carries lines, and whether the host at its other end answers
+channel.py     such connections, beside the transports, by which ranks tell their status
 diagnosis.py   from the status of all ranks: who waits for whom
 findings.py    what that means, in a sentence, and what to do
 report.py      the table, and the JSON

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The side channel: TCP connections, beside whatever hangs, by which every rank tells its status.
 
-Every rank tells it to the first two ranks of the group. If one of them is stopped or gone, the other one still knows.
+Every rank tells it to two ranks of the group, on two hosts if there are several. If one of them is stopped or gone, or
+its host is lost, the other one still knows.
 All sockets are used by the watchdog's thread alone, and none of them blocks. A line is a message: a status to the hub,
 a dot, a verdict or a goodbye back.
 
@@ -14,74 +15,29 @@ import json
 import selectors
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any, final
 
 from syncbn.waits.limits import TICK
+from syncbn.waits.lines import UNREACHABLE, Lines, listen
 from syncbn.waits.processes import Process
 
-SERVERS = 2
-"""How many ranks serve a hub, if there are as many."""
+__all__ = ["LOOPBACK", "Channel", "Hub", "Link", "listen", "servers"]
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 20.0
 _HEARD, _VERDICT, _GOODBYE = b".", b"V", b"E"
-_MOST = 2**22
-"""Bytes of a line. Whoever sends more is cut off."""
 _PAUSE = 0.05
 """Seconds after a connection that could not be taken."""
 
 
-def listen(address: str, port: int = 0, backlog: int = 128) -> socket.socket:
-    """Opens a socket that listens on a port of an address; port 0 for a free one."""
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen(backlog)
-    return listener
+def servers(hosts: Sequence[int]) -> tuple[int, ...]:
+    """Returns which ranks of a group serve hubs: the first one, and one of another host if there is any.
 
-
-class _Lines:
-    """A connection, read and written without waiting."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.connection, self.broken = connection, False
-        self._in, self._out = b"", b""
-
-    def send(self, line: bytes) -> None:
-        """Sends a line, unless the one before it is still on its way: the peer does not read, and gets a later one."""
-        if not self._out:
-            self._out = line + b"\n"
-        self.flush()
-
-    def flush(self) -> None:
-        """Sends what is left of a line."""
-        try:
-            while self._out and not self.broken:
-                self._out = self._out[self.connection.send(self._out) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.broken = True
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether nothing is left to send, or never will be."""
-        return self.broken or not self._out
-
-    def receive(self) -> list[bytes]:
-        """Returns the lines that have come."""
-        try:
-            while data := self.connection.recv(65536):
-                self._in += data
-                if len(self._in) > _MOST:
-                    break
-            self.broken = True  # the peer has closed the connection, or sends what no rank would
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.broken = True
-        *lines, self._in = self._in.split(b"\n")
-        return lines
+    Args:
+        hosts: a number for the host of each rank.
+    """
+    other = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), 1)
+    return (0, other) if len(hosts) > 1 else (0,)
 
 
 @final
@@ -101,7 +57,9 @@ class Hub:
         """The last status of each rank, by its rank in the group."""
         self.lost: set[int] = set()
         """Ranks whose connection is closed."""
-        self._peers: dict[_Lines, int | None] = {}
+        self._cut: dict[int, Lines] = {}
+        """Connections that the network has broken, by rank."""
+        self._peers: dict[Lines, int | None] = {}
         self.verdict = ""
 
     def say_verdict(self, verdict: str) -> None:
@@ -115,11 +73,27 @@ class Hub:
         for peer in self._peers:
             peer.send(_GOODBYE)
 
+    def beat(self, seconds: float) -> None:
+        """Gives every rank a sign of life, and counts for how long their hosts have not answered.
+
+        Args:
+            seconds: since the last one.
+        """
+        for peer in [*self._peers, *self._cut.values()]:
+            if not self.verdict:
+                peer.send(_HEARD)
+            peer.count(seconds)
+
+    def unanswered(self) -> dict[int, float]:
+        """Returns the ranks whose host is unreachable, and for how many seconds it has been."""
+        found = {rank: peer for peer, rank in self._peers.items() if rank is not None} | self._cut
+        return {rank: peer.unanswered for rank, peer in found.items() if peer.unanswered >= UNREACHABLE}
+
     def accept(self, selector: selectors.BaseSelector) -> None:
         """Takes new connections."""
         try:
             while True:
-                peer = _Lines(self.listener.accept()[0])
+                peer = Lines(self.listener.accept()[0])
                 self._peers[peer] = None
                 selector.register(peer.connection, selectors.EVENT_READ, (self.hear, peer))
         except BlockingIOError:
@@ -127,7 +101,7 @@ class Hub:
         except OSError:  # it has gone again, or this process has no file left: another time
             time.sleep(_PAUSE)
 
-    def hear(self, peer: _Lines, selector: selectors.BaseSelector) -> None:
+    def hear(self, peer: Lines, selector: selectors.BaseSelector) -> None:
         """Reads what has come from a rank."""
         for line in peer.receive():
             rank = self._peers[peer]
@@ -142,7 +116,9 @@ class Hub:
                 peer.send(_VERDICT + self.verdict.encode() if self.verdict else _HEARD)
         if peer.broken:
             rank = self._peers.pop(peer)
-            if rank is not None:
+            if rank is not None and peer.is_cut:
+                self._cut[rank] = peer
+            elif rank is not None:
                 self.lost.add(rank)
             selector.unregister(peer.connection)
             peer.connection.close()
@@ -153,7 +129,7 @@ class Link:
     """This rank's connection to a hub of another process."""
 
     def __init__(self, address: str, port: int, key: str, rank: int) -> None:
-        self._lines = _Lines(socket.create_connection((address, port), CONNECT_SECONDS))
+        self._lines = Lines(socket.create_connection((address, port), CONNECT_SECONDS))
         self._lines.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines.send(f"{key} {rank}".encode())
         self._answered = time.monotonic()
@@ -178,7 +154,16 @@ class Link:
     @property
     def is_dead(self) -> bool:
         """Whether the hub's process is gone without a goodbye."""
-        return self._lines.broken and not self._left
+        return self._lines.broken and not self._left and not self._lines.is_cut
+
+    @property
+    def unanswered(self) -> float:
+        """Seconds for which the hub's host has not answered."""
+        return self._lines.unanswered
+
+    def count(self, seconds: float) -> None:
+        """Counts them; to be called regularly, with the seconds since the last time."""
+        self._lines.count(seconds)
 
     def post(self, text: str) -> None:
         """Tells the hub this rank's status."""
@@ -205,13 +190,22 @@ class Channel:
         processes: of all members.
         hub: of this process, or None.
         links: to the hubs of others.
+        hosts: the name of each member's host; empty if all are on one host.
     """
 
     def __init__(
-        self, ranks: tuple[int, ...], rank: int, processes: list[Process], hub: Hub | None, links: list[Link]
+        self,
+        ranks: tuple[int, ...],
+        rank: int,
+        processes: list[Process],
+        hub: Hub | None,
+        links: list[Link],
+        hosts: Sequence[str] = (),
     ) -> None:
         self.ranks, self.rank, self.processes = ranks, rank, processes
-        self.hub, self.links = hub, links
+        self.hub, self.links, self.hosts = hub, links, hosts
+        self.servers = servers([process.host for process in processes])
+        """The members that have hubs, by their rank in the group."""
 
     def register(self, selector: selectors.BaseSelector) -> None:
         """Lets a selector wait for what the others say. Its data are a function of the selector, and an argument."""
@@ -226,6 +220,23 @@ class Channel:
             self.hub.texts[self.rank] = text
         for link in self.links:
             link.post(text)
+
+    def count(self, seconds: float) -> None:
+        """Counts for how long hosts have not answered; to be called after :meth:`post`, with the seconds since then."""
+        if self.hub is not None:
+            self.hub.beat(seconds)
+        for link in self.links:
+            link.count(seconds)
+
+    def host(self, rank: int) -> str:
+        """Returns the name of a member's host, by its rank in the group; empty if all are on one host."""
+        return self.hosts[rank] if self.hosts else ""
+
+    @property
+    def unanswered(self) -> float:
+        """Seconds for which no host of a hub has answered: this host is cut off, or those are lost. 0 if one has."""
+        found = 0.0 if self.hub is not None else min((link.unanswered for link in self.links), default=0.0)
+        return found if found >= UNREACHABLE else 0.0
 
     @property
     def is_sent(self) -> bool:
@@ -246,7 +257,7 @@ class Channel:
     def dead(self) -> tuple[int, ...]:
         """Returns the ranks that served hubs if all of them have died, by their rank in the whole job; else none."""
         dead = self.hub is None and all(link.is_dead for link in self.links)
-        return self.ranks[:SERVERS] if dead else ()
+        return tuple(self.ranks[server] for server in self.servers) if dead else ()
 
     def covers(self, ranks: tuple[int, ...]) -> bool:
         """Whether all of these ranks are members."""

@@ -6,13 +6,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from syncbn.waits.processes import GONE, RUNS
+from syncbn.waits.processes import GONE, RUNS, UNREACHABLE
 from syncbn.waits.status import DEBUGGED, Status, Wait
 
 SURE = 0.5
 """Seconds of waiting after which a rank that has ended is missed."""
 SILENT = 20.0
-"""Seconds without a new status after which a rank gives no sign of life."""
+"""Seconds without a new status after which a rank gives no sign of life; less where the limit is short."""
+
+
+def silent_after(limit: float) -> float:
+    """Returns the seconds without a new status after which a rank gives no sign of life, for a limit of waits."""
+    return min(SILENT, max(3.0, limit / 2))
 
 
 @dataclass
@@ -22,8 +27,17 @@ class Member:
     rank: int
     status: Status
     state: str = "runs"
-    """runs, stopped or gone, of its process."""
+    """runs, stopped or gone, of its process; or unreachable."""
     silent: bool = False
+    host: str = ""
+    """The name of its host; empty if all are on one."""
+    unanswered: float = 0.0
+    """Seconds for which its host has been unreachable."""
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether its host does not answer."""
+        return self.state == UNREACHABLE
 
     @property
     def has_ended(self) -> bool:
@@ -94,7 +108,8 @@ def blocked(members: list[Member], groups: dict[int, tuple[int, ...]], least: fl
     for group, ranks in groups.items():
         within = [member for member in members if member.rank in ranks]
         waits = {member.rank: member.wait(group) for member in within}
-        inside = [m for m in within if (wait := waits[m.rank]) and wait.current is not None and not m.has_ended]
+        inside = [m for m in within if (wait := waits[m.rank]) and wait.current is not None]
+        inside = [m for m in inside if not m.has_ended and not m.is_unreachable]
         inside = [m for m in inside if not m.status.terminated] or inside
         if not inside:
             continue
@@ -139,7 +154,7 @@ def _done(wait: Wait | None) -> int:
 
 def excused(one: Blocked) -> str | None:
     """Returns what the ranks that are waited for do, if it is no fault of any; else None."""
-    busy = {member.status.busy for member in one.suspects}
+    busy = {None if member.is_unreachable else member.status.busy for member in one.suspects}
     if not busy or None in busy:
         return None
     return DEBUGGED if DEBUGGED in busy else min(map(str, busy))

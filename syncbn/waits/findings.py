@@ -44,6 +44,32 @@ def late(one: Blocked) -> Finding:
     return _finding("limit", one, *_at_limit(one))
 
 
+def of_lost_hosts(members: list[Member]) -> Finding | None:
+    """Returns a finding if a host has not answered for the limit: ranks may wait for it in calls of other libraries."""
+    lost = [member for member in members if member.is_unreachable]
+    if not lost or max(m.unanswered for m in lost) < min(m.status.limit for m in members):
+        return None
+    waited = max(member.unanswered for member in lost)
+    sentence, remedy = f"{_unreachable(lost)}.", _LOST_REMEDY
+    return Finding("limit", "", [], [member.rank for member in lost], waited, sentence, remedy)
+
+
+_LOST_REMEDY = (
+    "That host is down or cut off from the network: look at its console and its cable. What still runs there of the "
+    "job ends at the limit too."
+)
+
+
+def _unreachable(lost: list[Member]) -> str:
+    """Says which hosts do not answer."""
+    hosts = list(dict.fromkeys(member.host for member in lost))
+    seconds = limits.spoken(max(member.unanswered for member in lost))
+    if len(hosts) == 1:
+        return f"Host {hosts[0]} of {_ranks(lost)} has not answered for {seconds}"
+    each = [f"{host} of {_ranks([m for m in lost if m.host == host])}" for host in hosts[:10]]
+    return f"Hosts {', '.join(each)}{', ...' if len(hosts) > 10 else ''} have not answered for {seconds}"
+
+
 def _finding(kind: str, one: Blocked, sentence: str, remedy: str) -> Finding:
     waiting, missing = ([member.rank for member in some] for some in (one.waiting, one.missing))
     sentence = f"{sentence[0].upper()}{sentence[1:]}."
@@ -118,6 +144,9 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
         )
     waits, suspects = _while_others_wait(one), one.suspects
     first = suspects[0]
+    some = [member for member in suspects if member.is_unreachable]
+    if some:
+        return f"{_unreachable(some)}, {waits}", _LOST_REMEDY
     some = [member for member in suspects if member.state == STOPPED]
     if some:
         return f"{_are(some)} stopped by a signal, {waits}", "Continue with kill -CONT, or look for who stopped it."
@@ -125,7 +154,10 @@ def _at_limit(one: Blocked) -> tuple[str, str]:
     if some:
         return (
             f"{_are(some)} without a sign of life, {waits}",
-            "Its host is down, cut off, or so busy that no thread of the process runs.",
+            "Its host answers, but the process is stopped by a signal, or so busy that no thread of it runs. Continue "
+            "it there with kill -CONT, or end it with kill -9."
+            if some[0].host
+            else "Its host is down, cut off, or so busy that no thread of the process runs.",
         )
     if first.waits_itself:
         return _of_waiting(one, first)
@@ -180,7 +212,12 @@ def place(line: tuple[str, int, str]) -> str:
 
 
 def named(members: list[Member]) -> str:
-    """Returns ``rank 1`` or ``ranks 0, 2-63``."""
+    """Returns ``rank 1`` or ``ranks 0, 2-63``, and ``on h2`` if there are several hosts and all of these are on one."""
+    hosts = {member.host for member in members}
+    return _ranks(members) + (f" on {hosts.pop()}" if len(hosts) == 1 and "" not in hosts else "")
+
+
+def _ranks(members: list[Member]) -> str:
     return f"rank{'s' if len(members) > 1 else ''} {ranks_of([member.rank for member in members])}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import final
 
 from syncbn.waits import diagnosis, findings, limits, processes, report
-from syncbn.waits.channel import SERVERS, Channel, Hub
+from syncbn.waits.channel import Channel, Hub
 from syncbn.waits.diagnosis import Member
 from syncbn.waits.findings import Finding
 from syncbn.waits.status import Reader, Status
@@ -52,7 +52,9 @@ class Judge:
             end: is called with the channel and the exit status if the job must end.
         """
         members = self._members(own, seconds)
-        if _who_looks(members[:SERVERS]) != self._channel.rank:
+        servers = self._channel.servers
+        looks = _who_looks([members[server] for server in servers])
+        if looks < 0 or servers[looks] != self._channel.rank:
             return
         least = 0.0 if own.terminated else diagnosis.SURE
         found: dict[tuple[int, int], float] = {}
@@ -76,6 +78,9 @@ class Judge:
             if key not in self._warned and waited >= _warns_at(limit, own):
                 self._warned.add(key)
                 report.write(report.warning(findings.late(one), limit))
+        lost = findings.of_lost_hosts(members)
+        if lost is not None and not found:
+            self._report(lost, members, end)
         self._found = found
 
     def _members(self, own: Status, seconds: float) -> list[Member]:
@@ -84,13 +89,18 @@ class Judge:
         all_of_them = [Status.of_text(texts[i]) if i in texts else Status(rank) for i, rank in enumerate(ranks)]
         all_of_them[self._channel.rank] = own
         sees = {rank: state for status in all_of_them for rank, state in status.sees.items()}
+        unanswered = self._hub.unanswered()
         members = []
         for i, status in enumerate(all_of_them):
             beat, silence = self._silence.get(i, (0, 0.0))
             silence = silence + seconds if beat == status.beat else 0.0
             self._silence[i] = status.beat, silence
             state = processes.GONE if i in self._hub.lost else sees.get(status.rank, processes.RUNS)
-            members.append(Member(status.rank, status, state, silence >= diagnosis.SILENT))
+            if i in unanswered and state != processes.GONE:
+                state = processes.UNREACHABLE
+            silent = silence >= diagnosis.silent_after(own.limit)
+            host = self._channel.host(i)
+            members.append(Member(status.rank, status, state, silent, host, unanswered.get(i, 0.0)))
         return members
 
     def _groups(self, members: list[Member]) -> dict[int, tuple[int, ...]]:
@@ -113,6 +123,8 @@ class Judge:
             report.write(report.write_json(path, report.as_json(finding, members, status)))
         self._hub.say_verdict(json.dumps({"status": status}))
         time.sleep(0.2)  # the others hear of it before the launcher ends them
+        if any(member.is_unreachable for member in members):
+            processes.end_daemon()
         end(self._channel, status)
 
 

@@ -10,7 +10,10 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-RUNS, STOPPED, GONE = "runs", "stopped", "gone"
+RUNS, STOPPED, GONE, UNREACHABLE = "runs", "stopped", "gone", "unreachable"
+"""The last one: its host does not answer."""
+_DAEMON = "prted"
+"""Open MPI's, on each host but that of mpirun. It starts the ranks there."""
 
 
 class Process(NamedTuple):
@@ -49,6 +52,17 @@ def kill_stopped(process: Process) -> None:
     """Ends a process of this host if it is stopped."""
     if state(process) == STOPPED:
         os.kill(process.pid, signal.SIGKILL)
+
+
+def end_daemon() -> None:
+    """Ends the daemon of mpirun that has started this process: no order of mpirun reaches it any more."""
+    parent = os.getppid()
+    try:
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+    except OSError:
+        return
+    if name == _DAEMON:
+        os.kill(parent, signal.SIGTERM)
 
 
 def _host() -> int:

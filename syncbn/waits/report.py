@@ -18,7 +18,7 @@ from syncbn.waits.status import Wait
 
 ROWS = 16
 """Up to so many ranks each have a row of their own; beyond, ranks with equal rows share one."""
-_COLUMNS = ("rank", "is in", "for", "last completed", "at")
+_COLUMNS = ("rank", "host", "is in", "for", "last completed", "at")
 
 
 def text(finding: Finding, members: list[Member], status: int) -> str:
@@ -31,10 +31,14 @@ def text(finding: Finding, members: list[Member], status: int) -> str:
     """
     if finding.kind == "ended" and "KeyboardInterrupt" in finding.sentence:
         return f"\nsyncbn: {finding.sentence}\n"  # Ctrl-C: nothing is to be found
-    rows = _merged(members)
-    widths = [max(len(row[i]) for row in (_COLUMNS, *rows)) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(c.rjust(w) if i == 0 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in (_COLUMNS, *rows)]  # fmt: skip
+    rows = [_COLUMNS, *_merged(members)]
+    if not any(member.host for member in members):
+        rows = [(row[0], *row[2:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(c.rjust(w) if i == 0 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     table = "\n".join(line.rstrip() for line in lines)
     return (
         f"\n{_wrapped(f'syncbn: {finding.sentence}')}\n\n{table}\n\n{_wrapped(finding.remedy)}\n"
@@ -82,6 +86,7 @@ def _entry(member: Member) -> dict[str, Any]:
     calls = [{**{name: getattr(wait, name) for name in names}, "waited": round(wait.waited, 1)} for wait in waits]
     return {
         "rank": member.rank,
+        "host": member.host,
         "process": member.state,
         "silent": member.silent,
         "ended": status.ended,
@@ -93,7 +98,7 @@ def _entry(member: Member) -> dict[str, Any]:
     }
 
 
-def _row(member: Member) -> tuple[str, str, str, str, str]:
+def _row(member: Member) -> tuple[str, ...]:
     status = member.status
     current = _current(member)
     inside = current is not None and current.current is not None
@@ -103,6 +108,8 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
         state = "its process is gone"
     elif member.state == STOPPED:
         state = "stopped by a signal"
+    elif member.is_unreachable:
+        state = "its host does not answer"
     elif member.silent:
         state = "gives no sign of life"
     elif inside and current is not None:
@@ -113,12 +120,13 @@ def _row(member: Member) -> tuple[str, str, str, str, str]:
             state += f": {status.busy or f'in {status.elsewhere}'}"
         elif status.evaluates:
             state += ": layers in eval mode"
-    waited = spoken(current.waited) if inside and current is not None and not member.has_ended else ""
+    lost = member.has_ended or member.is_unreachable
+    waited = spoken(current.waited) if inside and current is not None and not lost else ""
     completed = (current.completed if current is not None else None) or "nothing"
     line = "" if status.line is None or status.ended is not None else place(status.line)
     if (member.state != RUNS and status.ended is None) or member.silent:  # its last words may be half a second old
         line, completed = line and f"last heard of at {line}", f"{completed}, or later"
-    return str(member.rank), state, waited, completed, line
+    return str(member.rank), member.host, state, waited, completed, line
 
 
 def _current(member: Member) -> Wait | None:
@@ -126,14 +134,14 @@ def _current(member: Member) -> Wait | None:
     return max(member.status.waits, key=lambda w: (w.current is not None, w.waited, w.begun), default=None)
 
 
-def _merged(members: list[Member]) -> list[tuple[str, str, str, str, str]]:
+def _merged(members: list[Member]) -> list[tuple[str, ...]]:
     """Returns the rows. Of many ranks, those with equal rows share that of the one that has waited longest."""
     if len(members) <= ROWS:
         return [_row(member) for member in members]
-    alike: dict[tuple[str, str, str], list[Member]] = {}
+    alike: dict[tuple[str, ...], list[Member]] = {}
     for member in members:
-        _, state, _, completed, line = _row(member)
-        alike.setdefault((state, completed, line), []).append(member)
+        _, host, state, _, completed, line = _row(member)
+        alike.setdefault((host, state, completed, line), []).append(member)
     longest = [max(some, key=lambda m: 0.0 if (w := _current(m)) is None else w.waited) for some in alike.values()]
     ranks = [ranks_of([member.rank for member in some]) for some in alike.values()]
     return [(who, *_row(member)[1:]) for who, member in zip(ranks, longest, strict=True)]

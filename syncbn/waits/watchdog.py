@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The thread of each process that looks at its own calls, and, on one rank, at those of all.
 
-Rank 0 looks at all, or rank 1 if rank 0 has ended, is stopped or is gone. Every rank ends when that one has found a
-reason. A rank that can reach neither ends by itself: soon if it waits for them and both have died, else a little after
-the limit.
+Rank 0 looks at all. If rank 0 has ended, is stopped or gone, or its host does not answer, another one does: rank 1, or
+the first rank of another host. Every rank ends when that one has found a reason. A rank that can reach neither ends by
+itself: soon if it waits for them and both have died, else a little after the limit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import faulthandler
 import os
 import selectors
 import signal
+import socket
 import sys
 import threading
 import time
@@ -97,6 +98,7 @@ class Watchdog(threading.Thread):
             judge = self._judges[channel]
             own.sees = _sees(channel)
             channel.post(own.text())
+            channel.count(seconds)
             if self.reader.ended == ENDED and channel.hub is not None:
                 channel.hub.say_goodbye()
             if channel.verdict is not None:
@@ -145,6 +147,14 @@ class Watchdog(threading.Thread):
         """Ends this process if it waits for ranks that have died, or too long, and can reach no rank that looks."""
         if any(channel.is_heard for channel in self.channels):
             return
+        unanswered = max((channel.unanswered for channel in self.channels), default=0.0)
+        nobody = "no rank that could say for whom answers"
+        if unanswered:
+            hosts = sorted({channel.host(server) for channel in self.channels for server in channel.servers})
+            nobody = (
+                f"host{'s' * (len(hosts) > 1)} {', '.join(hosts)} {'have' if len(hosts) > 1 else 'has'} not answered "
+            )
+            nobody += f"for {limits.spoken(unanswered)}: down, or this host, {socket.gethostname()}, is cut off"
         dead = {rank for channel in self.channels for rank in channel.dead()}
         members = {group.group_id: group.ranks for group in self.reader.groups()}
         for wait in own.waits:
@@ -159,9 +169,15 @@ class Watchdog(threading.Thread):
                 report.write(f"{told} It ends with status {ENDED_STATUS}.\n")
                 exit_now(ENDED_STATUS)
             if wait.waited >= patience + GRACE:
-                told += f"no rank that could say for whom answers. It ends with status {LIMIT_STATUS}.\n"
-                report.write(told)
-                exit_now(LIMIT_STATUS)
+                self._end_alone(f"{told}{nobody}", unanswered)
+        if unanswered >= own.limit + GRACE:  # it may wait in a call of another library
+            self._end_alone(f"syncbn: rank {own.rank}: {nobody}", unanswered)
+
+    def _end_alone(self, told: str, unanswered: float) -> None:
+        report.write(f"{told}. It ends with status {LIMIT_STATUS}.\n")
+        if unanswered:
+            processes.end_daemon()
+        exit_now(LIMIT_STATUS)
 
     def _end(self, channel: Channel, status: int) -> None:
         for rank in channel.on_this_host():

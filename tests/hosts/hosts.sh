@@ -118,7 +118,12 @@ up() {
     done
 }
 
+note_cut() { # note_cut HOST on|off: whether the others hear of what happens there
+    [ "$2" = on ] && touch "$RUN/$1.cut" || rm -f "$RUN/$1.cut"
+}
+
 cable() {
+    note_cut "$1" "$([ "$2" = out ] && echo on || echo off)"
     if [ "$(<"$RUN/kind")" = bridge ]; then
         ip -n "$SW" link set "$1" "$([ "$2" = out ] && echo down || echo up)"
     else
@@ -127,6 +132,7 @@ cable() {
 }
 
 drop() {
+    note_cut "$1" "$2"
     if [ "$(<"$RUN/kind")" = wire ]; then
         echo "drop $1 $([ "$2" = on ] && echo 1 || echo 0)" >"$RUN/wire.ctl"
     elif [ "$2" = on ]; then # a port of no bridge: it forwards nothing, and the host notices nothing
@@ -169,12 +175,14 @@ start_sshd() { # the package's user and folder are made here too: nothing of the
 }
 
 login() { # login HOST WORDS...: HOST may be an address
-    local h=$1 known
+    local h=$1 known status
     shift
     for known in $(<"$RUN/all"); do [ "$h" != "$(address "$known")" ] || h=$known; done
     [ -e "$RUN/$h.pid" ] || { echo "ssh: Could not resolve hostname $h" >&2; exit 255; }
     local path=${LOGIN_PATH:-/usr/local/bin:/usr/bin:/bin}
-    enter "$h" env -i HOME="$HOME" USER=root SHELL=/bin/sh PATH="$path" sh -c "cd; $*"
+    (enter "$h" env -i HOME="$HOME" USER=root SHELL=/bin/sh PATH="$path" sh -c "cd; $*") && status=0 || status=$?
+    [ ! -e "$RUN/$h.cut" ] && [ ! -e "$RUN/$(hostname).cut" ] || exec sleep infinity # ssh hears nothing of the end
+    exit "$status"
 }
 
 command=${1:-help}

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.transports import launchers
 
 STEPS, BATCH = 10, 13
 

@@ -45,7 +45,10 @@ class Far:
 
     def __init__(self):
         self.is_heard, self.is_sent, self.verdict, self.posted = True, True, "", []
-        self.is_dead = False
+        self.is_dead, self.unanswered = False, 0.0
+
+    def count(self, seconds):
+        pass
 
     def post(self, text):
         self.posted.append(text)
