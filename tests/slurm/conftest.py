@@ -122,7 +122,7 @@ def cluster(tmp_path_factory):
     environ = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": 1}
 
     def call(*words, **extra):
-        conf = {"SLURM_CONF": folder / "cluster" / "slurm.conf", "SLOTS": 32}
+        conf = {"SLURM_CONF": folder / "cluster" / "slurm.conf", "SLOTS": 12}
         return processes.run(*words, limit=60, **conf, **environ, **extra)
 
     up = call(CLUSTER, "up", folder / "cluster")
@@ -153,13 +153,13 @@ def jobs(cluster):
         return path
 
     shipped = ROOT / "launch" / "slurm.sbatch"
+    submit("late", "--ntasks=2", shipped, programs["stuck"], "hangs", PMI="none", SYNCBN_TIMEOUT=1000)
+    submit("cancelled", "--ntasks=2", shipped, programs["stuck"], "hangs", PMI="none", SYNCBN_TIMEOUT=1000)
     for pmi in ("none", "pmix") if cluster.pmix else ("none",):
         for word, name in ("raises", "raises"), ("is killed", "killed"), ("hangs", "hangs"):
             submit(f"{name}-{pmi}", "--ntasks=2", shipped, programs["stuck"], word, PMI=pmi)
         submit(f"steps-{pmi}", "--ntasks=4", script(f"steps-{pmi}", STEPS, mpi=pmi, program=programs["value"]))
         submit(f"two-{pmi}", "--ntasks=2", shipped, programs["value"], 10, PMI=pmi)
-    submit("cancelled", "--ntasks=2", shipped, programs["stuck"], "hangs", PMI="none", SYNCBN_TIMEOUT=1000)
-    submit("late", "--ntasks=2", shipped, programs["stuck"], "hangs", PMI="none", SYNCBN_TIMEOUT=1000)
     submit("four-none", "--ntasks=4", shipped, programs["value"], 10, PMI="none")
     for word in "layer", "communicator":
         text = script(word, ONE_STEP, mpi="none", program=programs["plain"], word=word)
