@@ -26,7 +26,7 @@ from syncbn.cli.channels import AbstractChannel, NameChannel, StoreChannel
 from syncbn.cli.models import ModelReport
 from syncbn.cli.network import Network
 from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe, shared_memory
-from syncbn.transports.choices import OVERRIDE
+from syncbn.transports.choices import OVERRIDE, SRUN
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
 from syncbn.world import rendezvous
@@ -184,6 +184,8 @@ def _find_mpi(report: Report, launch: Launch) -> bool:
     found = f"{report.mpi.name} {report.mpi.version}"
     joined = f"mpi4py loaded {found}" if foreign else f"{found} joined {report.mpi.size}"
     remedy = f"Start with the mpirun of {found}, or install the MPI of this mpirun, for example with: {INSTALL}."
+    if launch.name == "slurm":
+        remedy = f"Start with {SRUN}; or without MPI, by srun --mpi=none."
     report.complain(f"{_started(launch)}, but {joined} ({report.mpi.library})", remedy)
     return False
 

@@ -25,7 +25,7 @@ class Identity(NamedTuple):
 
     def __str__(self) -> str:
         """Returns the name, and of the secret just enough to tell two jobs apart."""
-        return f"{self.name}, key {self.proof('its name')[:6]}" if self.secret else f"{self.name}, no key"
+        return f"{self.name} with key {self.proof('its name')[:6]}" if self.secret else self.name
 
     def proof(self, question: str) -> str:
         """Returns what only a process that knows the secret can answer."""

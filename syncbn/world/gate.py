@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import selectors
@@ -207,7 +208,7 @@ class Host:
         came = f" Of other jobs came {'; '.join(self.strangers)}." if self.strangers else ""
         address, port = self._listener.getsockname()[:2]
         return (
-            f"All {self._seat.size} ranks of {self._seat.identity} must meet within {seconds:g} s; rank"
+            f"All {self._seat.size} ranks of {self._seat.identity} must meet within {math.ceil(seconds)} s; rank"
             f"{'s' * (len(missing) > 1)} {_list(missing)} did not come to {address} port {port} ({_process()}).{came} "
             "Look for a process that ended or never started; on several hosts, for a firewall between them."
         )
@@ -249,9 +250,8 @@ def enter(address: str, port: int, seat: Seat, deadline: float) -> str:
         RefusedError: if the host ends the meeting.
     """
     left = max(0.1, min(SILENCE, deadline - time.monotonic()))
-    with socket.create_connection((address, port), timeout=left) as connection:
+    with socket.create_connection((address, port), timeout=left) as connection, connection.makefile("rb") as stream:
         nonce = secrets.token_hex(16)
-        stream = connection.makefile("rb")
         greeting = _greeted(connection, stream, nonce)
         mine = seat.identity.proof(f"guest {greeting['nonce']}")
         who = {"rank": seat.rank, "size": seat.size, "process": _process(), "job": str(seat.identity)}

@@ -16,6 +16,7 @@ from syncbn.transports.identity import Identity
 from syncbn.world import gate
 from syncbn.world.gate import RefusedError, Seat, StrangerError
 
+LOOPBACK = "127.0.0.1"
 PORTS = 8
 """How many ports a job tries where nobody has chosen one."""
 _RANGE = range(20000, 32768)
@@ -73,7 +74,11 @@ def meet(place: Place, seat: Seat, timeout: timedelta) -> Any:
         store = TCPStore(place.address, port, seat.size, False, timeout, wait_for_workers=False)
     else:
         listener, left = _listener(place, seat, timeout.total_seconds())
-        port, word = listener.getsockname()[1], gate.Host(listener, seat, warns=place.is_chosen).gather(left)
+        try:
+            port, word = listener.getsockname()[1], gate.Host(listener, seat, warns=place.is_chosen).gather(left)
+        except BaseException:
+            listener.close()
+            raise
         # multi_tenant: a program may open torch's own store at this port, too, in this process
         store = TCPStore(
             place.address,
