@@ -45,7 +45,7 @@ def main(words):
     same_bits(world)
     if options.file:
         say(f"listens on {socket.gethostname()}: {json.dumps(listeners())}")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while not options.file.exists() and time.monotonic() < end:
             time.sleep(0.05)
         same_bits(world)

@@ -11,10 +11,10 @@ from tests.hosts import jobs
 from tests.hosts.jobs import Job
 from tests.hosts.network import ROOT
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(300)]
 PROGRAM = ROOT / "tests/hosts/start_program.py"
 INCLUDE = "OMPI_MCA_btl_tcp_if_include"
-LIMIT = 90
+LIMIT = 200  # a busy machine takes minutes to import torch several times
 ANSWERS = """
 import sys
 from syncbn.transports import reach
