@@ -20,7 +20,7 @@ from syncbn.cli.arguments import at_least
 
 CHECKED = 128
 """The most ranks on which the shortcuts are checked."""
-SEEDS = 8
+SEEDS = 4
 
 
 def run(program: Path, found: Results, options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.scale import wires
-from benchmarks.scale.simulate import GATHERS, SUMS
+from benchmarks.scale.simulate import GATHERS, SUMS, gathers
 
 Exchange = dict[tuple[str, int, str, str], dict[int, float]]
 """Microseconds by width, of (platform, ranks, message, algorithm)."""
@@ -68,7 +68,10 @@ class Results:
         return sum(self._of_message(platform, ranks, f"{library} {way}", names) for way, names in algorithms.items())
 
     def _of_message(self, platform: str, ranks: int, message: str, algorithms: Sequence[str]) -> float:
-        rows = [self.exchange[platform, ranks, message, name] for name in algorithms]
+        names = (
+            algorithms if len(algorithms) == 1 else [name for name in algorithms if name in (*SUMS, *gathers(ranks))]
+        )
+        rows = [self.exchange[platform, ranks, message, name] for name in names]
         return sum(layers * min(row[C] for row in rows) for C, layers in wires.widths().items()) / 1e3
 
     def saved(self, platform: str, noise: str, ranks: int, group: int, step_ms: float) -> float:

@@ -21,7 +21,10 @@ NODES = 512
 """Of every platform file."""
 WHOLE_RINGS, ROUNDS = 128, 24
 """On more ranks than the first a ring is stopped after the second and scaled: that is within 0.6 % at 128 ranks."""
-LIMIT = 1800
+ALL_GATHERS = 512
+"""On more ranks only the ring is simulated, and the gather that was the best for every width on 16 to so many ranks of
+every platform: half of the time."""
+LIMIT = 3600
 """Seconds that one simulation may take."""
 
 # The defaults of SimGrid 3.32 are those of a TCP cluster: factors to 1 ("1" alone crashes it), no cross traffic of
@@ -132,7 +135,12 @@ class Job:
 def jobs(ranks: int, platforms: Iterable[str] = PLATFORMS) -> list[Job]:
     """Returns the simulations of 2, 4, 8, ... up to so many ranks, the small ones first."""
     counts = [2**i for i in range(1, ranks.bit_length())]
-    return [Job(name, n, kind) for n in counts for name in platforms for kind in (*SUMS, *GATHERS)]
+    return [Job(name, n, kind) for n in counts for name in platforms for kind in (*SUMS, *gathers(n))]
+
+
+def gathers(ranks: int) -> tuple[str, ...]:
+    """Returns the gathers that are simulated on so many ranks."""
+    return GATHERS if ranks <= ALL_GATHERS else ("gather_ring", "gather_slices")
 
 
 def whole_step(program: Path, platform: str, ranks: int, algorithm: str, **options: float) -> float:
