@@ -29,8 +29,10 @@ static const struct {
 };
 enum { KINDS = sizeof ALGORITHMS / sizeof ALGORITHMS[0] };
 
-static double latest;   /* when the last rank was done: shared by all ranks on purpose */
-static long wrong;      /* ranks with a wrong result: the same */
+/* Shared by all ranks, on purpose: */
+static double latest; /* when the last rank was done */
+static long wrong;    /* values that are */
+static char *payload; /* what is sent where only time counts */
 
 static void fail(const char *text)
 {
@@ -65,7 +67,7 @@ static double until_the_last(double began)
     return latest - began;
 }
 
-static void time_one(int kind, const struct place *place, int rounds, size_t bytes, char *payload)
+static void time_one(int kind, const struct place *place, int rounds, size_t bytes)
 {
     const double began = begin_together();
     if (ALGORITHMS[kind].sum)
@@ -91,7 +93,7 @@ static double noise(double sigma, uint64_t *state) /* log-normal of mean 1 */
     return exp(sigma * radius * cos(6.283185307179586 * uniform(state)) - sigma * sigma / 2);
 }
 
-static void time_step(int kind, int rank, int per_node, char **words, int n, char *payload)
+static void time_step(int kind, int rank, int per_node, char **words, int n)
 {
     const int group = atoi(words[0]), pieces = n - 4;
     const double sigma = atof(words[1]), piece = atof(words[2]) / pieces;
@@ -159,13 +161,13 @@ int main(int argc, char **argv)
         for (int i = first; i < argc; i++)
             if ((size_t)atol(argv[i]) > largest)
                 largest = (size_t)atol(argv[i]);
-        char *payload = SMPI_SHARED_MALLOC(largest * (size_t)(ALGORITHMS[kind].sum ? 1 : ranks));
+        if (!payload) /* the first rank to come here, for all: a mapping for each would be too many at 2,048 */
+            payload = SMPI_SHARED_MALLOC(largest * (size_t)(ALGORITHMS[kind].sum ? 1 : ranks));
         if (first == 8)
-            time_step(kind, rank, per_node, argv + 4, argc - 4, payload);
+            time_step(kind, rank, per_node, argv + 4, argc - 4);
         else
             for (int i = first; i < argc; i++)
-                time_one(kind, &place, atoi(argv[4]), (size_t)atol(argv[i]), payload);
-        SMPI_SHARED_FREE(payload);
+                time_one(kind, &place, atoi(argv[4]), (size_t)atol(argv[i]));
     }
     MPI_Finalize();
     return 0;
