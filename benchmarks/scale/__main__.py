@@ -28,7 +28,8 @@ def run(program: Path, found: Results, options: argparse.Namespace) -> None:
     ranks, checked = options.ranks, min(options.ranks, CHECKED)
     known = {(platform, n, algorithm) for platform, n, _, algorithm in found.exchange}
     jobs = [job for job in simulate.jobs(ranks, options.platforms) if astuple(job) not in known]
-    draws = len(waiting.noises(wires.collectives())) * (ranks.bit_length() - 1)
+    counts = [n for n in simulate.RANKS if n <= ranks]
+    draws = len(waiting.noises(wires.collectives())) * len(counts)
     with tqdm(total=len(jobs) + draws + 1, unit="job", file=sys.stderr) as bar:
         with ThreadPoolExecutor(options.jobs) as pool:
             for job, rows in zip(jobs, pool.map(lambda job: job.run(program), jobs), strict=True):
@@ -38,7 +39,7 @@ def run(program: Path, found: Results, options: argparse.Namespace) -> None:
                 bar.set_postfix_str(f"{job.algorithm}, {job.ranks} ranks, {job.platform}", refresh=False)
                 bar.update()
         bar.set_postfix_str("waiting")
-        for noise, n, row in waiting.table(ranks, wires.collectives(), options.samples):
+        for noise, n, row in waiting.table(counts, wires.collectives(), options.samples):
             found.waiting[noise, n] = row
             bar.update()
         bar.set_postfix_str("checks")
@@ -111,24 +112,14 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def power_of_two(text: str) -> int:
-    """Returns a number of ranks.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none that the platforms have.
-    """
-    limit = simulate.NODES * simulate.PER_NODE
-    if not text.isdecimal() or not 2 <= int(text) <= limit or int(text) & (int(text) - 1):
-        raise argparse.ArgumentTypeError(f"it needs a power of two from 2 to {limit}; received {text}")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0; 1 without SimGrid, matplotlib or the files of --read."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description="Simulate what synchronising costs on many ranks."
     )
-    parser.add_argument("--ranks", type=power_of_two, default=1024, help="the most (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, choices=simulate.RANKS, default=1024, help="the most (default: %(default)s)"
+    )
     parser.add_argument("--platforms", nargs="+", choices=simulate.PLATFORMS, default=simulate.PLATFORMS)
     parser.add_argument(
         "--samples", type=at_least(1), default=200, help="steps drawn on the most ranks (default: %(default)s)"

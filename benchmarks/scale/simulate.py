@@ -17,8 +17,8 @@ PLATFORMS = ("fat_tree_nvlink", "fat_tree_shared_memory", "ethernet")
 SUMS = ("sum_doubling", "sum_nodes")
 GATHERS = ("gather_ring", "gather_doubling", "gather_leaders", "gather_slices")
 PER_NODE = 8
-NODES = 512
-"""Of every platform file."""
+RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+"""What is simulated. Every platform file has 512 nodes."""
 WHOLE_RINGS, ROUNDS = 128, 24
 """On more ranks than the first a ring is stopped after the second and scaled: that is within 0.6 % at 128 ranks."""
 ALL_GATHERS = 512
@@ -83,8 +83,8 @@ def build(folder: Path) -> Path:
 
 def replay(program: Path, platform: str, ranks: int, words: Iterable[object], **settings: str) -> list[str]:
     """Runs the program on so many ranks of a platform, and returns the lines that it prints."""
-    if ranks > NODES * PER_NODE:
-        raise ValueError(f"The platforms have {NODES * PER_NODE} ranks at most; received {ranks}.")
+    if ranks > RANKS[-1]:
+        raise ValueError(f"The platforms have {RANKS[-1]} ranks at most; received {ranks}.")
     with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts:
         hosts.writelines(f"node-{i // PER_NODE}\n" for i in range(ranks))
         hosts.flush()
@@ -133,9 +133,8 @@ class Job:
 
 
 def jobs(ranks: int, platforms: Iterable[str] = PLATFORMS) -> list[Job]:
-    """Returns the simulations of 2, 4, 8, ... up to so many ranks, the small ones first."""
-    counts = [2**i for i in range(1, ranks.bit_length())]
-    return [Job(name, n, kind) for n in counts for name in platforms for kind in (*SUMS, *gathers(n))]
+    """Returns the simulations of RANKS up to so many, the small ones first."""
+    return [Job(name, n, kind) for n in RANKS if n <= ranks for name in platforms for kind in (*SUMS, *gathers(n))]
 
 
 def gathers(ranks: int) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ the last one all ranks wait for each other, as they do to average the gradients.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -103,15 +103,15 @@ def added(
     return {group: total / samples / noise.mean() - 1 for group, total in totals.items()}
 
 
-def table(ranks: int, pieces: int, samples: int) -> Iterator[tuple[str, int, dict[int, float]]]:
-    """Returns :func:`added` of every noise for 2, 4, 8, ... ranks, in groups of 1, 8, 64 and all.
+def table(ranks: Sequence[int], pieces: int, samples: int) -> Iterator[tuple[str, int, dict[int, float]]]:
+    """Returns :func:`added` of every noise, in groups of 1, 8, 64 and all ranks.
 
     Args:
-        ranks: the most.
+        ranks: numbers of ranks, powers of two.
         pieces: of a step.
         samples: steps on the most ranks; smaller jobs get more, up to five times as many.
     """
     for name, noise in noises(pieces).items():
-        for n in (2**i for i in range(1, ranks.bit_length())):
+        for n in ranks:
             groups = sorted({1, n, *(g for g in (8, 64) if g < n)})
-            yield name, n, added(noise, n, groups, pieces, min(5 * samples, samples * ranks // n))
+            yield name, n, added(noise, n, groups, pieces, min(5 * samples, samples * max(ranks) // n))
