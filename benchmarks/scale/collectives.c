@@ -103,7 +103,7 @@ void all_reduce_nodes(const struct place *place, char *buffer, char *scratch, si
     broadcast(&place->node, buffer, bytes);
 }
 
-/* n - 1 rounds of one block: what NCCL does for an all-gather, and what libraries do when messages are large. */
+/* n - 1 rounds of one block: the usual way of NCCL, and of MPI libraries when messages are large. */
 void all_gather_ring(const struct place *place, char *buffer, size_t block, int rounds)
 {
     const struct line *line = &place->all;
