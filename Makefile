@@ -9,6 +9,7 @@
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
 # make gpu      on a machine with an NVIDIA GPU: tests and benchmarks in five parts of 3 minutes; needs no network
+# make scale    what synchronising costs on up to 1,024 ranks, simulated: docs/scale.md; needs SimGrid, 3 minutes of one core
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -24,7 +25,7 @@ extras = $(PYTHON) -c '$(READ)' $(2) >$(1)/extras.txt && $(1)/bin/python $(INSTA
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all test-hosts test-slurm test-torch sanitize gpu lint docs dist clean
+.PHONY: demo test test-all test-hosts test-slurm test-torch sanitize gpu scale simgrid lint docs dist clean
 
 demo: $(VENV)/demo-ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
@@ -57,6 +58,15 @@ sanitize: $(VENV)/ready
 # With the machine's own Python, torch and CuPy. Some of the parts: launch/gpu.sh contact bench
 gpu:
 	launch/gpu.sh
+
+# All ranks that the page has: make scale SCALE="--ranks 4096"
+SCALE ?= --ranks 1024
+scale: simgrid $(VENV)/demo-ready
+	python -m benchmarks.scale $(SCALE)
+
+simgrid:
+	@{ command -v smpicc && command -v smpirun; } >/dev/null || \
+		{ echo "make scale needs SimGrid: apt-get install -y libsimgrid-dev (Debian, Ubuntu; 190 MB)" >&2; exit 1; }
 
 lint: $(VENV)/ready
 	ruff format --check .

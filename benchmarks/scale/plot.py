@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The pictures of docs/scale.md, each for light and for dark pages. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scale.results import THRESHOLD, Results
+from benchmarks.scale.tables import TITLES
+
+COLOURS = {
+    "syncbn, node by node": "#4269d0",
+    "syncbn, recursive doubling": "#6cc5b0",
+    "torch, ring": "#ff725c",
+    "torch, best": "#efb118",
+}
+GROUP_COLOURS = ("#6cc5b0", "#4269d0", "#efb118", "#ff725c")
+THEMES = {"light": ("#ffffff", "#222222", "#cccccc"), "dark": ("#1e2129", "#e2e4e9", "#4a4e58")}
+"""Ground, text and lines of the grid."""
+
+
+def draw(results: Results, folder: Path, step_ms: float, form: str = "svg") -> Iterator[Path]:
+    """Draws scale_exchange and scale_waiting into a folder, for both themes, and returns the files.
+
+    Args:
+        results: of a run, or read from its files.
+        folder: where to write.
+        step_ms: a step's other work.
+        form: svg, or png to look at.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for theme, (ground, text, grid) in THEMES.items():
+        style = {
+            **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), ground),
+            **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), text),
+            **{"grid.color": grid, "legend.edgecolor": grid, "font.size": 9, "axes.grid": True, "grid.linewidth": 0.6},
+            **{"svg.hashsalt": "syncbn", "svg.fonttype": "none"},
+        }
+        with matplotlib.rc_context(style):
+            for name, fill in (("exchange", of_exchange), ("waiting", of_waiting)):
+                figure = Figure(figsize=(11, 3.9), layout="constrained")
+                fill(figure, results, step_ms)
+                path = folder / f"scale_{name}_{theme}.{form}"
+                figure.savefig(path, metadata={"Date": None} if form == "svg" else None)
+                yield path
+
+
+def of_exchange(figure: Any, results: Results, step_ms: float) -> None:
+    """Milliseconds of a step's exchange over the ranks, a panel for each platform."""
+    panels = figure.subplots(1, len(results.platforms()), sharey=True, squeeze=False)[0]
+    for axes, platform in zip(panels, results.platforms(), strict=True):
+        for column, colour in COLOURS.items():
+            ms = [results.ms(platform, ranks, column) for ranks in results.ranks()]
+            axes.plot(results.ranks(), ms, "o-", ms=3, color=colour, label=column)
+        axes.axhline(THRESHOLD * step_ms, lw=1, ls=":", color="grey")
+        axes.set_yscale("log")
+        axes.set_title(TITLES[platform])
+        _over_ranks(axes, results.ranks())
+    panels[0].set_ylabel("ms a step in the exchange, simulated")
+    line = f"\ndotted: {100 * THRESHOLD:.0f} % of {step_ms:g} ms"
+    panels[0].legend(title="53 batch norms of ResNet-50" + line, fontsize=8, title_fontsize=8, loc="upper left")
+
+
+def of_waiting(figure: Any, results: Results, step_ms: float) -> None:
+    """Left what waiting adds, by size of group; right what groups of 8 save, by platform."""
+    added, saved = figure.subplots(1, 2)
+    noise = next(iter(results.waiting))[0]
+    rows = {ranks: row for (name, ranks), row in results.waiting.items() if name == noise}
+    for group, colour in zip((1, 8, 64, None), GROUP_COLOURS, strict=True):
+        points = [(n, 100 * row[group or n]) for n, row in rows.items() if (group or n) in row]
+        label = {1: "once a step", None: "all ranks, after each piece"}.get(group, f"groups of {group}")
+        added.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, label=label)
+    added.set_title(f"waiting for the slowest: noise of {noise}")
+    added.set_ylabel("% added to a step, drawn")
+    for platform, colour in zip(results.platforms(), GROUP_COLOURS, strict=False):
+        larger = [n for n in rows if n > 8]
+        share = [100 * results.saved(platform, noise, n, 8, step_ms) for n in larger]
+        saved.plot(larger, share, "o-", ms=3, color=colour, label=TITLES[platform])
+    saved.axhline(100 * THRESHOLD, lw=1, ls=":", color="grey")
+    saved.set_title(f"what groups of 8 save of a step of {step_ms:g} ms")
+    saved.set_ylabel("% of a step, sending and waiting")
+    for axes in (added, saved):
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+        _over_ranks(axes, list(rows))
+
+
+def _over_ranks(axes: Any, ranks: list[int]) -> None:
+    shown = ranks if len(ranks) < 7 else ranks[::2] if len(ranks) % 2 else ranks[1::2]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shown, [f"{n:,}" for n in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("ranks")
