@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from syncbn.waits.ranks import named
+
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -32,7 +34,9 @@ class GroupSpec:
     def __str__(self) -> str:
         if self.kind == "blocks":
             return f"group of {self.size} consecutive ranks"
-        return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
+        if not self.ranks:
+            return "group of this process alone"
+        return f"{self.kind} group of {named(self.ranks)}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles a label that is unique over all jobs, if the group has been used, see :func:`agree_on_label`."""

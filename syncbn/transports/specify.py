@@ -9,6 +9,7 @@ from typing import Any
 from syncbn.transports import groups
 from syncbn.transports.groups import GroupSpec
 from syncbn.waits.limits import shown
+from syncbn.waits.ranks import named
 
 
 def specify(group: Any) -> GroupSpec | None:
@@ -64,7 +65,7 @@ def _specify_torch(group: Any) -> GroupSpec | None:
     if not isinstance(group, dist.ProcessGroup):
         return None
     if dist.get_rank(group) < 0:
-        raise ValueError(_not_a_member(f"the torch process group of ranks {dist.get_process_group_ranks(group)}"))
+        raise ValueError(_not_a_member(f"the torch process group of {named(dist.get_process_group_ranks(group))}"))
     return GroupSpec("torch", tuple(dist.get_process_group_ranks(group)), group.group_name)
 
 

@@ -6,6 +6,7 @@ status.py      what a rank says of itself: its calls, the line of the user's cod
 processes.py   whether the process of another rank of this host runs, is stopped or is gone
 channel.py     TCP connections, beside the transports, by which ranks tell their status
 diagnosis.py   from the status of all ranks: who waits for whom
+ranks.py       how ranks are named in a text
 findings.py    what that means, in a sentence, and what to do
 report.py      the table, and the JSON
 judge.py       looks at all ranks, warns, reports, and says when the job ends
