@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from syncbn.waits.limits import shown
 from syncbn.waits.ranks import named
 
 
@@ -30,6 +31,15 @@ class GroupSpec:
     """Distinguishes groups of the same ranks. Empty for the group that syncbn makes of them."""
     size: int = 0
     """For "blocks", the number of consecutive ranks in each."""
+
+    def __post_init__(self) -> None:
+        """Refuses what no group of ranks is."""
+        ranks: object = self.ranks
+        if not isinstance(ranks, tuple) or not all(type(rank) is int and rank >= 0 for rank in ranks):
+            raise TypeError(
+                f"syncbn.GroupSpec needs a tuple of ranks, integers >= 0; received {shown(ranks)}. "
+                "World.subgroup(size) makes one; a layer takes a ProcessGroup or a communicator as it is."
+            )
 
     def __str__(self) -> str:
         if self.kind == "blocks":

@@ -50,8 +50,10 @@ def specify_blocks(group: Any, size: int | None) -> GroupSpec | None:
             f"group_size and process_group exclude each other; received group_size={size} and a process_group. "
             "Give the one that names the ranks."
         )
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"group_size must be an integer >= 1; received {size!r}. None synchronises over every rank.")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"group_size must be an integer >= 1; received {shown(size)}. None synchronises over every rank."
+        )
     return GroupSpec("blocks", (), size=size)
 
 
