@@ -211,10 +211,8 @@ def _within(model: nn.Module, chosen: Collection[nn.Module], kind: Callable[[nn.
     return {name: layer for name, layer in model.named_modules() if layer in chosen and kind(layer)}
 
 
-_CONVERT = "convert_sync_batchnorm needs layers that lose nothing by it; {} of {} would lose something"
-_REVERT = (
-    "revert_sync_batchnorm needs to know what each layer was, and that it fits; {} of {} cannot be reverted as it is"
-)
+_CONVERT = "convert_sync_batchnorm must lose nothing; {} of {} layers would lose something"
+_REVERT = "revert_sync_batchnorm must know what each layer was; {} of {} layers cannot be reverted without loss"
 
 
 def _refuse(found: Mapping[str, nn.Module], reasons: Mapping[str, str], text: str) -> None:

@@ -47,7 +47,8 @@ def init(
     launch = rendezvous.placed(launchers.detect())
     given, error = _checked(device, torch_distributed)
     if error is not None:
-        given, torch_distributed = torch.device("cpu"), None  # this rank connects, and raises with the others
+        given = torch.device("cpu")  # this rank connects, and raises with the others
+        torch_distributed = torch_distributed if isinstance(torch_distributed, bool) else None
     where = device_of(launch) if given is None else given
     if where.type == "cuda":
         where = where if where.index is not None else torch.device("cuda", torch.cuda.current_device())

@@ -102,7 +102,9 @@ def test_the_first_average_of_a_group_compares_parameters_and_later_ones_do_not(
     torch.manual_seed(ranks.rank)
     model = nn.Linear(2, 2)
     ranks.raises(
-        ValueError, lambda: world.average_gradients(nn.Linear(2, 2)), "World.average_gradients needs the same parameters"
+        ValueError,
+        lambda: world.average_gradients(nn.Linear(2, 2)),
+        "World.average_gradients needs the same parameters",
     )
     world, counting = counted(ranks)
     world.broadcast(model)
@@ -154,7 +156,11 @@ def test_statistics_of_other_groups_may_differ_and_are_compared_within_them(rank
 WRONG = {
     "no model": (lambda: 5, TypeError, "World.check needs a torch.nn.Module; received int"),
     "a lazy one": (lambda: nn.Sequential(nn.LazyLinear(2)), ValueError, "the uninitialized values of 0.weight"),
-    "another one": (lambda: nn.Sequential(*network(), nn.Linear(2, 2)), ValueError, "the same names, shapes and dtypes"),
+    "another one": (
+        lambda: nn.Sequential(*network(), nn.Linear(2, 2)),
+        ValueError,
+        "the same names, shapes and dtypes",
+    ),
     "not converted": (lambda: network(convert=False), ValueError, "the same synchronised layers on every rank"),
 }
 
