@@ -200,9 +200,11 @@ def _values_error(
     first = values[:, list(tensors).index(differ[0])].tolist()
     kinds = {value: f"version {i + 1}" for i, value in enumerate(dict.fromkeys(first))}
     received = _by_rank([kinds[value] for value in first], transport)
+    if len(kinds) > _NAMED:
+        received = f"in {len(kinds)} versions on {len(first)} ranks"
     names = ", ".join(differ[:_NAMED]) + (f" and {len(differ) - _NAMED} more" if len(differ) > _NAMED else "")
     return ValueError(
-        f"{what} needs the same parameters and buffers on every rank, bit for bit; received other values of {names} "
+        f"{what} needs the same {'parameters' if what == AVERAGE else 'parameters and buffers'} on every rank, bit for bit; received other values of {names} "
         f"({len(differ)} of {len(digests)} tensors): {differ[0]} is {received}. {_cause(gradients, what)}"
     )
 

@@ -91,6 +91,7 @@ def test_average_gradients_packs_one_wire_a_dtype(ranks):
         p.grad = torch.ones_like(p)
     world.average_gradients(model)
     expected = [
+        (3 * ranks.size + 7, torch.float64),  # the first time: are the parameters the same
         (4 * ranks.size + 7, torch.float64),  # is it the same model everywhere, with dense gradients
         (18 + 6, torch.float32),  # values, and a flag a tensor
         (6 + 2, torch.float64),
