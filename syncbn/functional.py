@@ -158,13 +158,14 @@ def _error(
 ) -> Exception | None:
     """Returns what is wrong with a call on this rank, or None."""
     C, eps, momentum = layer.settings[:3]
-    error = inputs.call_error(x, mask, C, eps, dims, momentum)
+    of_function, named = layer.site is FUNCTION, dict(zip(_NAMES, tensors, strict=True))
+    error = inputs.call_error(x, mask, None if of_function else C, eps, dims, momentum)
     if error is not None:
         return error
     assert isinstance(x, Tensor)
-    if layer.site is not FUNCTION:
-        error = placement.device_error(x, tensors[0], tensors[2])
-    return error or inputs.tensors_error(dict(zip(_NAMES, tensors, strict=True)), x, C)
+    if of_function:
+        return inputs.widths_error(named, x) or inputs.tensors_error(named, x, x.size(1))
+    return placement.device_error(x, tensors[0], tensors[2]) or inputs.tensors_error(named, x, C)
 
 
 def batch_norm(x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: Any) -> Tensor:

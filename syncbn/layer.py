@@ -94,6 +94,7 @@ class SyncBatchNorm(_BatchNorm):
         renorm_limits: tuple[float, float] | None = None,
         replays: bool = True,
     ) -> None:
+        inputs.require_features(num_features, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # the layers of torch 2.11 do not have this argument
             self.register_parameter("bias", None)

@@ -13,12 +13,15 @@ of its own.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, final
 
 from torch import Tensor
 
 from syncbn import moments
+from syncbn.checks import inputs
 from syncbn.moments import Running
+from syncbn.waits.limits import shown
 
 
 class RenormLimits(NamedTuple):
@@ -42,11 +45,17 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
     """Returns checked limits, or None if there are none.
 
     Raises:
-        ValueError: if a limit is out of range, or the layer has no running statistics.
+        TypeError: if they are no pair.
+        ValueError: if a limit is no number or out of range, or the layer has no running statistics.
     """
     if limits is None:
         return None
-    r_max, d_max = map(float, limits)
+    need = "renorm_limits needs a pair of numbers (r_max, d_max), or None for batch normalization"
+    if not isinstance(limits, (tuple, list)) or len(limits) != 2:
+        raise TypeError(f"{need}; received {shown(limits)}. Pass syncbn.RenormLimits(3, 5), for example.")
+    r_max, d_max = map(inputs.number, limits)
+    if math.isnan(r_max) or math.isnan(d_max):
+        raise ValueError(f"{need}; received {shown(limits)}. Pass syncbn.RenormLimits(3, 5), for example.")
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(
             f"renorm_limits needs (r_max, d_max) with r_max >= 1 and d_max >= 0; received ({r_max:g}, {d_max:g}). "

@@ -8,6 +8,7 @@ see ``functional.py``.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -67,6 +68,26 @@ def input_error(x: object, num_features: int | None, dims: Dims = ANY_DIMS) -> E
     return None
 
 
+def require_features(num_features: object, dtype: object) -> None:
+    """Raises for a number of channels, or a dtype, of which torch's constructor complains in words of its own.
+
+    Raises:
+        TypeError, ValueError: on the rank that makes the layer.
+    """
+    try:
+        found = -1 if isinstance(num_features, bool) else operator.index(num_features)  # type: ignore[arg-type]
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise ValueError(
+            f"{NAME} needs an integer num_features >= 1, the channels of its input; received {shown(num_features)}. "
+            "Pass x.size(1)."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(f"torch.{name_of(d)}" for d in DTYPES)
+        raise TypeError(f"{NAME} needs a floating dtype ({names}), or None; received {shown(dtype)}. Pass one of them.")
+
+
 def number(value: object) -> float:
     """Returns what stands for a number as a float; NaN for anything else."""
     try:
@@ -93,15 +114,31 @@ def settings_error(eps: object, momentum: object) -> Exception | None:
 
 
 def call_error(
-    x: object, mask: object, num_features: int, eps: object, dims: Dims = ANY_DIMS, momentum: object = None
+    x: object, mask: object, num_features: int | None, eps: object, dims: Dims = ANY_DIMS, momentum: object = None
 ) -> Exception | None:
-    """Returns the error of the settings, the input or the mask of a training call, or None."""
+    """Returns the error of the settings, the input (of ``num_features`` channels, None: any) or the mask, or None."""
     error = settings_error(eps, momentum) or input_error(x, num_features, dims)
     if error is not None:
         return error
     assert isinstance(x, Tensor)
     error = kind_error("input", x) or mask_error(mask, x)
     return error if error is not None or mask is None else kind_error("mask", mask)  # type: ignore[arg-type]
+
+
+def widths_error(tensors: Mapping[str, object], x: Tensor) -> Exception | None:
+    """Returns the error of parameters that do not fit a good input of the function, or None.
+
+    Nothing says which of them is wrong, so the error names all.
+    """
+    vectors = {name: t for name, t in tensors.items() if name != "num_batches_tracked" and isinstance(t, Tensor)}
+    lengths = {name: t.numel() for name, t in vectors.items() if not t.is_nested and t.dim() == 1}
+    if all(length == x.size(1) for length in lengths.values()):
+        return None
+    received = ", ".join(f"{name} of {length}" for name, length in lengths.items())
+    return ValueError(
+        f"{NAME} needs input.size(1) values in each parameter and running statistic; received {received}, and an input "
+        f"of {x.size(1)} channels, shape {tuple(x.shape)}. Channels come second, also in channels_last memory format."
+    )
 
 
 def tensors_error(tensors: Mapping[str, object], x: Tensor, num_features: int) -> Exception | None:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = report.Options(
             shapes, args.dtype, args.channels_last, args.repeats, args.warmup, not args.no_baseline
         )
-        status = cpu.run(options, form=form)
+        status = cpu.run(options, form=form, output=args.output)
     sys.stdout.flush()
     return _last(status)
 
@@ -122,6 +122,7 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--repeats", type=at_least(1), default=defaults.repeats, help="(default: %(default)s)")
     command.add_argument("--warmup", type=at_least(0), default=defaults.warmup, help="(default: %(default)s)")
     command.add_argument("--no-baseline", action="store_true", help="no baseline, and no torch.distributed")
+    command.add_argument("--output", metavar="FILE", help="write the JSON document there too, after every shape")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     form.add_argument("--csv", action="store_true", help="print comma-separated values instead of tables")

@@ -17,6 +17,7 @@ from torch import nn
 from syncbn.convert import known, obstacles, standing
 from syncbn.convert.summary import Row, Summary, summary
 from syncbn.transports import AbstractTransport, gather
+from syncbn.waits.ranks import named
 
 _SHOWN = 10
 """How many modules a problem names."""
@@ -108,8 +109,8 @@ def look(factory: str, transport: AbstractTransport | None) -> ModelReport:
     if any(errors):
         return ModelReport(factory, error=gather.by_rank(errors, transport.ranks, skip_empty=True, joint=" | "))
     if len(set(notes)) > 1:
-        others = [str(rank) for rank, note in zip(transport.ranks, notes, strict=True) if note != notes[0]]
-        error = f"ranks build different models: those of ranks {', '.join(others)} differ from that of rank 0"
+        others = [rank for rank, note in zip(transport.ranks, notes, strict=True) if note != notes[0]]
+        error = f"ranks build different models: that of {named(others)} differs from that of rank 0"
         return ModelReport(factory, error=error)
     return report
 

@@ -24,6 +24,7 @@ from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
 from syncbn.transports.groups import GroupSpec
 from syncbn.transports.specify import specify, specify_blocks
+from syncbn.waits.limits import shown
 
 
 def convert_sync_batchnorm(
@@ -79,7 +80,7 @@ def convert_sync_batchnorm(
             for name, layer in found.items()
             if (reason := skipped.get(layer, "") or obstacles.to_ours(layer, becomes))
         }
-        _refuse(found, reasons, "SyncBatchNorm")
+        _refuse(found, reasons, _CONVERT)
         for layer in found.values():
             if spec is None and isinstance(layer, nn.SyncBatchNorm):
                 specify(layer.process_group)  # raises before anything is changed
@@ -159,15 +160,15 @@ def revert_sync_batchnorm(
     """
     becomes = known.table()
     selection.require_module(module, "revert_sync_batchnorm")
-    if otherwise is not None and otherwise not in classes.TORCH:
+    if otherwise is not None and not (isinstance(otherwise, type) and otherwise in classes.TORCH):
+        received = otherwise.__qualname__ if isinstance(otherwise, type) else shown(otherwise, 60)
         raise TypeError(
-            "otherwise= needs a batch norm class of torch, such as torch.nn.BatchNorm2d; received "
-            f"{otherwise.__qualname__ if isinstance(otherwise, type) else otherwise!r}. A layer that was created as "
-            "SyncBatchNorm has only what these have."
+            f"otherwise= needs a batch norm class of torch, such as torch.nn.BatchNorm2d; received {received}. A layer "
+            "that was created as SyncBatchNorm has only what these have."
         )
     chosen = selection.choose(module, only, lambda layer: _is_ours(layer) or replacement.original(layer) is not None)
     news = {name: layer for name, layer in chosen.items() if replacement.original(layer) is not None}
-    _refuse(chosen, {name: why for name, new in news.items() if (why := replacement.obstacle(new))}, "its original")
+    _refuse(chosen, {name: why for name, new in news.items() if (why := replacement.obstacle(new))}, _REVERT)
     back = {new: old for new in news.values() if (old := replacement.original(new)) is not None}
     with replacement.put(module, back) as model:
         found = _within(model, {*chosen.values(), *_parts(back.values())}, _is_ours)
@@ -177,7 +178,7 @@ def revert_sync_batchnorm(
             for name, layer in found.items()
             if (reason := obstacles.to_original(layer, originals[name], becomes))
         }
-        _refuse(found, reasons, "its original class")
+        _refuse(found, reasons, _REVERT)
     replacement.restore(news.values())
     for name, layer in found.items():
         _revert(layer, originals[name])
@@ -210,10 +211,11 @@ def _within(model: nn.Module, chosen: Collection[nn.Module], kind: Callable[[nn.
     return {name: layer for name, layer in model.named_modules() if layer in chosen and kind(layer)}
 
 
-def _refuse(found: Mapping[str, nn.Module], reasons: Mapping[str, str], target: str) -> None:
+_CONVERT = "convert_sync_batchnorm must lose nothing; {} of {} layers would lose something"
+_REVERT = "revert_sync_batchnorm must know what each layer was; {} of {} layers cannot be reverted without loss"
+
+
+def _refuse(found: Mapping[str, nn.Module], reasons: Mapping[str, str], text: str) -> None:
     if reasons:
         lines = "\n".join(f"  {name or '(the module itself)'}: {reason}" for name, reason in reasons.items())
-        raise TypeError(
-            f"Conversion to {target} must lose nothing; {len(reasons)} of {len(found)} layers would lose something, "
-            f"and nothing was changed:\n{lines}"
-        )
+        raise TypeError(f"{text.format(len(reasons), len(found))}, and nothing was changed:\n{lines}")

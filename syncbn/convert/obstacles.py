@@ -63,7 +63,12 @@ def skipped(model: nn.Module) -> dict[nn.Module, str]:
 def to_original(layer: SyncBatchNorm, original: type[_BatchNorm] | None, becomes: classes.Table) -> str:
     """Says what the change from SyncBatchNorm back to ``original`` would lose. Empty if nothing."""
     if original is None:
-        return "it was created as SyncBatchNorm; pass otherwise=torch.nn.BatchNorm2d, for example"
+        cls, lazy = type(layer), isinstance(layer, LazySyncBatchNorm)
+        made = {SyncBatchNorm, LazySyncBatchNorm, *becomes.values()}
+        return _class_obstacle(layer, made, "revert") or (
+            f"it was created as {cls.__name__}, and which class it was to be is not known; pass "
+            f"otherwise=torch.nn.{'Lazy' * lazy}BatchNorm2d, for example"
+        )
     if isinstance(layer, LazySyncBatchNorm) and not issubclass(original, LazyModuleMixin):
         return (
             f"it is lazy and {original.__name__} is not; run one batch first, or pass a lazy class, for example "

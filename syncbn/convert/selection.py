@@ -44,7 +44,7 @@ def choose(model: nn.Module, only: Only, candidate: Callable[[nn.Module], bool])
         return found
     named = [(_plain(n), m) for n, m in model.named_modules(remove_duplicate=False) if candidate(m)]
     matches = _matcher(only, [name for name, _ in named])
-    selected = {id(module) for name, module in named if matches(name, module)}
+    selected = {id(module) for name, module in named if _says(matches, name, module)}
     return {name: module for name, module in found.items() if id(module) in selected}
 
 
@@ -68,6 +68,14 @@ def _matcher(only: str | Iterable[str] | Predicate, names: list[str]) -> Predica
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(_no_match(pattern, names))
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _says(matches: Predicate, name: str, module: nn.Module) -> bool:
+    try:
+        return bool(matches(name, module))
+    except Exception as error:
+        error.add_note(f"raised by the function of only= for {name!r}; it takes (name, layer)")
+        raise
 
 
 def _type_error(only: object) -> TypeError:

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from syncbn.calls.sites import site_of
+from syncbn.convert.selection import require_module
 from syncbn.layer import SyncBatchNorm
 from syncbn.transports import groups
+from syncbn.waits.limits import shown
 
 
 def layers_of(model: nn.Module) -> list[SyncBatchNorm]:
@@ -31,13 +33,26 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
     Communication:
         None. A frozen layer does not communicate, so every rank must freeze the same layers.
+
+    Raises:
+        TypeError: if an argument is of another type.
     """
+    require_module(model, "syncbn.freeze")
+    _require_bool(affine, "syncbn.freeze")
     for layer in layers_of(model):
         site_of(layer).frozen = True
         layer.eval()
         if affine:
             layer.requires_grad_(False)
     return model
+
+
+def _require_bool(affine: object, what: str) -> None:
+    if not isinstance(affine, bool):
+        raise TypeError(
+            f"{what} needs affine=True or False; received {shown(affine)}. It says whether weight and bias are meant "
+            "too; name layers by passing a part of the model."
+        )
 
 
 def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
@@ -52,7 +67,12 @@ def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
     Communication:
         None.
+
+    Raises:
+        TypeError: if an argument is of another type.
     """
+    require_module(model, "syncbn.unfreeze")
+    _require_bool(affine, "syncbn.unfreeze")
     for layer in layers_of(model):
         if not site_of(layer).frozen:
             continue
@@ -80,7 +100,9 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: inside, on this rank alone, if the local batch has one value per channel.
+        TypeError: if ``model`` is no module.
     """
+    require_module(model, "syncbn.no_sync")
     sites = [site_of(layer) for layer in layers_of(model)]
     for site in sites:
         site.enter(groups.ALONE)

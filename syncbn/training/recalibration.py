@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from syncbn.training.modes import layers_of
 from syncbn.training.recorder import Recorder, merge_ranks, recording
 from syncbn.transports import announcing, gather
 from syncbn.transports.base import AbstractTransport
+from syncbn.waits.limits import shown
 
 NAME = "syncbn.recalibrate"
 
@@ -54,20 +55,22 @@ def recalibrate(
         A rank that has no batch left repeats its last one with weight zero, until no rank has a batch left.
 
     Raises:
-        ValueError, TypeError, RuntimeError: on every rank alike, if the model has no such layer, the layers
-            differ, a rank has no batch at all, or a loader or a batch fails on some rank.
+        ValueError, TypeError, RuntimeError: on every rank alike, if an argument of any is wrong, the model has no such
+            layer, the layers differ, a rank has no batch at all, or a loader or a batch fails on some rank.
     """
     if announcing.is_open():
         raise RuntimeError(
             f"{NAME} needs every rank, and ranks that have finished in syncbn.join do not follow it; received a call "
             "inside syncbn.join. Call it after the join."
         )
+    error = _arguments_error(model, batches, num_batches)
+    model = model if isinstance(model, nn.Module) else nn.Module()
     layers = [layer for layer in layers_of(model) if layer.track_running_stats and not site_of(layer).frozen]
     means = (layer.running_mean for layer in layers)
     somewhere = next((t for t in (*means, *model.parameters(), *model.buffers()) if t is not None), None)
     device = torch.device("cpu") if somewhere is None else somewhere.device  # even without a layer
     world = transports.choose(None, device.type)
-    _require_layers(layers, world)
+    _require_layers(layers, world, error)
     bar = _bar(batches, num_batches, progress and world.rank == 0)
     with bar, torch.no_grad(), _eager(), recording(layers) as recorders:
         for batch, counts in _rounds(_inputs(batches, num_batches), world, device):
@@ -79,6 +82,24 @@ def recalibrate(
     _commit(layers, recorders)
 
 
+def _arguments_error(model: object, batches: object, num_batches: object) -> Exception | None:
+    """Returns what is wrong with the arguments on this rank, or None."""
+    if not isinstance(model, nn.Module):
+        return TypeError(f"{NAME} needs a torch.nn.Module; received {type(model).__name__}. Pass the model.")
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, bytes)):
+        return TypeError(
+            f"{NAME} needs an iterable of batches; received {type(batches).__name__} {shown(batches, 60)}. Pass a "
+            "DataLoader or a list of batches; one batch as [batch]."
+        )
+    if num_batches is not None and (not isinstance(num_batches, int) or isinstance(num_batches, bool)):
+        return TypeError(
+            f"{NAME} needs an integer as num_batches, or None; received {shown(num_batches)}. None takes every batch."
+        )
+    if num_batches is not None and num_batches < 1:
+        return ValueError(f"{NAME} needs num_batches >= 1; received {num_batches}. None takes every batch.")
+    return None
+
+
 class _Input(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -86,12 +107,10 @@ class _Input(NamedTuple):
 
 def _inputs(batches: Iterable[Any], num_batches: int | None) -> Iterator[_Input]:
     """Yields the arguments of the model."""
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"{NAME} needs num_batches >= 1; received {num_batches}. None takes every batch.")
     for batch in islice(batches, num_batches):
         if isinstance(batch, Tensor):
             yield _Input((batch,), {})
-        elif isinstance(batch, Mapping):
+        elif isinstance(batch, Mapping) and all(isinstance(name, str) for name in batch):
             yield _Input((), batch)
         elif isinstance(batch, tuple | list) and batch:
             yield _Input((batch[0],), {})
@@ -157,15 +176,15 @@ def write(layer: SyncBatchNorm, recorder: Recorder) -> None:
         layer.num_batches_tracked.fill_(recorder.calls)
 
 
-def _require_layers(layers: list[SyncBatchNorm], world: AbstractTransport) -> None:
-    """Raises on every rank unless all have the same layers, at least one, and none is lazy."""
+def _require_layers(layers: list[SyncBatchNorm], world: AbstractTransport, error: Exception | None) -> None:
+    """Raises on every rank unless all have the same layers, at least one, none of them lazy, and no error."""
     lazy = sum(layer.running_mean is not None and is_lazy(layer.running_mean) for layer in layers)
     counts = {
         "number of layers": len(layers),
         "number of channels": sum(layer.num_features for layer in layers),
         "number of lazy layers": lazy,
     }
-    gather.require_equal(counts, world, NAME, "Build the same model on every rank.")
+    gather.require_equal(counts, world, NAME, "Build the same model on every rank.", error)
     if not layers or lazy:
         raise ValueError(
             f"{NAME} needs SyncBatchNorm layers that track running statistics, are not frozen and have seen an "
@@ -181,5 +200,8 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 def _bar(batches: Iterable[Any], num_batches: int | None, shown: bool) -> tqdm[Any]:
-    lengths = [n for n in (num_batches, len(batches) if isinstance(batches, Sized) else None) if n is not None]
+    length: int | None = None
+    with suppress(Exception):  # of any kind, as of an IterableDataset: on this rank alone, the others would wait
+        length = len(batches) if isinstance(batches, Sized) else None
+    lengths = [n for n in (num_batches, length) if n is not None]
     return tqdm(desc="recalibrate", total=min(lengths, default=None), unit="batch", disable=not shown)

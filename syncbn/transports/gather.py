@@ -16,6 +16,7 @@ from torch import Tensor
 from syncbn import moments
 from syncbn.moments import Message
 from syncbn.transports.base import AbstractTransport, MismatchError
+from syncbn.waits.ranks import named
 
 NOTE_BYTES = 1000
 _OTHER = -1
@@ -226,13 +227,13 @@ def _text(error: object) -> str:
 
 
 def by_rank(notes: list[str], ranks: tuple[int, ...], *, skip_empty: bool = False, joint: str = " and ") -> str:
-    """Groups equal notes: ``64 on ranks 0, 2 and 32 on rank 1``. ``skip_empty`` puts the ranks first."""
+    """Groups equal notes: ``64 on ranks 0, 2-63 and 32 on rank 1``. ``skip_empty`` puts the ranks first."""
     holders: dict[str, list[int]] = {}
     for rank, note in zip(ranks, notes, strict=True):
         if note or not skip_empty:
             holders.setdefault(note, []).append(rank)
     parts = []
     for note, who in holders.items():
-        where = f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+        where = named(who)
         parts.append(f"On {where}: {note}" if skip_empty else f"{note} on {where}")
     return joint.join(parts)

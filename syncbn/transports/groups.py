@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from syncbn.waits.limits import shown
+from syncbn.waits.ranks import named
+
 NODE = "node"
 """The kind of the group of the ranks of one host, and what ``group_size`` calls it."""
 PARTS = ("blocks", NODE)
@@ -34,12 +37,23 @@ class GroupSpec:
     size: int = 0
     """For "blocks", the number of consecutive ranks in each."""
 
+    def __post_init__(self) -> None:
+        """Refuses what no group of ranks is."""
+        ranks: object = self.ranks
+        if not isinstance(ranks, tuple) or not all(type(rank) is int and rank >= 0 for rank in ranks):
+            raise TypeError(
+                f"syncbn.GroupSpec needs a tuple of ranks, integers >= 0; received {shown(ranks)}. "
+                "World.subgroup(size) makes one; a layer takes a ProcessGroup or a communicator as it is."
+            )
+
     def __str__(self) -> str:
         if self.kind == "blocks":
             return f"group of {self.size} consecutive ranks"
         if self.kind == NODE:
             return "group of the ranks of one host"
-        return f"{self.kind} group of ranks {', '.join(map(str, self.ranks))}"
+        if not self.ranks:
+            return "group of this process alone"
+        return f"{self.kind} group of {named(self.ranks)}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles a label that is unique over all jobs, if the group has been used, see :func:`agree_on_label`."""

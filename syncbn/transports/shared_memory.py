@@ -199,10 +199,10 @@ def on_one_host(host: AbstractTransport, override: str) -> AbstractTransport:
     elif any(row[0] for row in table):
         why = why or "a rank has no compiled transport"
     else:
-        opened, why = _open(host, members)
+        opened, why, failed = _open(host, members)
         if opened is not None:
             return SharedMemoryTransport(host, opened, members)
-        if why and override == "auto":
+        if override == "auto" and failed[0] == host.rank:  # one warning a group: every rank knows which have failed
             warnings.warn(f"syncbn goes without shared memory: {why}.", RuntimeWarning, stacklevel=2)
     if override == "shm":
         raise RuntimeError(
@@ -224,8 +224,8 @@ def _gather(row: list[float], host: AbstractTransport) -> list[list[float]]:
     return table
 
 
-def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | None, str]:
-    """Opens one segment on all ranks, or on none. Returns it, or why this rank has none."""
+def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | None, str, list[int]]:
+    """Opens one segment on all ranks, or on none. Returns it, or why this rank has none, and which ranks have none."""
     ranks, slot = host.size, memory_file.slot_bytes(host.size)
     files, opened, why, key = [], None, "", secrets.randbits(52) + 1
     try:
@@ -244,10 +244,10 @@ def _open(host: AbstractTransport, members: list[Process]) -> tuple[Opened | Non
                 raise FileNotFoundError(errno.ENOENT, "it is another file")
     except (OSError, MemoryError) as error:
         opened, why = None, f"rank {host.ranks[host.rank]} cannot open the memory of the first one ({error})"
-    failed = any(row[0] for row in _gather([float(opened is None)], host))
+    failed = [rank for rank, row in enumerate(_gather([float(opened is None)], host)) if row[0]]
     for file in files:  # the mapping stays
         os.close(file)
-    return (None, why) if failed else (opened, "")
+    return (None, why, failed) if failed else (opened, "", [])
 
 
 _END = "came to the end of the program"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from syncbn.transports import groups
 from syncbn.transports.groups import NODE, GroupSpec
 from syncbn.waits.limits import shown
+from syncbn.waits.ranks import named
 
 
 def specify(group: Any) -> GroupSpec | None:
@@ -51,9 +52,9 @@ def specify_blocks(group: Any, size: int | Literal["node"] | None) -> GroupSpec 
         )
     if isinstance(size, str) and size == NODE:
         return GroupSpec(NODE, ())
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"group_size must be an integer >= 1 or '{NODE}'; received {size!r}. None synchronises over every rank."
+            f"group_size must be an integer >= 1 or '{NODE}'; received {shown(size)}. None synchronises over every rank."
         )
     return GroupSpec("blocks", (), size=size)
 
@@ -68,7 +69,7 @@ def _specify_torch(group: Any) -> GroupSpec | None:
     if not isinstance(group, dist.ProcessGroup):
         return None
     if dist.get_rank(group) < 0:
-        raise ValueError(_not_a_member(f"the torch process group of ranks {dist.get_process_group_ranks(group)}"))
+        raise ValueError(_not_a_member(f"the torch process group of {named(dist.get_process_group_ranks(group))}"))
     return GroupSpec("torch", tuple(dist.get_process_group_ranks(group)), group.group_name)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from syncbn.transports.identity import Identity
 from syncbn.waits import channel, limits, processes, watchdog
 from syncbn.waits.channel import LOOPBACK, Channel, Hub, Link
 from syncbn.waits.processes import Process
+from syncbn.waits.ranks import named
 
 _WHAT = "the first use of a group"
 
@@ -93,9 +95,11 @@ def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | Non
     names, hosts, why = ([LOOPBACK] * transport.size, [], "") if together else _addresses(transport)
     servers = channel.servers([process.host for process in members])
     key, port, hub = secrets.randbits(52), 0, None
+    opened: list[socket.socket] = []
     if rank in servers and not why:
         try:
             listener = channel.listen(names[rank], backlog=transport.size)
+            opened.append(listener)
             port, hub = listener.getsockname()[1], Hub(listener, str(key), transport.size)
         except OSError as error:
             why = str(error)
@@ -109,10 +113,13 @@ def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | Non
                 links.append(Link(names[server], port, str(key), rank))
         except OSError as error:
             why = f"{names[server]} port {port}: {error}"
-    failed = gather.gather(torch.tensor([float(bool(why))], dtype=torch.float64, device="cpu"), transport, _WHAT)
-    if failed.any():
-        if why:
-            warnings.warn(_unwatched(why), RuntimeWarning, stacklevel=2)
+    table = gather.gather(torch.tensor([float(bool(why))], dtype=torch.float64, device="cpu"), transport, _WHAT)
+    failed = [r for r, (wrong,) in enumerate(table.tolist()) if wrong]
+    if failed:
+        for each in (*opened, *[link.connection for link in links]):
+            each.close()
+        if rank == failed[0]:  # one warning a job: every rank has the table
+            warnings.warn(_unwatched([transport.ranks[r] for r in failed], why), RuntimeWarning, stacklevel=2)
         return None
     return Channel(transport.ranks, rank, members, hub, links, hosts)
 
@@ -127,9 +134,10 @@ def _addresses(transport: AbstractTransport) -> tuple[list[str], list[str], str]
         return [], names, str(error)
 
 
-def _unwatched(why: str) -> str:
+def _unwatched(failed: list[int], why: str) -> str:
+    verb = "do" if len(failed) > 1 else "does"
     return (
-        f"syncbn watches no waits in this job: this rank does not reach the side channel ({why:.300}). A rank that "
-        "waits still ends at the limit, without a report. `syncbn doctor`, started in the same way, says what each "
-        "host offers."
+        f"syncbn watches no waits in this job: {named(failed)} {verb} not reach the side channel (rank {failed[0]}: "
+        f"{why:.300}). A rank that waits still ends at the limit, without a report. `syncbn doctor`, started in the "
+        "same way, says what each host offers."
     )

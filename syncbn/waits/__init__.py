@@ -7,6 +7,7 @@ processes.py   whether the process of another rank of this host runs, is stopped
 lines.py       a TCP connection that carries lines, and whether the host at its other end answers
 channel.py     such connections, beside the transports, by which ranks tell their status
 diagnosis.py   from the status of all ranks: who waits for whom
+ranks.py       how ranks are named in a text
 findings.py    what that means, in a sentence, and what to do
 report.py      the table, and the JSON
 judge.py       looks at all ranks, warns, reports, and says when the job ends

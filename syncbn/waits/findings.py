@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from syncbn.waits import limits
+from syncbn.waits import limits, ranks
 from syncbn.waits.diagnosis import Blocked, Member
 from syncbn.waits.processes import STOPPED
 from syncbn.waits.status import ENDED, is_cut_off
@@ -219,18 +219,7 @@ def named(members: list[Member]) -> str:
 
 
 def _ranks(members: list[Member]) -> str:
-    return f"rank{'s' if len(members) > 1 else ''} {ranks_of([member.rank for member in members])}"
-
-
-def ranks_of(ranks: list[int]) -> str:
-    """Returns ``0, 2-63``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ranks.named([member.rank for member in members])
 
 
 def by_call(pairs: list[tuple[str, int]]) -> str:
@@ -238,6 +227,4 @@ def by_call(pairs: list[tuple[str, int]]) -> str:
     calls: dict[str, list[int]] = {}
     for call, rank in pairs:
         calls.setdefault(call, []).append(rank)
-    return " and ".join(
-        f"{call} on rank{'s' if len(ranks) > 1 else ''} {ranks_of(ranks)}" for call, ranks in calls.items()
-    )
+    return " and ".join(f"{call} on {ranks.named(who)}" for call, who in calls.items())

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.waits.diagnosis import Member
-from syncbn.waits.findings import Finding, place, ranks_of
+from syncbn.waits.findings import Finding, place
 from syncbn.waits.limits import spoken
 from syncbn.waits.processes import GONE, RUNS, STOPPED
+from syncbn.waits.ranks import ranks_of
 from syncbn.waits.status import Wait
 
 ROWS = 16

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -82,6 +83,14 @@ def size_error(size: object, ranks: int) -> Exception | None:
     except ValueError as error:
         return error
     return None
+
+
+def exception(error: Any) -> Exception | None:
+    """Returns an exception or None as it is, else the error for what is neither."""
+    if error is None or isinstance(error, BaseException):
+        return error  # type: ignore[return-value]
+    need = "World.raise_together needs an exception, or None where all is well"
+    return TypeError(f"{need}; received {type(error).__name__} {shown(error)}. Pass ValueError(text), for example.")
 
 
 def _index(value: object) -> int | None:

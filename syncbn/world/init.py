@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from syncbn import transports
@@ -10,6 +12,7 @@ from syncbn.transports import gather, launchers
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.launchers import Launch
 from syncbn.waits import limits
+from syncbn.waits.limits import shown
 from syncbn.world import rendezvous
 from syncbn.world.world import World
 
@@ -38,10 +41,15 @@ def init(
     Raises:
         RuntimeError: if the launcher speaks MPI and mpi4py is missing, with the install line; if there are more
             processes on a host than GPUs and no ``device`` is given.
-        ValueError: on every rank, if ``timeout`` is not a number above 0, or differs between ranks.
+        ValueError, TypeError: on every rank, if ``timeout`` is not a number above 0, or differs between ranks, or if
+            another argument of any rank is wrong.
     """
     launch = rendezvous.placed(launchers.detect())
-    where = device_of(launch) if device is None else torch.device(device)
+    given, error = _checked(device, torch_distributed)
+    if error is not None:
+        given = torch.device("cpu")  # this rank connects, and raises with the others
+        torch_distributed = torch_distributed if isinstance(torch_distributed, bool) else None
+    where = device_of(launch) if given is None else given
     if where.type == "cuda":
         where = where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(where)  # NCCL and the kernels take the current one
@@ -52,17 +60,41 @@ def init(
     elif launch.speaks_mpi and launch.size > 1:
         transports.over_mpi()
     transport = transports.choose(None, where.type)
-    _agree_on_limit(timeout, transport)
+    _agree_on_limit(timeout, transport, error)
     return World(transport.rank, transport.size, launch.local_rank, where, launch.name, transport)
 
 
-def _agree_on_limit(timeout: float | None, transport: AbstractTransport) -> None:
-    """Sets the limit of waits, or raises on every rank alike."""
-    error: Exception | None = None
+def _checked(device: Any, torch_distributed: object) -> tuple[torch.device | None, Exception | None]:
+    """Returns the device, and what is wrong with the arguments on this rank."""
+    if torch_distributed is not None and not isinstance(torch_distributed, bool):
+        need = "syncbn.init needs torch_distributed=True, False or None"
+        return None, TypeError(
+            f"{need}; received {shown(torch_distributed)}. None sets it up if nothing else connects."
+        )
+    if device is None:
+        return None, None
+    need, remedy = (
+        "syncbn.init needs a CPU or CUDA device, or None",
+        "None takes the GPU of the local rank, else the CPU.",
+    )
+    try:
+        found = torch.device(device)
+    except Exception:  # of any kind: raised on this rank alone, it would leave the others waiting
+        return None, ValueError(f"{need}; received {shown(device)}. {remedy}")
+    if found.type == "meta":
+        return None, ValueError(f"{need}; received {str(found)!r}. {remedy}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        here = f"in a process that sees {torch.cuda.device_count()} GPUs"
+        return None, ValueError(f"{need}; received {str(found)!r} {here}. {remedy}")
+    return found, None
+
+
+def _agree_on_limit(timeout: float | None, transport: AbstractTransport, error: Exception | None) -> None:
+    """Sets the limit of waits, or raises on every rank alike; also the error of another argument."""
     try:
         seconds = limits.limit() if timeout is None else limits.checked(timeout, "syncbn.init(timeout)")
     except ValueError as wrong:
-        seconds, error = limits.DEFAULT, wrong
+        seconds, error = limits.DEFAULT, error or wrong
     remedy = f"Give every rank the same one, by timeout or by {limits.TIMEOUT}."
     gather.require_equal({"timeout": seconds}, transport, "syncbn.init", remedy, error)
     limits.give(seconds)

@@ -91,6 +91,8 @@ def together(tmp_path_factory):
         "no baseline": (*BENCH, *SMALL, "--no-baseline", "--json"),
         "unconnected": ("SYNCBN_TRANSPORT=single", *BENCH, *SMALL, "--no-baseline"),
         "csv": (*BENCH, *SMALL, "--csv"),
+        "output": (*BENCH, *SMALL, "--no-baseline", "--output", tmp_path_factory.getbasetemp() / "bench.json"),
+        "no such folder": (*BENCH, *SMALL, "--no-baseline", "--output", "/no/such/folder/bench.json"),
         "too large": (*BENCH, "--shapes", "100000,100000,1000,1000"),
     }
     return processes.many(processes.mpirun, 2, cases, tmp_path_factory.mktemp("together"))
@@ -114,7 +116,9 @@ def test_every_dtype_and_layout_runs_alone_and_leaves_the_baseline_empty(alone, 
 def test_under_a_launcher_rank_0_prints_one_table_with_every_column(launcher):
     done = launcher(2, *BENCH, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("baseline / syncbn") == 1
+    assert done.stdout.count("geometric mean") == 1
+    assert "baseline / syncbn: above 1, syncbn is faster" in done.stdout
+    assert "syncbn / torch: below 1, syncbn is faster" in done.stdout
     assert f"torch      {torch.__version__}" in done.stdout
     assert len(next(line for line in done.stdout.splitlines() if line.startswith("2,4,3,3")).split()) == 6
 
@@ -132,6 +136,24 @@ def test_without_the_baseline_torch_is_not_needed(together):
     document = json.loads(together["no baseline"].stdout)
     assert document["machine"]["transport"] == "shm"
     assert all(row["baseline_us"] is None for row in document["rows"])
+
+
+@pytest.mark.xdist_group("bench together")
+def test_output_is_the_json_document_beside_the_table(together, tmp_path_factory):
+    done = together["output"]
+    assert done.returncode == 0, done.stderr
+    assert "baseline / syncbn: " not in done.stdout  # there is none to explain
+    document = json.loads((tmp_path_factory.getbasetemp() / "bench.json").read_text())
+    assert document.keys() == json.loads(together["no baseline"].stdout).keys()
+    assert [row["shape"] for row in document["rows"]] == [[2, 4, 3, 3], [3, 2, 2, 2]]
+
+
+@pytest.mark.xdist_group("bench together")
+def test_an_output_that_cannot_be_written_ends_it_before_anything_is_measured(together):
+    done = together["no such folder"]
+    assert done.returncode == 2
+    assert done.stderr.count("--output needs a file that can be written; received") == 1
+    assert "geometric mean" not in done.stdout
 
 
 def test_threads_are_those_of_the_environment():

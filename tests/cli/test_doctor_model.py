@@ -128,7 +128,7 @@ def test_a_model_without_batch_norm_has_no_problem(models, monkeypatch):
     ("factory", "words"),
     [
         ("whole", None),
-        ("uneven", "ranks build different models: those of ranks 1 differ from that of rank 0"),
+        ("uneven", "ranks build different models: that of rank 1 differs from that of rank 0"),
         ("broken_on_one", r"On rank 1: broken_on_one\(\) raised ValueError: no data here"),
     ],
 )

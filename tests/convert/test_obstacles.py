@@ -311,7 +311,10 @@ def test_a_scripted_layer_is_refused():
 
 def test_a_layer_created_as_ours_reverts_to_what_is_asked():
     model = nn.Sequential(syncbn.SyncBatchNorm(3))
-    with pytest.raises(TypeError, match=r"0: it was created as SyncBatchNorm; pass otherwise="):
+    with pytest.raises(
+        TypeError,
+        match=r"0: it was created as SyncBatchNorm, and which class it was to be is not known; pass otherwise=",
+    ):
         revert_sync_batchnorm(model)
     revert_sync_batchnorm(model, otherwise=nn.BatchNorm2d)
     assert type(model[0]) is nn.BatchNorm2d

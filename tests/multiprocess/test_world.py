@@ -102,8 +102,9 @@ def test_average_gradients_compares_a_model_once_and_packs_one_wire_a_dtype(rank
     counting, world = counted(ranks)
     model = with_gradients(nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
     wires = [(HEAD + 18 + 6, torch.float32), (6 + 2, torch.float64)]  # values, and a flag a tensor
+    first = (3 * ranks.size + 7, torch.float64)  # are the parameters the same
     comparison = (4 * ranks.size + 7, torch.float64)  # is it the same model everywhere, with dense gradients
-    for expected in ([comparison, *wires], wires, wires):
+    for expected in ([first, comparison, *wires], wires, wires):
         counting.sent.clear()
         world.average_gradients(model)
         ranks.check(counting.sent == expected, f"{counting.sent}")

@@ -7,8 +7,9 @@ import pytest
 
 from syncbn.waits import diagnosis, findings
 from syncbn.waits.diagnosis import Member
-from syncbn.waits.findings import STUCK, ranks_of
+from syncbn.waits.findings import STUCK
 from syncbn.waits.processes import GONE, STOPPED
+from syncbn.waits.ranks import ranks_of
 from syncbn.waits.status import COMPILES, DEBUGGED, ENDED, FILES, Status, Wait
 from tests.waits.members import CALL, GROUP, groups, inside, numbers, only, outside
 

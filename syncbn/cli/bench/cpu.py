@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -141,15 +142,16 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def run(options: Options, *, form: str) -> int:
+def run(options: Options, *, form: str, output: str | None = None) -> int:
     """Runs the command.
 
     Args:
         options: what to measure.
         form: "table", "json" or "csv".
+        output: a file that gets the JSON document, after every shape; or None.
 
     Returns:
-        0; 1 if the processes are not connected; 2 if a shape does not fit into memory.
+        0; 1 if the processes are not connected; 2 if a shape does not fit into memory, or ``output`` cannot be written.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as the launch scripts do: processes share the cores
@@ -161,12 +163,21 @@ def run(options: Options, *, form: str) -> int:
     except (RuntimeError, ValueError) as error:
         return fail(error, rank, 1)
     machine = describe_machine(world)
+
+    def keep(rows: list[Row]) -> None:
+        if output is not None:  # the same on every rank, as the arguments are
+            world.raise_together(_write(rows, options, machine, output) if world.rank == 0 else None)
+
+    try:
+        keep([])
+    except RuntimeError as error:
+        return fail(error, world.rank, 2)
     if form == "table" and world.rank == 0:
         layout = "channels_last" if options.channels_last else "contiguous"
         facts = {**asdict(machine), "input": f"{options.dtype}, {layout}", "repeats": options.repeats}
         print(tabulate(facts.items(), tablefmt="plain", disable_numparse=True), end="\n\n", flush=True)
     try:
-        rows = _measure_all(options, world)
+        rows = _measure_all(options, world, keep)
     except RuntimeError as error:
         return fail(error, world.rank, 2)
     if world.rank == 0:
@@ -187,13 +198,26 @@ def _connect(options: Options, launch: launchers.Launch) -> World:
     return world
 
 
-def _measure_all(options: Options, world: World) -> list[Row]:
+def _write(rows: list[Row], options: Options, machine: Machine, output: str) -> Exception | None:
+    """Writes the JSON document. Returns what went wrong."""
+    try:
+        Path(output).write_text(f"{report.as_json(rows, options, machine)}\n", encoding="utf-8")
+    except OSError as error:
+        return RuntimeError(f"--output needs a file that can be written; received {error}. Name another.")
+    return None
+
+
+def _measure_all(options: Options, world: World, keep: Callable[[list[Row]], None]) -> list[Row]:
     rounds = len(options.shapes) * (options.warmup + options.repeats)
     hosts = parts.ranks_of_hosts(world.transport)
     node = len(hosts) > 1 and len(set(hosts)) == 1
     hidden = None if world.rank == 0 else True  # None: shown on a terminal only
     with tqdm(total=rounds, unit="round", disable=hidden, leave=False, file=sys.stderr) as bar:
-        return [measure(shape, options, world, bar.update, node=node) for shape in options.shapes]
+        rows = []
+        for shape in options.shapes:
+            rows.append(measure(shape, options, world, bar.update, node=node))
+            keep(rows)
+        return rows
 
 
 def fail(error: Exception, rank: int, status: int) -> int:

@@ -97,7 +97,7 @@ def render(rows: Sequence[Row], options: Options, machine: Machine, *, form: str
     """Renders the rows as "table", "csv" or "json"."""
     if form == "json":
         return as_json(rows, options, machine)
-    return as_csv(rows) if form == "csv" else as_table(rows)
+    return as_csv(rows) if form == "csv" else f"{as_table(rows)}\n\n{explanation(rows)}"
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -117,6 +117,17 @@ def as_table(rows: Sequence[Row]) -> str:
         disable_numparse=True,
         colalign=("left", *["right"] * len(headers[1:])),
     )
+
+
+def explanation(rows: Sequence[Row]) -> str:
+    """Says what the columns of :func:`as_table` mean, a line for each ratio."""
+    lines = ["us: microseconds of a forward and backward on the slowest rank, the median over rounds."]
+    if any(row.baseline_us is not None for row in rows):
+        lines.append(
+            "baseline / syncbn: above 1, syncbn is faster than synchronised batch norm from torch operators over gloo."
+        )
+    lines.append("syncbn / torch: below 1, syncbn is faster than torch.nn.BatchNorm2d, which does not synchronise.")
+    return "\n".join(lines)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

@@ -4,11 +4,33 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from syncbn.waits.limits import shown
 
 NO_SYNC_OF_A_PART = (
     "syncbn.no_sync inside syncbn.join needs the whole model, since finished ranks must know which layers to follow; "
     "received a part of it. Call no_sync(model), or put no_sync of a part around the join."
 )
+
+
+def arguments_error(model: object, throw: object, empty: object) -> Exception | None:
+    """Returns what is wrong with the arguments of a join on this rank, or None. ``optimizer`` is checked elsewhere."""
+    if not isinstance(model, nn.Module):
+        return TypeError(
+            f"syncbn.join needs a torch.nn.Module; received {type(model).__name__}. Write join(model, optimizer)."
+        )
+    if not isinstance(throw, bool):
+        return TypeError(
+            f"syncbn.join needs throw_on_early_termination=True or False; received {shown(throw)}. False lets ranks "
+            "end at different times."
+        )
+    if empty is not None and not callable(empty):
+        return TypeError(
+            f"syncbn.join needs a function as empty, or None; received {shown(empty)}. It turns (args, kwargs) of a "
+            "forward into those of an empty local batch."
+        )
+    return None
 
 
 def refuse_reentrant_checkpoint() -> None:

@@ -53,7 +53,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             every tensor becomes 0, and everything else stays.
 
     Communication:
-        Entering: two comparisons, of 4 and of 2 values a rank; at a process's first, one group of everyone is made.
+        Entering: two comparisons, of 5 and of 2 values a rank; at a process's first, one group of everyone is made.
         In training, each forward, backward and each of the four calls of World: one all-reduce of 14 float64
         values more, whether or not a rank has finished. Leaving: the same for every call that others still make,
         and at the end one all-reduce of W values. If numbers of steps differed, also one ``World.broadcast``, one
@@ -64,8 +64,8 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             between two calls, or if one finishes early and ``throw_on_early_termination`` is set.
         ValueError: on every rank, at the first forward, if the model fails on an empty local batch; at entering, if
             ranks pass different optimizers.
-        TypeError: on every rank, if ``optimizer`` is something else, or its state holds more than tensors, numbers and
-            text.
+        TypeError: on every rank, if ``model`` is no module, ``optimizer`` is something else, or its state holds more
+            than tensors, numbers and text.
     """
 
     __module__ = "syncbn"
@@ -78,6 +78,9 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         throw_on_early_termination: bool = False,
         empty: Callable[[tuple[Any, ...], dict[str, Any]], Call] | None = None,
     ) -> None:
+        self._error = errors.arguments_error(model, throw_on_early_termination, empty)
+        if self._error is not None:  # raised by all, at entering
+            model, throw_on_early_termination, empty = nn.Module(), False, None
         self._model = model
         self._inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -100,7 +103,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         settings = {"throw_on_early_termination": self._throw, "number of parameters": len(list(self._params()))}
         settings |= {"DistributedDataParallel": self._inner is not self._model}
         settings |= {"number of lazy tensors": self._count_lazy()}
-        gather.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.")
+        gather.require_equal(settings, everyone, "syncbn.join", "Enter it alike on every rank.", self._error)
         optimizer_state.require_same(self._optimizers, self._inner, everyone)
         self._refuse_lazy()
         self._alone = self._which_are_alone()
