@@ -54,7 +54,8 @@ def specify_blocks(group: Any, size: int | Literal["node"] | None) -> GroupSpec 
         return GroupSpec(NODE, ())
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"group_size must be an integer >= 1 or '{NODE}'; received {shown(size)}. None synchronises over every rank."
+            f"group_size must be an integer >= 1 or '{NODE}'; received {shown(size)}. "
+            "None synchronises over every rank."
         )
     return GroupSpec("blocks", (), size=size)
 
