@@ -103,11 +103,11 @@ def with_norm(model, make):
 
 def study(world, task, args):
     """Prints the report of a network and the table of its trainings, and draws its figure."""
-    names = []  # what the report recommends, once the first training has made it
+    names = []  # what the report of the synchronised network recommends
     arms = {
         "none": lambda model: model,
-        "recommended": lambda model: syncbn.convert_sync_batchnorm(model, only=names),
         "all": syncbn.convert_sync_batchnorm,
+        "recommended": lambda model: syncbn.convert_sync_batchnorm(model, only=names),
         "group norm, 8 groups": lambda model: with_norm(model, lambda C: nn.GroupNorm(8, C)),
         "layer norm": lambda model: with_norm(model, lambda C: nn.GroupNorm(1, C)),
     }
@@ -118,11 +118,11 @@ def study(world, task, args):
         qualities, seconds, report = train(world, task, model, arm, args.steps or task.steps, seed, watch=watch)
         found[arm].append([*qualities, seconds])
         reports[arm] = report or reports.get(arm)
-        names = reports["none"].recommend(args.share)
+        names = names or (reports["all"].recommend(args.share) if arm == "all" else [])
     reports["all"].figure(figure, dark=args.dark)  # with the time of the collectives
-    reports["none"].to_json(figure.with_suffix(".json"))
+    reports["all"].to_json(figure.with_suffix(".json"))
     if world.rank == 0:
-        print(reports["none"], "\n")
+        print(f"{task.name}, not synchronised\n{reports['none']}\n\n{task.name}, synchronised\n{reports['all']}\n")
         layers = {"none": 0, "recommended": len(names), "all": len(reports["all"].rows)}
         rows = [[arm, layers.get(arm, "-"), *map(mean, zip(*runs, strict=True))] for arm, runs in found.items()]
         headers = ["synchronised", "layers", *task.quality, "s / step"]

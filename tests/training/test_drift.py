@@ -119,9 +119,20 @@ def test_the_table_says_what_it_is_about():
     assert "2 layers, 2 calls of each, 2 ranks" in text
     assert "recommend(0.9): 1 of 2 layers hold 90 %" in text
     assert "WARNING: Ranks see different data" in text
+    hint = "measure a copy that syncbn.convert_sync_batchnorm has converted"
+    assert hint not in text
+    assert hint in str(report_of([1.0]))
     assert max(map(len, text.splitlines()[:4])) <= 120
     assert str(report_of([1.0], rank=1)) == "", "rank 0 prints for all"
     assert "measured nothing" in Report(0, (0, 1)).table()
+
+
+def test_what_a_recommendation_leaves_is_said():
+    row = {row.name: row for row in report_of([2.0, 0.6]).rows}["b"]
+    assert (
+        f"1 of 2 layers hold 90 % of the excess drift; it leaves outputs of others off by {row.excess**0.5:.2f}"
+        in str(report_of([2.0, 0.6]))
+    )
 
 
 def test_json_is_written_once_and_has_every_field(tmp_path):

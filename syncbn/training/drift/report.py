@@ -33,6 +33,8 @@ class Row(NamedTuple):
     """Its class."""
     C: int
     """Its channels."""
+    synchronised: bool
+    """Whether it normalises by the statistics of several ranks."""
     calls: int
     """How many calls were measured."""
     count_local: float
@@ -181,21 +183,32 @@ class Report:
         if not rows:
             return "syncbn.drift measured nothing: no batch norm was called in training mode inside the block."
         cells = [_cells(row) for row in rows]
-        held = len(self.recommend(0.9))
         lines = [
             tabulate(cells, _HEADERS, tablefmt="simple", disable_numparse=True, colalign=_ALIGN),
             f"{len(rows)} layers, {max(row.calls for row in rows)} calls of each, {_ranks(len(self._ranks))}. "
             "Drift in standard deviations; x: how many times what independent samples have.",
-            f"recommend(0.9): {held} of {len(rows)} layers hold 90 % of the excess drift."
-            if held
-            else "recommend(0.9): none. No layer drifts more than independent samples do.",
+            self._advice(rows),
         ]
+        if len(self._ranks) > 1 and not all(row.synchronised for row in rows):
+            lines.append(
+                "A layer that is not synchronised evens out the ranks' inputs of later ones, which then seem to drift "
+                "little.\nTo choose layers, measure a copy that syncbn.convert_sync_batchnorm has converted."
+            )
         return "\n".join([*lines, *(f"WARNING: {text}" for text in self.warnings)])
+
+    def _advice(self, rows: Sequence[Row]) -> str:
+        names = set(self.recommend(0.9))
+        if not names:
+            return "recommend(0.9): none. No layer drifts more than independent samples do."
+        text = f"recommend(0.9): {len(names)} of {len(rows)} layers hold 90 % of the excess drift"
+        left = max((row.excess for row in rows if row.name not in names), default=0.0)
+        return f"{text}; it leaves outputs of others off by {math.sqrt(left):.2f} at most." if left else f"{text}."
 
     def __str__(self) -> str:
         return self.table() if self._rank == 0 else ""
 
 
+_ROUNDING = 1e-20
 _HEADERS = ("layer", "class", "C", "samples", "of", "mean drift", "x", "var drift", "x", "steady", "running", "ms")
 _ALIGN = ("left", "left", *("right",) * 10)
 
@@ -233,11 +246,13 @@ def _row(sums: Sums, ranks: tuple[int, ...]) -> Row:
     shift, noise2 = sums.steady()
     k = noise.samples_per_unit(mean2 / mean_noise, count_global) if mean_noise > 0 else 1.0
     allowed = min(1.0, count_local / HARMLESS)
+    excess = max(mean2 - allowed * mean_noise, 0.0) + max(var2 - allowed * var_noise, 0.0) / 4.0
     timed = layer.synchronised and sums.seconds > 0 and calls > 1
     return Row(
         layer.name,
         layer.kind,
         layer.C,
+        layer.synchronised,
         calls,
         count_local,
         count_global,
@@ -249,7 +264,7 @@ def _row(sums: Sums, ranks: tuple[int, ...]) -> Row:
         count_local / k if k > 0 else count_local,
         sums.running,
         sums.constant / calls,
-        max(mean2 - allowed * mean_noise, 0.0) + max(var2 - allowed * var_noise, 0.0) / 4.0,
+        excess if excess > _ROUNDING else 0.0,
         sums.seconds / (calls - 1) if timed else None,
         ranks_off.find(sums, ranks),
     )
