@@ -19,7 +19,7 @@ A tour, in reading order:
     layer.py          the module, SyncBatchNorm; evaluation.py is eval of mixed dtypes
     convert/          conversion of torch's and timm's batch norms and back, refused if something would be lost;
                       summary() says what stays local
-    training/         freeze, no_sync, recalibrate, join
+    training/         freeze, no_sync, recalibrate, join, drift
     world/            init(): which launcher started this process, and connecting it
     cli/              `syncbn doctor` and `syncbn bench`
 """
@@ -39,6 +39,7 @@ from syncbn.convert.known import optional_class
 from syncbn.convert.lazy import LazySyncBatchNorm
 from syncbn.convert.summary import summary
 from syncbn.layer import SyncBatchNorm
+from syncbn.training.drift.measuring import drift
 from syncbn.training.join.joining import join
 from syncbn.training.modes import freeze, no_sync, unfreeze
 from syncbn.training.recalibration import recalibrate
@@ -69,6 +70,7 @@ __all__ = [
     "SyncBatchNorm3d",
     "World",
     "convert_sync_batchnorm",
+    "drift",
     "freeze",
     "functional",
     "init",

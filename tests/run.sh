@@ -18,6 +18,7 @@ mkdir -p "$LOGS" || exit 1
 several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
 counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining,joining_errors}.py)
+counted="$counted $several/test_drift.py::test_drift_is_what_one_process_computes_from_all_local_batches"
 # On one host the ranks exchange through shared memory; mpi-2, mpich and gloo go through those libraries.
 # What another MPI library may do otherwise: besides those, torch.distributed connected under its launcher, errors,
 # derivatives of any order, and random programs. Masks, modes, checkpoints and wrappers send by the same transport.
@@ -25,7 +26,7 @@ library="$counted $(echo $several/test_{bad_input,ddp,random_programs,second_der
 # What is computed on a device or moved to it. Not conversion, threads, the names of calls and most of join(), which the
 # CPU's stages prove; of join() joining_optimizer stays, of calls random_programs.
 device=$(echo $several/test_{bad_input,bad_kinds,checkpointing,collectives,combinations,ddp,deferred_errors,exactness,groups}.py)
-device="$device $(echo $several/test_{joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
+device="$device $(echo $several/test_{drift,joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
 device="$device $(echo $several/test_{second_derivatives,transports,world,wrappers}.py)"
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)

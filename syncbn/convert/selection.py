@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 Predicate = Callable[[str, nn.Module], bool]
 Only = str | Iterable[str] | Predicate | None
@@ -43,6 +44,8 @@ def choose(model: nn.Module, only: Only, candidate: Callable[[nn.Module], bool])
     if only is None:
         return found
     named = [(_plain(n), m) for n, m in model.named_modules(remove_duplicate=False) if candidate(m)]
+    if isinstance(model, DistributedDataParallel) and not callable(only):  # names in the model inside are right, too
+        named += [(name.removeprefix("module."), module) for name, module in named]
     matches = _matcher(only, [name for name, _ in named])
     selected = {id(module) for name, module in named if _says(matches, name, module)}
     return {name: module for name, module in found.items() if id(module) in selected}

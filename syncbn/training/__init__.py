@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Features for training: freeze, no_sync, recalibrate, join."""
+"""Features for training: freeze, no_sync, recalibrate, join, drift."""

@@ -20,10 +20,11 @@ from syncbn.layer import SyncBatchNorm
 from syncbn.moments import Message
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
+from syncbn.transports.wrapper import AbstractWrapper
 
 
 @final
-class Recorder(AbstractTransport):
+class Recorder(AbstractWrapper):
     """Wraps a layer's transport and keeps the moments of what its rank sends.
 
     count = count_a + count_b;  delta = mean_b - mean_a
@@ -43,9 +44,8 @@ class Recorder(AbstractTransport):
     name = "recorder"
 
     def __init__(self, inner: AbstractTransport, C: int, label: str, device: torch.device) -> None:
-        self.inner, self.C = inner, C
-        self.rank, self.size, self.ranks, self.group_id = inner.rank, inner.size, inner.ranks, inner.group_id
-        self.spec, self.host_synchronous = GroupSpec(self.name, inner.ranks, label), inner.host_synchronous
+        super().__init__(inner)
+        self.C, self.spec = C, GroupSpec(self.name, inner.ranks, label)
         self.counts = True
         """Whether the local batch is part of the data. If not, the rank joins without samples."""
         self.calls = 0
@@ -61,30 +61,6 @@ class Recorder(AbstractTransport):
                 moments.sums(wire).zero_()
             self._merge(wire)
         return self.inner.reduce(wire, message)
-
-    def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`."""
-        return self.inner.all_reduce(wire)
-
-    def leave(self) -> None:
-        """See :meth:`AbstractTransport.leave`."""
-        self.inner.leave()
-
-    def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
-        return self.inner.exchange_notes(note)
-
-    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
-        return self.inner.broadcast(tensor, root)
-
-    def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
-        return self.inner.split(color)
-
-    def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
-        self.inner.barrier()
 
     def _merge(self, wire: Tensor) -> None:
         count_b = moments.count(wire).clone()

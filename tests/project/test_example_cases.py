@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(launchers.detect().size > 1, reason="starts its own processes"),
 ]
 DIGITS, MLP, PENALTY = "examples/digits.py", "examples/mlp.py", "examples/wgan_gp.py"
+NEED = "examples/do_i_need_it.py"
+DIGITS_LAYERS = ["1", "3.main.1", "3.main.4", "4.main.1", "4.main.4", "4.shortcut.1"]
 UNCONVERTED = """
 import runpy, sys
 from unittest import mock
@@ -79,6 +81,7 @@ def cases(started, folder):
             "digits without conversion": ("-c", UNCONVERTED, DIGITS, "--steps", 20, *out),
             "penalty without conversion": ("-c", UNCONVERTED, PENALTY, "--steps", 1),
             "penalty": everywhere["penalty"],
+            "drift": (NEED, "--network", "digits", "--steps", 22, "--out", folder / "drift", "--dark"),
         },
         "mpi-3": {
             "tracks": (*track, "float64"),
@@ -204,6 +207,21 @@ def test_the_demo_alone_is_three_times_the_same_run(did):
     results = json.loads(done.stdout)
     assert results["steps"] == 4  # 1438 images
     assert [results["arms"][arm]["difference"] < 1e-6 for arm in ARMS] == [True, True, True]
+
+
+@after("mpi-2")
+def test_the_drift_of_the_digits_is_reported_drawn_and_tried(did):
+    done = did.of["drift"]
+    assert done.returncode == 0, done.stderr
+    report = json.loads((did.folder / "drift" / "drift-digits.json").read_text())
+    assert [row["name"] for row in report["rows"]] == DIGITS_LAYERS
+    assert all(row["calls"] == 20 and row["seconds"] > 0 and row["mean_drift"] > 0 for row in report["rows"])
+    arms = re.findall(r"^\| (\w+) +\| +(\d) \| +0\.\d+ \| +0\.\d+ \|$", done.stdout, re.MULTILINE)
+    assert [arm for arm, _ in arms] == ["none", "all", "recommended"]
+    assert [arms[0][1], arms[1][1]] == ["0", "6"]
+    assert 0 < int(arms[2][1]) < 6
+    assert done.stdout.count("20 calls of each, 2 ranks") == 2
+    assert (did.folder / "drift" / "drift-digits.png").stat().st_size > 10_000
 
 
 @after("mpi-2")
