@@ -106,7 +106,7 @@ def python(*words, **options):
     return run(sys.executable, *words, **options)
 
 
-def many(launcher, n, cases, folder, *, limit=300):
+def many(launcher, n, cases, folder, *, limit=300, **extra):
     """Runs many programs in the same n processes, see ``many.py``.
 
     Args:
@@ -115,6 +115,7 @@ def many(launcher, n, cases, folder, *, limit=300):
         cases: words of each command, by name. Those with a "=" before the program are its environment.
         folder: an empty one, for what they say.
         limit: seconds for all of them.
+        extra: environment of the processes.
 
     Returns:
         What each did, by name, as of one process: ``returncode`` of all ranks, or a list where they differ.
@@ -126,7 +127,7 @@ def many(launcher, n, cases, folder, *, limit=300):
         for name, words in texts.items()
     ]
     (folder / "cases.json").write_text(json.dumps(written))
-    done = launcher(*[n] * (launcher is not python), "-m", "tests.many", folder, limit=limit)
+    done = launcher(*[n] * (launcher is not python), "-m", "tests.many", folder, limit=limit, **extra)
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: _of_all_ranks(texts[name], folder, number, n) for number, name in enumerate(cases)}
 
