@@ -58,7 +58,7 @@ class AbstractTransport(ABC):
     completed: Message | None = None
     """The last call that this rank has completed."""
     failed: tuple[int, Message] | None = None
-    """The number of the last call that raised an error on this rank, and which it was."""
+    """The number of the last call that has failed on this rank, and which it was."""
     patience: float | None = None
     """Seconds that the current call may wait, if it has a limit of its own."""
     recent: deque[tuple[int, Message]] | None = None

@@ -87,6 +87,7 @@ def calls_differ(message: Message, notes: Notes, transport: AbstractTransport, s
     if said:  # write it now: the launcher may end this process while it waits for ranks that have ended
         sys.stderr.write(f"syncbn: rank {transport.ranks[transport.rank]} was in {message}; {said}\n")
         sys.stderr.flush()
+    transport.failed = transport.begun, transport.current or message  # a rank that waits in it gets no answer any more
     rows = transport.exchange_notes("\n".join((str(message), *notes())))
     transport.leave()
     parts = [("an unknown call: it sent no word",) * 3 if row is None else tuple(row.split("\n")) for row in rows]

@@ -34,7 +34,8 @@ def early(one: Blocked) -> Finding | None:
     if ended:
         return _finding("ended", one, *_of_ended(one, ended))
     failed = any((own := m.wait(one.group)) and own.failed and own.begun == one.number for m in one.missing)
-    if (one.differ or failed) and one.waited >= STUCK:
+    stuck = max((own.waited for m in one.waiting if (own := one.wait_of(m)).failed is None), default=0.0)
+    if (one.differ or failed) and stuck >= STUCK:
         return _finding("order", one, *_of_order(one))
     return None
 

@@ -75,7 +75,7 @@ class Wait:
     patience: float | None = None
     """A limit of this call's own; inf for none."""
     failed: str | None = None
-    """The last call that it has begun, if that raised an error here."""
+    """The last call that it has begun, if that has failed here: it asks the others, or has raised the error."""
 
     @property
     def done(self) -> int:

@@ -98,6 +98,27 @@ def test_ranks_in_different_calls_wait_for_each_other():
     assert findings.early(only(younger)) is None, "it may be on the way"
 
 
+def asking(member, call=CALL):
+    """The same rank after an error in the call: it asks the others which one they are in."""
+    member.status.waits[0].failed = call
+    return member
+
+
+def test_a_rank_that_waits_where_another_one_has_failed_gets_no_answer():
+    other = asking(outside(1, 5, completed="forward 5 of 'bn2'"), "forward 5 of 'bn2'")
+    found = findings.early(only([asking(inside(0, 9.0)), other, inside(2, STUCK)]))
+    assert (found.kind, found.waiting, found.missing) == ("order", [0, 2], [1])
+    assert found.sentence == (
+        f"Ranks are in different calls: {CALL} on ranks 0, 2, and an error in forward 5 of 'bn2' on rank 1."
+    )
+
+
+def test_ranks_that_ask_each_other_wait_for_a_slow_one():
+    other = asking(outside(1, 5), "forward 5 of 'bn2'")
+    assert findings.early(only([asking(inside(0, 9.0)), other, outside(2)])) is None
+    assert findings.early(only([asking(inside(0, 9.0)), other, inside(2, STUCK - 0.1)])) is None, "it has just come"
+
+
 def test_different_calls_are_no_finding_while_a_rank_has_not_come():
     one = only([inside(0, 9.0), inside(1, 9.0, call="forward 5 of 'bn2'"), outside(2)])
     assert not one.differ
