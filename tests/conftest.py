@@ -67,6 +67,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.mpi(min_size=mark.args[0]))
         elif LAUNCH.size < max(2, mark.args[0]):
             item.add_marker(pytest.mark.skip(reason=f"needs {max(2, mark.args[0])} processes"))
+    _name_groups(items if config.getoption("loadgroup", default=False) else [])
+
+
+def _name_groups(items):
+    """Ends the id of a test with its group, as the scheduler of pytest-xdist --dist loadgroup reads it.
+
+    pytest-xdist 3.8 means to, and sets an attribute that pytest has not read since 9.2: each worker started all again.
+    """
+    for item in items:
+        names = sorted({mark.args[0] for mark in item.iter_markers("xdist_group")})
+        if names and hasattr(item, "_id"):
+            item._id = type(item._id).parse(f"{item.nodeid}@{'_'.join(names)}")
 
 
 def _starts_programs(item):

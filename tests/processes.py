@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
+STARTUP = Path(__file__).parent / "startup"
+"""What makes ``import torch`` shorter, see there."""
 LAUNCHER_NAMES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "SLURM_", "TORCHELASTIC", "SYNCBN_")
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MPIRUN", "NPROC"}
 
@@ -23,8 +25,9 @@ def environment(**extra):
         for name, value in os.environ.items()
         if not name.startswith(LAUNCHER_NAMES) and name not in LAUNCHER_VARIABLES
     }
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in extra.items()}}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    kept["PYTHONPATH"] = ":".join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in extra.items()}}
 
 
 def start(*command, cwd=ROOT, stdin=subprocess.DEVNULL, **extra):
@@ -106,7 +109,7 @@ def python(*words, **options):
     return run(sys.executable, *words, **options)
 
 
-def many(launcher, n, cases, folder, *, limit=300):
+def many(launcher, n, cases, folder, *, limit=300, **extra):
     """Runs many programs in the same n processes, see ``many.py``.
 
     Args:
@@ -115,6 +118,7 @@ def many(launcher, n, cases, folder, *, limit=300):
         cases: words of each command, by name. Those with a "=" before the program are its environment.
         folder: an empty one, for what they say.
         limit: seconds for all of them.
+        extra: environment of the processes.
 
     Returns:
         What each did, by name, as of one process: ``returncode`` of all ranks, or a list where they differ.
@@ -126,7 +130,7 @@ def many(launcher, n, cases, folder, *, limit=300):
         for name, words in texts.items()
     ]
     (folder / "cases.json").write_text(json.dumps(written))
-    done = launcher(*[n] * (launcher is not python), "-m", "tests.many", folder, limit=limit)
+    done = launcher(*[n] * (launcher is not python), "-m", "tests.many", folder, limit=limit, **extra)
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: _of_all_ranks(texts[name], folder, number, n) for number, name in enumerate(cases)}
 

@@ -13,10 +13,10 @@ trap 'rm -rf "$copy"' EXIT
 cp -r syncbn tests pyproject.toml setup.py README.md LICENSE "$copy"
 cd "$copy"
 find . -name "_host*.so" -delete
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O0"
 CC=gcc CXX=g++ SYNCBN_CXXFLAGS="$flags" "$PYTHON" setup.py --quiet build_ext --inplace
 
 # The sanitizer's library comes first. Python and torch never free what they keep to the end: no leak report.
 preload=$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so):$(gcc -print-file-name=libstdc++.so)
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SYNCBN_KERNELS=host \
-    "$PYTHON" -m pytest -q --capture=sys -p no:cacheprovider -m "not builds" tests/kernels/test_{contract,contract_calls,host}.py "$@"
+    "$PYTHON" -m pytest -q --capture=sys -p no:cacheprovider -m "not builds" tests/kernels/test_{contract,contract_calls,host,host_errors}.py "$@"

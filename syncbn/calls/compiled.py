@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from syncbn import moments
-from syncbn.calls import operators, renorm, sites
+from syncbn.calls import keys, operators, renorm, sites
 from syncbn.calls.operators import ANCHOR
 from syncbn.calls.sites import Layer, Settings, Site
 from syncbn.checks import problems
@@ -32,7 +32,7 @@ def begin(
 ) -> CompiledCall:
     """Returns the call of a forward inside torch.compile. See :func:`syncbn.calls.eager.begin`."""
     number = layer.site.number if layer.site.compares else None
-    key = operators.key_of_spec(layer.group, device.type)
+    key = keys.key_of_spec(layer.group, device.type)
     return CompiledCall(x, mask, number, layer.settings, key, running, error)
 
 
@@ -130,7 +130,7 @@ class DifferentiableCall(_Operators):
     def __init__(self, transport: AbstractTransport, message: Message, site: Site) -> None:
         speaks, _, *hash = message.numbers  # of direction 0
         self._identity = operators.pack_identity(int(site.number), speaks, message.serial, (hash[0], hash[1]))
-        self._group = operators.key_of_transport(transport)
+        self._group = keys.key_of_transport(transport)
 
     def stats(self, x: Tensor, mask: Tensor | None, wire: Tensor, eps: float) -> Tensor:
         """Returns mean, invstd and count as functions of x, so that autograd can differentiate them.

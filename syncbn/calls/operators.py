@@ -3,75 +3,34 @@
 
 N batch, C channels, S product of the spatial dims, W ranks.
 
-A compiled graph holds no communicator and no layer, only numbers. :func:`key_of_spec` numbers a group specification,
-and a layer's site holds the layer's number. An operator looks both up when it runs. The public operators
+A compiled graph holds no communicator and no layer, only numbers: that of a group, see ``keys.py``, and that of a
+layer's site. An operator looks both up when it runs. The public operators
 ``syncbn::all_reduce`` and ``syncbn::all_reduce_moments`` decompose into chained ones, see ``order.py``.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn import moments, transports
-from syncbn.calls import order, renorm, sites
+from syncbn import moments
+from syncbn.calls import keys, order, renorm, sites
 from syncbn.calls.renorm import RenormLimits
 from syncbn.calls.sites import Site
 from syncbn.checks import problems
 from syncbn.moments import FORWARD, Message
 from syncbn.transports import gather
-from syncbn.transports.base import AbstractTransport
-from syncbn.transports.groups import GroupSpec
 
 ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 """An input that always requires a gradient. With it every rank records backward, and joins if any rank needs it."""
 FUNCTION = Site("sync_batch_norm", compares=False)
 """Stands for the caller of ``functional.sync_batch_norm``, which has no layer."""
 
-resolvers: dict[int, Callable[[], AbstractTransport]] = {}
-keys: dict[object, int] = {}
-_numbers = itertools.count()
 _library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def key_of_spec(spec: GroupSpec | None, device_type: str) -> int:
-    """Returns the number of a group specification and device type. Works while a graph is traced, too."""
-    fields = () if spec is None else (spec.kind, spec.ranks, spec.label, spec.size)
-    key: int = _key_of_fields(fields, device_type)
-    return key
-
-
-def _key_of_fields(fields: tuple[Any, ...], device_type: str) -> int:
-    """Takes plain values. Dynamo guards objects by identity: a GroupSpec argument would recompile for every layer."""
-    spec = GroupSpec(*fields) if fields else None
-    return _key((spec, device_type), lambda: transports.choose(spec, device_type))
-
-
-# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes as long as torch's.
-_key_of_fields._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def key_of_transport(transport: AbstractTransport) -> int:
-    """Returns the number of a live transport in this process."""
-    return _key(transport, lambda: transport)
-
-
-def forget(transport: AbstractTransport) -> None:
-    """Drops a transport and its number. No graph may still need it."""
-    if transport in keys:
-        del resolvers[keys.pop(transport)]
-
-
-def _key(name: object, resolver: Callable[[], AbstractTransport]) -> int:
-    if name not in keys:
-        keys[name] = next(_numbers)
-        resolvers[keys[name]] = resolver
-    return keys[name]
 
 
 def pack_identity(number: int, speaks: int, serial: int, hash: tuple[int, int]) -> Tensor:
@@ -85,7 +44,7 @@ def chained_all_reduce(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`all_reduce`. Runs after the collective that returned ``before``."""
     del anchor, before
-    transport = resolvers[group]()
+    transport = keys.transport_of(group)
     number, speaks, serial, *hash = identity.tolist()
     numbers = moments.numbers(serial, (hash[0], hash[1]), direction) if speaks else moments.ABSTAINS
     site = sites.of_number(number)
@@ -110,7 +69,7 @@ def chained_all_reduce_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`all_reduce_moments`. Runs after the collective that returned ``before``."""
     del before
-    transport = resolvers[group]()
+    transport = keys.transport_of(group)
     caller = FUNCTION if site is None else sites.of_number(int(site)) or FUNCTION
     repeated = site is not None and caller.replays and torch._C._current_graph_task_id() != -1
     if repeated and tuple(settings[-2:]) != renorm.OFF:
@@ -224,7 +183,7 @@ def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int
         wire: float64, of the same shape on every rank. It begins with the call slots, which are filled in here.
         anchor: :data:`ANCHOR`, which makes every rank record the backward, or None.
         identity: int64 (5,) of the forward, see :func:`pack_identity`.
-        group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
+        group: a number that :func:`syncbn.calls.keys.key_of_transport` or ``key_of_spec`` returned.
         direction: of the message, see :class:`syncbn.moments.Message`.
 
     Returns:
@@ -248,7 +207,7 @@ def all_reduce_moments(
         wire: float64 (2C + 15,), see :mod:`syncbn.moments`. The call slots are filled in here.
         site: int64 (), the number of the layer's site; None for no layer.
         mask: the mask, for an error about its values; or None.
-        group: a number that :func:`key_of_transport` or :func:`key_of_spec` returned.
+        group: a number that :func:`syncbn.calls.keys.key_of_transport` or ``key_of_spec`` returned.
         fault: what is wrong with this rank's input, see :func:`syncbn.checks.problems.describe`; or an empty string.
         settings: the layer's settings, from :func:`syncbn.calls.sites.as_floats`.
 

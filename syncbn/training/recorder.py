@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from syncbn import moments, transports
-from syncbn.calls import operators
+from syncbn.calls import keys
 from syncbn.calls.sites import Site, agree_once, site_of
 from syncbn.layer import SyncBatchNorm
 from syncbn.moments import Message
@@ -93,7 +93,7 @@ def recording(layers: list[SyncBatchNorm]) -> Iterator[list[Recorder]]:
     finally:
         for recorder in recorders:
             transports.discard(recorder, recorder.mean.device.type)
-            operators.forget(recorder)
+            keys.forget(recorder)
         for site in entered:
             site.leave()
         for layer, training, tracks in before:

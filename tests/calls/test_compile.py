@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import syncbn
 from syncbn import functional, moments
-from syncbn.calls import operators, order, sites
+from syncbn.calls import keys, operators, order, sites
 from syncbn.calls.sites import Site
 from syncbn.moments import BACKWARD, FORWARD, Status
 from syncbn.transports.single import SingleTransport
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 C = 3
-KEY = operators.key_of_spec(None, DEVICE.type)
+KEY = keys.key_of_spec(None, DEVICE.type)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_the_operators_say_which_call_they_are_of(monkeypatch):
     monkeypatch.setattr(SingleTransport, "all_reduce", lambda self, w: sent.append(w.clone()) or send(self, w))
     transport = SingleTransport()
     transport.serial = 41
-    group = operators.key_of_transport(transport)
+    group = keys.key_of_transport(transport)
     given = wire()
     given[: moments.CALL] = 3.0
     copied = given.clone()
@@ -144,7 +144,7 @@ def test_the_operators_say_which_call_they_are_of(monkeypatch):
     operators.all_reduce(given[: 2 * C + 7], None, identity, group, BACKWARD)
     assert sent[1][: moments.CALL].tolist() == list(moments.head(moments.numbers(41, hash, BACKWARD)))
     assert transport.serial == 42  # counts forwards
-    operators.forget(transport)
+    keys.forget(transport)
 
 
 def test_a_rank_that_abstained_forward_abstains_in_every_derivative(monkeypatch):
@@ -171,11 +171,11 @@ def test_derivatives_of_the_all_reduce_have_directions_of_their_own(monkeypatch)
 
 
 def test_a_number_stands_for_a_group():
-    assert operators.key_of_spec(None, DEVICE.type) == KEY
-    few, others = (operators.key_of_spec(syncbn.GroupSpec("mpi", ranks), DEVICE.type) for ranks in ((0, 1), (0, 2)))
+    assert keys.key_of_spec(None, DEVICE.type) == KEY
+    few, others = (keys.key_of_spec(syncbn.GroupSpec("mpi", ranks), DEVICE.type) for ranks in ((0, 1), (0, 2)))
     assert few != others
     transport = SingleTransport()
-    assert operators.key_of_transport(transport) == operators.key_of_transport(transport) != KEY
+    assert keys.key_of_transport(transport) == keys.key_of_transport(transport) != KEY
 
 
 @pytest.mark.parametrize(

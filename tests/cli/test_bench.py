@@ -88,6 +88,7 @@ def alone(tmp_path_factory):
 def together(tmp_path_factory):
     """What commands did one after the other on the same two processes under mpirun."""
     cases = {
+        "table": (*BENCH, *SMALL),
         "no baseline": (*BENCH, *SMALL, "--no-baseline", "--json"),
         "unconnected": ("SYNCBN_TRANSPORT=single", *BENCH, *SMALL, "--no-baseline"),
         "csv": (*BENCH, *SMALL, "--csv"),
@@ -96,6 +97,13 @@ def together(tmp_path_factory):
         "too large": (*BENCH, "--shapes", "100000,100000,1000,1000"),
     }
     return processes.many(processes.mpirun, 2, cases, tmp_path_factory.mktemp("together"))
+
+
+@pytest.fixture(scope="module")
+def under_torchrun(tmp_path_factory):
+    """The same under torchrun."""
+    cases = {"table": (*BENCH, *SMALL), "same numbers": ("-c", SAME_NUMBERS)}
+    return processes.many(processes.torchrun, 2, cases, tmp_path_factory.mktemp("torchrun"))
 
 
 @pytest.mark.xdist_group("bench alone")
@@ -112,9 +120,17 @@ def test_every_dtype_and_layout_runs_alone_and_leaves_the_baseline_empty(alone, 
     assert document["geometric_mean"]["baseline_ratio"] is None
 
 
-@pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
-def test_under_a_launcher_rank_0_prints_one_table_with_every_column(launcher):
-    done = launcher(2, *BENCH, *SMALL)
+@pytest.mark.xdist_group("bench together")
+def test_under_mpirun_rank_0_prints_one_table_with_every_column(together):
+    check_table(together["table"])
+
+
+@pytest.mark.xdist_group("bench under torchrun")
+def test_under_torchrun_rank_0_prints_one_table_with_every_column(under_torchrun):
+    check_table(under_torchrun["table"])
+
+
+def check_table(done):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("geometric mean") == 1
     assert "baseline / syncbn: above 1, syncbn is faster" in done.stdout
@@ -161,10 +177,9 @@ def test_threads_are_those_of_the_environment():
     assert json.loads(done.stdout)["machine"]["threads"] == 2
 
 
-def test_the_baseline_computes_what_the_layer_computes(tmp_path):
-    script = tmp_path / "same_numbers.py"
-    script.write_text(SAME_NUMBERS)
-    done = processes.torchrun(2, script)
+@pytest.mark.xdist_group("bench under torchrun")
+def test_the_baseline_computes_what_the_layer_computes(under_torchrun):
+    done = under_torchrun["same numbers"]
     assert done.returncode == 0, done.stderr
 
 

@@ -91,20 +91,28 @@ def test_json_is_one_document_with_everything(alone):
     assert report["problems"] == []
 
 
-@pytest.mark.parametrize(
-    ("launcher", "n", "names", "library", "more"),
-    [
-        (processes.mpirun, 3, ("openmpi", "mpich"), "mpi", {}),
-        (processes.mpirun, 3, ("openmpi", "mpich"), "mpi", {"SYNCBN_TRANSPORT": "mpi"}),
-        (processes.torchrun, 2, ("torchrun",), "torch", {}),
-    ],
-)
-def test_under_a_launcher_rank_0_maps_all_ranks(launcher, n, names, library, more):
-    done = launcher(n, *DOCTOR, "--json", **more)
+@pytest.fixture(scope="module")
+def on_three(tmp_path_factory):
+    """The same on three processes under mpirun."""
+    cases = {(): (*DOCTOR, "--json"), ("SYNCBN_TRANSPORT=mpi",): ("SYNCBN_TRANSPORT=mpi", *DOCTOR, "--json")}
+    return processes.many(processes.mpirun, 3, cases, tmp_path_factory.mktemp("three"))
+
+
+@pytest.mark.xdist_group("doctor on three")
+@pytest.mark.parametrize("more", [(), ("SYNCBN_TRANSPORT=mpi",)])
+def test_under_mpirun_rank_0_maps_all_ranks(on_three, more):
+    shared = not shared_memory.problem() and not more
+    check_map(on_three[more], 3, ("openmpi", "mpich"), "mpi", shared)
+
+
+def test_under_torchrun_rank_0_maps_all_ranks():
+    check_map(processes.torchrun(2, *DOCTOR, "--json"), 2, ("torchrun",), "torch", not shared_memory.problem())
+
+
+def check_map(done, n, names, library, shared):
     report = json.loads(done.stdout)
     assert done.returncode == 0
     assert report["launcher"] in names
-    shared = not shared_memory.problem() and not more
     assert report["transport"] == ("shm" if shared else library)
     assert ("; the ranks share this host's memory" in report["reason"]) == shared, report["reason"]
     assert [place["rank"] for place in report["ranks"]] == list(range(n))

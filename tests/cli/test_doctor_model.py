@@ -62,9 +62,13 @@ LIMIT = 5
 @pytest.fixture
 def models(tmp_path):
     """A folder with factories in my_models.py."""
-    (tmp_path / "my_models.py").write_text(MODELS)
-    (tmp_path / "imports_absent.py").write_text("import a_package_that_is_absent\n")
-    return tmp_path
+    return write_models(tmp_path)
+
+
+def write_models(folder):
+    (folder / "my_models.py").write_text(MODELS)
+    (folder / "imports_absent.py").write_text("import a_package_that_is_absent\n")
+    return folder
 
 
 def test_a_model_is_listed_with_what_conversion_would_do(models):
@@ -123,19 +127,29 @@ def test_a_model_without_batch_norm_has_no_problem(models, monkeypatch):
     assert sys.path == path
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+ON_RANKS = {
+    "whole": None,
+    "uneven": "ranks build different models: that of rank 1 differs from that of rank 0",
+    "broken_on_one": r"On rank 1: broken_on_one\(\) raised ValueError: no data here",
+}
+
+
+@pytest.fixture(scope="module")
+def together(request, tmp_path_factory):
+    """What the command says of one model after the other on the same two processes."""
+    folder = write_models(tmp_path_factory.mktemp("models"))
+    cases = {factory: (*DOCTOR, "--json", "--model", f"my_models:{factory}") for factory in ON_RANKS}
+    return processes.many(getattr(processes, request.param), 2, cases, folder, PYTHONPATH=f"{folder}:{processes.ROOT}")
+
+
 @pytest.mark.parametrize(
-    ("factory", "words"),
-    [
-        ("whole", None),
-        ("uneven", "ranks build different models: that of rank 1 differs from that of rank 0"),
-        ("broken_on_one", r"On rank 1: broken_on_one\(\) raised ValueError: no data here"),
-    ],
+    "together",
+    [pytest.param(n, marks=pytest.mark.xdist_group(f"models {n}")) for n in ("mpirun", "torchrun")],
+    indirect=True,
 )
-def test_ranks_agree_on_the_model_and_rank_0_prints_once(models, launcher, factory, words):
-    command = (*DOCTOR, "--json", "--model", f"my_models:{factory}")
-    paths = f"{models}:{processes.ROOT}"
-    done = getattr(processes, launcher)(2, *command, PYTHONPATH=paths)
+@pytest.mark.parametrize("factory", ON_RANKS)
+def test_ranks_agree_on_the_model_and_rank_0_prints_once(together, factory):
+    done, words = together[factory], ON_RANKS[factory]
     report = json.loads(done.stdout)
     assert (done.returncode == 0) == (words is None)
     assert bool(report["problems"]) == (words is not None)

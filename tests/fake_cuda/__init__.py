@@ -41,7 +41,8 @@ def build():
     if shutil.which("g++") is None:
         raise RuntimeError(f"SYNCBN_TEST_DEVICE={NAME} needs a compiler; received no g++. Install one.")
     root = Path(torch.__file__).parent
-    key = hashlib.sha256(repr((FLAGS, torch.__version__)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.?pp")))
+    key = hashlib.sha256(repr((FLAGS, torch.__version__)).encode() + sources).hexdigest()[:16]
     library = Path(tempfile.gettempdir(), f"syncbn-fake-cuda-{key}.so")
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")

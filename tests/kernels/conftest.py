@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The implementations of the four steps: each passes test_contract*.py."""
 
+import os
+
 import pytest
 
 from syncbn.kernels.cuda.ops import CupyKernels
@@ -10,6 +12,8 @@ from tests.cuda_on_cpu import EmulatedLauncher
 from tests.kernels.contract import kernels_of_gpu
 
 ON_CPU = ["torch", "host", "cuda on cpu", "cuda on cpu, slow float64"]
+if os.environ.get("SYNCBN_KERNELS") == "host":  # sanitize.sh: it has built these anew, and no others
+    ON_CPU = ["host"]
 ON_DEVICE = ["torch", "cupy", "cupy, slow float64"]
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.calls import operators
+from syncbn.calls import keys
 from syncbn.transports import groups
 from tests.calls.test_compile import compiled
 from tests.calls.test_compile import pytestmark as warnings_of_torch
@@ -175,7 +175,7 @@ def test_a_mask_counts_in_the_own_share_alone(ranks, case, alone):
 
 def test_masks_count_in_recalibration_and_nothing_of_it_stays(ranks, case):
     layer, mask = layer_of(), case.mask > 0.5
-    before = len(operators.resolvers), len(operators.keys)
+    before = len(keys.resolvers), len(keys.keys)
     own = {"input": case.own[0], "mask": mask[case.mine]}
     syncbn.recalibrate(layer, [own] * (ranks.rank + 1))
     shares = ranks.shares([3] * ranks.size)
@@ -183,7 +183,7 @@ def test_masks_count_in_recalibration_and_nothing_of_it_stays(ranks, case):
     ranks.check_close(layer.running_mean, rows.mean(0), 1e-12)
     ranks.check_close(layer.running_var, rows.var(0), 1e-12)
     gc.collect()
-    ranks.check((len(operators.resolvers), len(operators.keys)) == before, "the recorder is kept")
+    ranks.check((len(keys.resolvers), len(keys.keys)) == before, "the recorder is kept")
 
 
 def test_weights_that_sum_to_less_than_two_are_recalibrated(ranks):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from syncbn.transports import launchers
-from tests.processes import ROOT, run
+from tests.processes import ROOT, many, mpirun, run
 
 EXAMPLES = ROOT / "examples"
 HELPERS = {"together", "digits_data", "digits_model", "digits_options", "digits_report"}
@@ -36,16 +36,50 @@ def test_every_example_says_how_to_run_it():
     assert named == {path.stem for path in EXAMPLES.glob("*.py")} - HELPERS
 
 
-@pytest.mark.parametrize(
-    ("command", "printed"),
-    [
-        p
-        for p in promises()
-        if not re.search("digits.py|segmentation|wgan_gp.py|finetune_timm.py|do_i_need_it.py", p[0])
-    ],
-)
-def test_an_example_prints_what_its_docstring_says(command, printed):
-    done = run("bash", "-c", command)
+PRINTED = [
+    p for p in promises() if not re.search("digits.py|segmentation|wgan_gp.py|finetune_timm.py|do_i_need_it.py", p[0])
+]
+UNDER_MPIRUN = re.compile(r"NPROC=(\d+) launch/mpirun.sh (examples/\w+\.py)")
+
+
+def together():
+    """Commands that differ in their program alone, by the number of processes: one start runs these programs."""
+    found = {}
+    for command, _ in PRINTED:
+        if match := UNDER_MPIRUN.fullmatch(command):
+            found.setdefault(int(match[1]), {})[command] = [match[2]]
+    return {n: cases for n, cases in found.items() if len(cases) > 1}
+
+
+def group_of(command):
+    """The number of processes that several commands share, or "" for a command that is started by itself."""
+    return next((n for n, cases in together().items() if command in cases), "")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """What a command does. Those of one number of processes share a start."""
+    done = {}
+
+    def start(command):
+        if not (n := group_of(command)):
+            return run("bash", "-c", command)
+        if n not in done:
+            done[n] = many(mpirun, n, together()[n], tmp_path_factory.mktemp("together"))
+        return done[n][command]
+
+    return start
+
+
+def grouped(promise):
+    command, n = promise[0], group_of(promise[0])
+    return pytest.param(*promise, marks=[pytest.mark.xdist_group(f"{n} processes")] if n else [], id=command)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("command", "printed"), map(grouped, PRINTED))
+def test_an_example_prints_what_its_docstring_says(started, command, printed):
+    done = started(command)
     assert done.returncode == 0, done.stderr
     assert NUMBER.sub("#", done.stdout.strip()) == NUMBER.sub("#", printed)
     exact = {"mlp.py": 0.03, "recalibrate.py": 0.1}.get(Path(command).name, 1e-9)  # other processors round otherwise

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The files of launch/: they start what they say, and nothing that they started outlives a failure."""
+"""The files of launch/: they start what they say, and nothing that they started outlives Ctrl-C.
+
+That a rank which fails ends all ranks at once is in waits/test_launched_faults.py.
+"""
 
 import contextlib
 import json
@@ -136,17 +139,6 @@ def test_mpirun_takes_options_with_its_command(program, tmp_path):
     done = processes.mpirun(2, program(text), limit=LIMIT, MPIRUN=f"mpirun -wdir {where}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["elsewhere", "elsewhere"]
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("what", ["raises", "is killed"])
-def test_a_rank_that_fails_ends_all_ranks_at_once(program, launcher, what):
-    stuck = start_stuck(launcher, program(STUCK), what)
-    seconds, err = seconds_until_all_ended(*stuck, limit=SECONDS_TO_END + 20)
-    assert stuck[0].returncode != 0
-    assert seconds < SECONDS_TO_END
-    if what == "raises":
-        assert "rank 1 gives up" in err
 
 
 def test_without_the_runner_of_mpi4py_the_watchdog_ends_the_other_ranks(program):

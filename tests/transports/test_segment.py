@@ -9,7 +9,7 @@ import pytest
 from tests import processes
 
 HERE, SOURCE = Path(__file__).parent, processes.ROOT / "syncbn" / "transports" / "segment.hpp"
-FLAGS = ["-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
 
 def compiled(folder, header, *flags):
@@ -24,7 +24,11 @@ def compiled(folder, header, *flags):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("flags", "calls"),
-    [((), 30_000), (("-fsanitize=thread",), 4_000), (("-fsanitize=address,undefined",), 4_000)],
+    [
+        (("-O2",), 30_000),
+        (("-O1", "-g", "-fsanitize=thread"), 4_000),
+        (("-O1", "-g", "-fsanitize=address,undefined"), 4_000),
+    ],
     ids=["plain", "threads", "addresses"],
 )
 def test_every_call_is_exact_or_refused_by_all(tmp_path, flags, calls):
@@ -33,26 +37,43 @@ def test_every_call_is_exact_or_refused_by_all(tmp_path, flags, calls):
     assert (done.returncode, done.stdout) == (0, "exact\n"), done.stderr[-3000:]
 
 
-# What each line is for, and who notices when it is gone.
+RELAXED = "std::memory_order_relaxed"
+# What each line is for, and the same line with a switch, GONE, that takes that away.
 BROKEN = {
-    "a release": ("store(piece_, std::memory_order_seq_cst)", "store(piece_, std::memory_order_relaxed)"),
-    "an acquire": ("load(std::memory_order_acquire) == piece_", "load(std::memory_order_relaxed) == piece_"),
-    "a second slot": ("call_.slot ^= 1", "call_.slot = 0"),
-    "a second header": ("half_of(rank, piece_)", "half_of(rank, 0)"),
-    "the second step": ("if (half) continue;", ""),
-    "the comparison of calls": ("same = abandoned || all_agree()", "same = true"),
-    "a part of it": ("length != other.length ||", ""),
-    "the bell": ("all_have_come()) ring();", "all_have_come()) (void)0;"),
-}  # fmt: skip
+    "a release": (
+        "own.piece.store(piece_, std::memory_order_seq_cst)",
+        f"GONE ? own.piece.store(piece_, {RELAXED}) : own.piece.store(piece_, std::memory_order_seq_cst)",
+    ),
+    "an acquire": (
+        "header(rank).piece.load(std::memory_order_acquire) == piece_",
+        f"(GONE ? header(rank).piece.load({RELAXED}) : header(rank).piece.load(std::memory_order_acquire)) == piece_",
+    ),
+    "a second slot": ("call_.slot ^= 1", "call_.slot = GONE ? 0 : call_.slot ^ 1"),
+    "a second header": ("half_of(rank, piece_)", "half_of(rank, GONE ? 0 : piece_)"),
+    "the second step": ("if (half) continue;", "if (half && !GONE) continue;"),
+    "the comparison of calls": ("same = abandoned || all_agree()", "same = GONE || abandoned || all_agree()"),
+    "a part of it": ("length != other.length ||", "(length != other.length && !GONE) ||"),
+    "the bell": ("all_have_come()) ring();", "all_have_come() && !GONE) ring();"),
+}
+SWITCH = '#include <cstdlib>\ninline const int gone = std::atoi(std::getenv("GONE"));\n'
+
+
+@pytest.fixture(scope="module")
+def breakable(tmp_path_factory):
+    """The program with all switches: one build for all of them. GONE=0 takes nothing away."""
+    text = SOURCE.read_text()
+    for number, (line, switched) in enumerate(BROKEN.values(), 1):
+        assert text.count(line) == 1
+        text = text.replace(line, switched.replace("GONE", f"(gone == {number})"))
+    return compiled(tmp_path_factory.mktemp("breakable"), SWITCH + text, "-O1", "-fsanitize=thread")
 
 
 @pytest.mark.builds
+@pytest.mark.xdist_group("breakable")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("missing", BROKEN)
-def test_without_a_line_it_fails(tmp_path, missing):
-    line, without = BROKEN[missing]
-    text = SOURCE.read_text()
-    assert text.count(line) == 1
-    program = compiled(tmp_path, text.replace(line, without), "-fsanitize=thread")
-    done = processes.run(program, 2_000, 2, 3, limit=100, TSAN_OPTIONS="exitcode=66:halt_on_error=1")
-    assert done.returncode != 0
+@pytest.mark.parametrize("missing", ["nothing", *BROKEN])
+def test_without_a_line_it_fails(breakable, missing):
+    number = ["nothing", *BROKEN].index(missing)
+    options = "exitcode=66:halt_on_error=1"
+    done = processes.run(breakable, 2_000, 2, 3, limit=100, TSAN_OPTIONS=options, GONE=number)
+    assert (done.returncode != 0) == (missing != "nothing"), done.stderr[-3000:]

@@ -12,13 +12,12 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 
 from tests.processes import descendants, kill, start, survivors
 
-PROGRAM = Path(__file__).parent / "fault_program.py"
+PROGRAM = ("-m", "tests.waits.fault_program")
 END = "All ranks end now, with status"
 """In every report."""
 GIVEN_UP = "not ended"
@@ -134,7 +133,7 @@ def launched(launcher, folder, ranks, words, *, limit, patience, then=None, **ex
     """
     script = f"launch/{launcher}.sh"
     variables = {"NPROC": ranks, "PYTHON": sys.executable, **environ(folder, limit), **extra}
-    process = start(script, PROGRAM, *words, **variables)
+    process = start(script, *PROGRAM, *words, **variables)
     watch = threading.Timer(patience, kill, [process])
     family, said = [], {"stdout": [], "stderr": []}
 
