@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
+STARTUP = Path(__file__).parent / "startup"
+"""What makes ``import torch`` shorter, see there."""
 LAUNCHER_NAMES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "SLURM_", "TORCHELASTIC", "SYNCBN_")
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MPIRUN", "NPROC"}
 
@@ -23,8 +25,9 @@ def environment(**extra):
         for name, value in os.environ.items()
         if not name.startswith(LAUNCHER_NAMES) and name not in LAUNCHER_VARIABLES
     }
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in extra.items()}}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    kept["PYTHONPATH"] = ":".join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in extra.items()}}
 
 
 def start(*command, cwd=ROOT, stdin=subprocess.DEVNULL, **extra):

@@ -49,6 +49,10 @@ ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
     NPROC=$n timeout -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
 }
 
+compiling() { # ranks ...: an eighth of the time of torch's compiler is garbage collection; one thread needs no pool of processes
+    PYTHONPATH=$PWD/tests/startup${PYTHONPATH:+:$PYTHONPATH} TORCHINDUCTOR_COMPILE_THREADS=1 ranks "$@"
+}
+
 # One after the other where ranks share the cores; side by side, one for each core, where tests are of one process.
 # shellcheck disable=SC2086 # lists of files
 stage() {
@@ -61,9 +65,9 @@ stage() {
         programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 25 -m "program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
         kernels) timeout -k 10 1500 python -m pytest -n 2 --durations 15 -m "(builds or nvrtc or slow) and not program and not faults" --ignore $several --ignore tests/zoo "${more[@]}" ;;
-        compiled) ranks 2 mpirun -m slow $several ;;
+        compiled) compiling 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
-            ranks 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
+            compiling 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
                 $several/test_call_identity.py
             ;;
         mpich) SYNCBN_TEST_TRANSPORT=mpi PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $library ;;
@@ -73,7 +77,7 @@ stage() {
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
         fake-gpu)
-            SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -m "not program" "${more[@]}" \
+            SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -n 2 -m "not program" "${more[@]}" \
                 tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks
             ;;
         fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $device ;;

@@ -19,4 +19,4 @@ CC=gcc CXX=g++ SYNCBN_CXXFLAGS="$flags" "$PYTHON" setup.py --quiet build_ext --i
 # The sanitizer's library comes first. Python and torch never free what they keep to the end: no leak report.
 preload=$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so):$(gcc -print-file-name=libstdc++.so)
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SYNCBN_KERNELS=host \
-    "$PYTHON" -m pytest -q --capture=sys -p no:cacheprovider -m "not builds" tests/kernels/test_{contract,contract_calls,host}.py "$@"
+    "$PYTHON" -m pytest -q --capture=sys -p no:cacheprovider -m "not builds" tests/kernels/test_{contract,contract_calls,host,host_errors}.py "$@"

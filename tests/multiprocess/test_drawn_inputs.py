@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Whatever a rank passes, by itself or with others: no crash, no wait, and one outcome on all ranks.
 
-hypothesis draws for every rank what it passes, from SYNCBN_TEST_SEED, on all ranks alike. Of 10,000 examples the tests
-are slow; some hundred are part of ``make test``. SYNCBN_TEST_INPUTS is another number.
+hypothesis draws for every rank what it passes, from SYNCBN_TEST_SEED, on all ranks alike: some hundred examples in
+``make test``, 3,000 in ``make test-all``, another number of them for SYNCBN_TEST_INPUTS. By hand there are more:
+
+SYNCBN_TEST_INPUTS=10000 SYNCBN_TEST_SEED=7 NPROC=2 launch/mpirun.sh -m pytest --with-mpi -m slow \
+    tests/multiprocess/test_drawn_inputs.py
 """
 
 import contextlib
@@ -23,7 +26,7 @@ from tests.multiprocess import drawn
 from tests.multiprocess.drawn import C
 
 SEED = int(os.environ.get("SYNCBN_TEST_SEED", "0"))
-FEW, MANY = 150, int(os.environ.get("SYNCBN_TEST_INPUTS", "10000"))
+FEW, MANY = 150, int(os.environ.get("SYNCBN_TEST_INPUTS", "3000"))
 CLEAR = (ValueError, TypeError, RuntimeError)
 
 pytestmark = [

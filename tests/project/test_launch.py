@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The files of launch/: they start what they say, and nothing that they started outlives Ctrl-C.
 
-That a rank which fails ends all ranks at once is in waits/test_faults.py.
+That a rank which fails ends all ranks at once is in waits/test_launched_faults.py.
 """
 
 import contextlib

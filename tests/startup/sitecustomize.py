@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Python runs this at its start where tests/run.sh has put this folder on PYTHONPATH.
+"""Python runs this at the start of each program that the tests start: processes.py puts the folder on PYTHONPATH.
 
-A fifth of the time of ``import torch`` goes to the garbage collector, which looks 500 times for garbage that is not
-there. The suite starts some 400 processes that import torch.
+A tenth of the time of ``import torch`` goes to the garbage collector, which looks 365 times through 166,000 objects
+that all stay (torch 2.13: 0.21 of 1.88 s). The suite starts some hundred processes that import torch.
 """
 
 import gc
