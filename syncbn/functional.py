@@ -164,7 +164,7 @@ def _error(
         return error
     assert isinstance(x, Tensor)
     if of_function:
-        return inputs.widths_error(named, x) or inputs.tensors_error(named, x, x.size(1))
+        return (inputs.widths_error(named, x) if x.size(1) != C else None) or inputs.tensors_error(named, x, x.size(1))
     return placement.device_error(x, tensors[0], tensors[2]) or inputs.tensors_error(named, x, C)
 
 

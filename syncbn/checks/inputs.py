@@ -126,9 +126,9 @@ def call_error(
 
 
 def widths_error(tensors: Mapping[str, object], x: Tensor) -> Exception | None:
-    """Returns the error of parameters that do not fit a good input of the function, or None.
+    """Returns the error of parameters of which most do not fit a good input of the function, or None.
 
-    Nothing says which of them is wrong, so the error names all.
+    Nothing says which is wrong, they or the input, so the error names all.
     """
     vectors = {name: t for name, t in tensors.items() if name != "num_batches_tracked" and isinstance(t, Tensor)}
     lengths = {name: t.numel() for name, t in vectors.items() if not t.is_nested and t.dim() == 1}

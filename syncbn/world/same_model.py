@@ -203,8 +203,9 @@ def _values_error(
     if len(kinds) > _NAMED:
         received = f"in {len(kinds)} versions on {len(first)} ranks"
     names = ", ".join(differ[:_NAMED]) + (f" and {len(differ) - _NAMED} more" if len(differ) > _NAMED else "")
+    compared = "parameters" if what == AVERAGE else "parameters and buffers"
     return ValueError(
-        f"{what} needs the same {'parameters' if what == AVERAGE else 'parameters and buffers'} on every rank, bit for bit; received other values of {names} "
+        f"{what} needs the same {compared} on every rank, bit for bit; received other values of {names} "
         f"({len(differ)} of {len(digests)} tensors): {differ[0]} is {received}. {_cause(gradients, what)}"
     )
 

@@ -211,7 +211,7 @@ def test_it_communicates_as_it_says(ranks, rng, counting):  # noqa: F811
     settings = [7 * W + 7] if W > 1 else []
     rounds = [9, 2 * C + 15] * W + [9]
     lengths = [n for n, _ in counting.sent]
-    ranks.check(lengths == [3 * W + 7, *settings, *rounds, C + 1, C], f"{lengths}")
+    ranks.check(lengths == [4 * W + 7, *settings, *rounds, C + 1, C], f"{lengths}")
 
 
 def test_the_bar_is_drawn_by_rank_zero_alone(ranks, rng, capsys):
