@@ -65,7 +65,9 @@ up() {
     slurmd
     for _ in $(seq 100); do
         if [ "$(sinfo -h -o %T 2>/dev/null)" = idle ]; then
-            [ -z "${WHILE:-}" ] || (while kill -0 "$WHILE"; do sleep 1; done; down) >/dev/null 2>&1 </dev/null &
+            if [ -n "${WHILE:-}" ]; then # nothing of it may hold the caller's pipes
+                (while kill -0 "$WHILE"; do sleep 1; done; down) >/dev/null 2>&1 </dev/null &
+            fi
             return
         fi
         sleep 0.1
