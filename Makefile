@@ -9,7 +9,7 @@
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
 # make gpu      on a machine with an NVIDIA GPU: tests and benchmarks in five parts of 3 minutes; needs no network
-# make scale    what synchronising costs on up to 1,024 ranks, simulated: docs/scale.md; needs SimGrid, 3 minutes of one core
+# make scale    what synchronising costs on up to 1,024 ranks, simulated: docs/scale.md; needs SimGrid, some minutes of one core
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
