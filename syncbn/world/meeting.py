@@ -6,6 +6,7 @@ Rank 0 listens and the others connect, see ``gate.py``. Then torch's store takes
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import socket
 import time
@@ -117,7 +118,7 @@ def _listener(place: Place, seat: Seat, seconds: float) -> tuple[socket.socket, 
                     taken[port] = _owner(place, port, seat, error)
         if time.monotonic() - began > patience:
             raise RuntimeError(
-                f"Rank 0 of {seat.identity} needs to listen at {place}; received for {patience:g} s that it is in use: "
+                f"Rank 0 of {seat.identity} needs to listen at {place}; found there for {patience:g} s: "
                 f"{_by_port(taken)}. {_remedy(place)}"
             )
         time.sleep(pause)
@@ -125,7 +126,7 @@ def _listener(place: Place, seat: Seat, seconds: float) -> tuple[socket.socket, 
 
 
 def _owner(place: Place, port: int, seat: Seat, error: OSError) -> str:
-    if not place.is_chosen:
+    if not place.is_chosen or error.errno != errno.EADDRINUSE:
         return str(error)
     try:
         return gate.owner(place.address, port, seat)

@@ -4,7 +4,7 @@
 # Debian: apt-get install -y slurm-wlm munge
 #     tests/slurm/cluster.sh up FOLDER      starts it; FOLDER, which may not exist, holds all that it writes
 #     export SLURM_CONF=FOLDER/slurm.conf   is what srun, sbatch and the others need
-#     tests/slurm/cluster.sh down FOLDER    ends its jobs and its three daemons
+#     tests/slurm/cluster.sh down FOLDER    ends its jobs and its three daemons; WHILE=PID does so when that process ends
 set -euo pipefail
 [ $# = 2 ] || { sed -n '5,7s/^# *//p' "$0" >&2; exit 2; }
 folder=$(realpath -m "$2")
@@ -64,7 +64,12 @@ up() {
     slurmctld -c
     slurmd
     for _ in $(seq 100); do
-        [ "$(sinfo -h -o %T 2>/dev/null)" = idle ] && return
+        if [ "$(sinfo -h -o %T 2>/dev/null)" = idle ]; then
+            if [ -n "${WHILE:-}" ]; then # nothing of it may hold the caller's pipes
+                (while kill -0 "$WHILE"; do sleep 1; done; down) >/dev/null 2>&1 </dev/null &
+            fi
+            return
+        fi
         sleep 0.1
     done
     echo "the node did not become idle within 10 s:" >&2

@@ -125,7 +125,7 @@ def cluster(tmp_path_factory):
         conf = {"SLURM_CONF": folder / "cluster" / "slurm.conf", "SLOTS": 12}
         return processes.run(*words, limit=60, **conf, **environ, **extra)
 
-    up = call(CLUSTER, "up", folder / "cluster")
+    up = call(CLUSTER, "up", folder / "cluster", WHILE=os.getpid())  # also if this process is killed
     if up.returncode:
         pytest.skip(f"no Slurm could be started here: {up.stderr[-500:]}")
     yield SimpleNamespace(call=call, folder=folder, pmix=call("srun", "--mpi=pmix", "true").returncode == 0)
