@@ -92,15 +92,24 @@ def _descendants(pid: int) -> list[int]:
 
 def main(command: list[str]) -> int:
     """Runs a command, see above."""
+    guards: list[Guard] = []
+    early: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        del frame
+        guards[0].process.send_signal(number) if guards else early.append(number)
+
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, forward)
     try:
-        guard = Guard(command)
+        guards.append(Guard(command))
     except OSError as error:
         sys.stderr.write(f"{sys.argv[0]}: {error.filename}: {error.strerror}\n")
         return 127
+    for number in early:
+        guards[0].process.send_signal(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to mpirun too
-    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, lambda number, _: guard.process.send_signal(number))
-    return guard.wait()
+    return guards[0].wait()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, RECENT, AbstractTransport, MismatchError
 from syncbn.transports.groups import GroupSpec
+from syncbn.waits import limits
 
 FAREWELL = 3.0
 """Seconds that a rank which cannot ask the others leaves to the watchdog, which knows more."""
@@ -141,10 +142,14 @@ def sum_in_place(wire: Tensor, group: Any) -> None:
 
 
 def limit_of(group: Any, device_type: str) -> timedelta | None:
-    """Returns how long a collective of a process group may take, or None if its backend does not say.
+    """Returns how long a collective of a new group may take: see ``limits.of_libraries``; else as in a given group.
 
     A group that is made without a limit gets torch's default, whatever the user gave to the one that it comes from.
+    None if nobody has given a limit and the group's backend does not say.
     """
+    given = limits.of_libraries()
+    if given is not None:
+        return given
     try:
         backend = group._get_backend(torch.device(device_type))
     except RuntimeError:  # it has none for this device, which the new group's first use says

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 
 TIMEOUT = "SYNCBN_TIMEOUT"
 """Seconds that a call may wait; "inf" for no limit."""
@@ -18,6 +19,8 @@ BUSY_FACTOR = 10.0
 """A rank that compiles, or saves or loads a file, may keep the others waiting for this many limits."""
 TICK = 0.5
 """Seconds between two looks."""
+_ENDLESS = 365 * 86400.0
+"""Seconds that stand for no limit where a library needs a number."""
 
 _given: list[float] = []
 
@@ -42,6 +45,24 @@ def or_default() -> float:
 def give(seconds: float) -> None:
     """Sets the limit of this process, see :func:`syncbn.init`."""
     _given[:] = [seconds]
+
+
+def of_libraries(seconds: object = None) -> timedelta | None:
+    """Returns the timeout for process groups of torch, which also end waits that are on no record here, as DDP's are.
+
+    It is the longest wait that this room allows, so that a report comes first, and a checkpoint may be saved meanwhile.
+
+    Args:
+        seconds: the limit that ``syncbn.init`` was given; None for the one that is in force.
+
+    Returns:
+        Ten limits; None, which is torch's own default, if nobody has given a limit, or a wrong one.
+    """
+    try:
+        found = limit() if seconds is None else checked(seconds, TIMEOUT)
+    except ValueError:  # the first use of a group says so
+        return None
+    return None if found == DEFAULT else timedelta(seconds=min(BUSY_FACTOR * found, _ENDLESS))
 
 
 def of_environment(environ: Mapping[str, str] = os.environ) -> float:

@@ -48,7 +48,7 @@ def init(
     if torch_distributed is None:
         torch_distributed = launch.size > 1 and not launch.speaks_mpi
     if torch_distributed:
-        rendezvous.connect_torch(launch)
+        rendezvous.connect_torch(launch, limits.of_libraries(timeout))
     elif launch.speaks_mpi and launch.size > 1:
         transports.over_mpi()
     transport = transports.choose(None, where.type)

@@ -31,8 +31,13 @@ _met: list[Any] = []
 """The store that is open, and not yet used for a connection."""
 
 
-def connect_torch(launch: Launch) -> None:
-    """Initialises torch.distributed once, with NCCL if each process has a GPU. Ends it when Python exits."""
+def connect_torch(launch: Launch, limit: timedelta | None = None) -> None:
+    """Initialises torch.distributed once, with NCCL if each process has a GPU. Ends it when Python exits.
+
+    Args:
+        launch: the place of this process.
+        limit: of each collective; None for torch's default.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -43,7 +48,7 @@ def connect_torch(launch: Launch) -> None:
     store = meet(launch, TIMEOUT)
     _met.clear()
     listening.settle(store, launch.rank, launch.size, TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=launch.rank, world_size=launch.size)
 
 
 def meet(launch: Launch, timeout: timedelta) -> Any:

@@ -2,11 +2,22 @@
 """How long a call may wait: what says so, and what is refused."""
 
 import math
+from datetime import timedelta
 
 import pytest
 
 import syncbn
+from syncbn.transports import torch_dist
 from syncbn.waits import limits
+from tests import processes
+
+GROUPS = """
+import sys, torch, torch.distributed as dist, syncbn
+from syncbn.transports import torch_dist
+syncbn.init(torch_distributed=True, timeout=7)
+groups = dist.group.WORLD, torch_dist.group_of_everyone("cpu")
+sys.stdout.write(" ".join(str(g._get_backend(torch.device("cpu")).options._timeout) for g in groups))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +111,23 @@ def test_init_refuses_a_wrong_variable_unless_it_is_given_a_timeout(monkeypatch)
 )
 def test_seconds_are_spoken_shortly(seconds, text):
     assert limits.spoken(seconds).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(7, 70.0), (0.5, 5.0), (math.inf, 365 * 86400.0), (limits.DEFAULT, None), (-1, None), ("x", None)],
+)
+def test_libraries_may_wait_for_ten_limits_if_one_was_given(given, wanted):
+    found = limits.of_libraries(given)
+    assert (None if found is None else found.total_seconds()) == wanted
+
+
+def test_groups_of_torch_get_the_limit_that_was_given(monkeypatch):
+    monkeypatch.setattr(limits, "_given", [7.0])
+    assert limits.of_libraries() == timedelta(seconds=70)
+    assert torch_dist.limit_of(None, "cpu") == timedelta(seconds=70)
+
+
+def test_init_gives_its_limit_to_torch_distributed():
+    done = processes.python("-c", GROUPS)
+    assert done.stdout == "0:01:10 0:01:10", done.stdout + done.stderr

@@ -274,3 +274,29 @@ def test_one_that_ends_by_an_exception_lets_the_others_report_it(dog):
     dog.farewell("ended with KeyError: 3")
     assert time.monotonic() - began >= watchdog.QUIET
     assert '"ended": "ended with KeyError: 3"' in link.posted[-1]
+
+
+def test_a_rank_that_is_cut_off_from_all_hosts_that_look_says_so(dog, said, monkeypatch):
+    own, ended = processes.own(), []
+    monkeypatch.setattr(processes, "end_daemon", lambda: ended.append(True))
+    link = with_link(dog, own._replace(host=1), own._replace(host=2))
+    [channel] = dog.channels
+    channel.hosts = ["h1", "h2", "h3"]
+    link.is_heard, link.unanswered = False, LIMIT
+    look_for(dog, 2 * LIMIT)
+    assert said == [], "it waits for nobody, and it may come back"
+    dog.group.enter("World.average")
+    with pytest.raises(Ended):
+        look_for(dog, 2 * LIMIT)
+    assert "in World.average (call 1), and hosts h1, h2 have not answered for 5.0 s: down, or this host, " in said[0]
+    assert ended == [True], "no order of mpirun reaches this host"
+
+
+def test_a_rank_that_is_cut_off_for_the_limit_may_wait_in_another_library(dog, said):
+    own = processes.own()
+    link = with_link(dog, own._replace(host=1), own._replace(host=2))
+    dog.channels[0].hosts = ["h1", "h2", "h3"]
+    link.is_heard, link.unanswered = False, LIMIT + GRACE
+    with pytest.raises(Ended):
+        dog._look(limits.TICK)
+    assert said[0].startswith("syncbn: rank 3: hosts h1, h2 have not answered for 8.0 s")

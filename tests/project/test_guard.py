@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""launch/guard.py ends mpirun with its job, and never with status 0 where the job has failed."""
+
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests import processes
+
+GUARD = processes.ROOT / "launch/guard.py"
+WORDS = {
+    "All ranks end now, with status 124. See docs/waiting.md.": 124,
+    "syncbn: rank 3 has waited. It ends with status 124.": 124,
+    "PRTE has lost communication with a remote daemon.": 1,
+    "A daemon failed to report back after being spawned. This could": 1,
+    "prterun noticed that process rank 1 with PID 17899 on node h2 exited on": 1,
+}
+
+
+def start(script):
+    return processes.start(sys.executable, GUARD, "sh", "-c", script)
+
+
+def status(script):
+    done = processes.run(sys.executable, GUARD, "sh", "-c", script, limit=20)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_words_of_a_failure_the_status_and_the_output_are_the_command_s():
+    assert status("echo out; echo 'it exited with non-zero status' >&2; exit 0") == (
+        0,
+        "out\n",
+        "it exited with non-zero status\n",
+    )
+    assert status("exit 7")[0] == 7
+    assert status("kill -9 $$")[0] == 137
+    assert processes.run(sys.executable, GUARD, "/no/mpirun", limit=20).returncode == 127
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_status_0_after_words_of_a_failure_is_another_one(words):
+    assert status(f"echo '{words}' >&2; exit 0")[::2] == (WORDS[words], f"{words}\n")
+
+
+def test_words_in_pieces_are_understood():
+    assert status("printf 'PRTE has lost communi' >&2; sleep 0.3; echo 'cation with a remote daemon' >&2")[0] == 1
+
+
+def test_a_command_that_hangs_after_its_job_has_failed_is_killed_with_all_that_it_started():
+    began = time.monotonic()
+    process = start(
+        "sleep 100 & trap '' TERM; echo $!; echo 'All ranks end now, with status 124.' >&2; wait; sleep 100"
+    )
+    child = psutil.Process(int(process.stdout.readline()))
+    assert process.wait(20) == 124
+    assert 2.5 < time.monotonic() - began < 15
+    assert processes.survivors([child], 2) == []
+    assert "has not ended with the job, and is killed" in process.communicate()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_command_ends_with_the_guard(number):
+    process = start("trap 'exit 5' TERM; echo $$; while :; do sleep 0.1; done")
+    command = psutil.Process(int(process.stdout.readline()))
+    os.kill(process.pid, number)
+    assert process.wait(20) == (5 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert processes.survivors([command], 5) == []
+    process.communicate()
