@@ -82,7 +82,7 @@ def look(rank: int, size: int, channel: AbstractChannel | None, limit: float, la
     offers = {r: Offer.read(note) for r, note in notes.items()}
     network = _summarize(offers)
     if missing := [r for r in range(size) if r not in offers]:
-        what = f"could not connect the processes within {limit:g} s: {_ranks(missing)} never came to {channel.place}"
+        what = f"could not connect the processes within {limit:.3g} s: {_ranks(missing)} never came to {channel.place}"
         remedy = (
             "Look for a process that ended or never started. A host that does not reach this address says so itself: "
             "then look for a firewall, or set MASTER_ADDR to another address of rank 0's host."

@@ -126,10 +126,12 @@ def examine(report: Report, launch: Launch, factory: str = "", limit: float = 60
         If the processes connect: two exchanges of short texts, one all-reduce that is checked, and the timed ones; with
         a factory, one more exchange.
     """
-    readable = not report.problems
+    readable, began = not report.problems, time.monotonic()
     try:
         look_around(report, launch)
-        ready = readable and _find_mpi(report, launch) and _look_at_network(report, launch, 0.75 * limit)
+        ready = readable and _find_mpi(report, launch)
+        left = max(1.0, 0.75 * (limit - (time.monotonic() - began)))  # so that it says who is missing
+        ready = ready and _look_at_network(report, launch, left)
         transport = _connect(report, launch) if ready else None
         if transport is not None:
             _map_ranks(report, transport)

@@ -35,10 +35,10 @@ def port() -> int:
     Raises:
         ValueError: if it is no port.
     """
-    found = launchers.number(os.environ, PORT)
-    if not 0 < found < 65536:
-        raise ValueError(f"{PORT} must be a port from 1 to 65535; received {found}. Set it to a free one.")
-    return found
+    text = os.environ.get(PORT, "")
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise ValueError(f"{PORT} must be a port from 1 to 65535; received {text!r}. Set it to a free one.")
+    return int(text)
 
 
 def agent_serves() -> bool:

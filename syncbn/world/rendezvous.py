@@ -61,7 +61,7 @@ def meet(launch: Launch, timeout: timedelta) -> Any:
 
     if not _met:
         agent = launch.name == "torchrun" or listening.agent_serves()
-        store = listening.agent_store(timeout) if agent else _store(launch, timeout)
+        store = listening.agent_store(timeout) if agent else _store(launch, timeout)[1]
         _met.append(PrefixStore(f"syncbn/{os.environ.get(RESTARTS, '0')}/{next(_connections)}", store))
     return _met[0]
 
@@ -108,8 +108,8 @@ def _disconnect_torch() -> None:
         dist.destroy_process_group()
 
 
-def _store(launch: Launch, timeout: timedelta) -> Any:
-    """Opens the store where no launcher has one."""
+def _store(launch: Launch, timeout: timedelta = TIMEOUT) -> tuple[str, Any]:
+    """Opens the store where no launcher has one. Returns its address too."""
     identity = of_job(launch)
     if launch.size == 1:
         place = _place_of(meeting.listen(LOOPBACK, 0), LOOPBACK)
@@ -133,7 +133,7 @@ def _store(launch: Launch, timeout: timedelta) -> Any:
         )
     if launch.rank:
         listening.require_answer(place.address, place.ports[0])
-    return meeting.meet(place, Seat(identity, launch.rank, launch.size), timeout)
+    return place.address, meeting.meet(place, Seat(identity, launch.rank, launch.size), timeout)
 
 
 def _at(name: str, ports: tuple[int, ...]) -> Place:

@@ -53,7 +53,7 @@ def stores(name):
 def test_plain_variables_meet_at_the_chosen_port(variables, port):
     variables(MASTER_ADDR="localhost", MASTER_PORT=port, SYNCBN_JOB="word")
     got = stores("env")
-    assert {address for address, _ in got.values()} == {"localhost"}
+    assert {address for address, _ in got.values()} == {"127.0.0.1"}
     got[0][1].set("key", "of rank 0")
     assert got[1][1].get("key") == b"of rank 0"
     assert got[1][1].underlying_store.port == port
