@@ -165,12 +165,22 @@ def test_constant_channels_and_values_that_are_not_finite_are_left_out(ranks, rn
     batch = [torch.randn(5, C, 3, generator=rng) + r for r in range(ranks.size)]
     expected = oracle([[x[:, 2:] for x in batch]])
     for x in batch:
-        x[:, 0] = 0.1  # summed five times it is not five times 0.1
+        x[:, 0] = 0.1
     batch[-1][0, 1, 0] = math.nan
     row = measured(ranks, syncbn.SyncBatchNorm(C), [batch])
     ranks.check(row.constant == 2, f"{row}")
     ranks.check(math.isclose(row.mean_drift, expected[0], rel_tol=1e-9, abs_tol=1e-12), f"{row} {expected}")
     ranks.check(math.isclose(row.var_drift, expected[1], rel_tol=1e-9, abs_tol=1e-12), f"{row} {expected}")
+
+
+@pytest.mark.ranks(2)
+def test_a_channel_that_is_constant_on_one_rank_has_no_variance_there(ranks, rng):
+    """In float64 the mean of fifteen times 0.1 is not 0.1, so the variance is not 0 but rounding, of 1e-34."""
+    batch = [torch.randn(5, C, 3, generator=rng, dtype=torch.float64) for _ in range(ranks.size)]
+    batch[0][:, 0] = 0.1
+    row = measured(ranks, syncbn.SyncBatchNorm(C, dtype=torch.float64), [batch])
+    ranks.check(local.moments(batch[0], None, C)[3][0] == 0, "the variance of the constant channel")
+    ranks.check(row.constant == 0 and row.var_drift < 3, f"{row}")
 
 
 def test_of_very_many_channels_some_are_measured(ranks, rng, monkeypatch):

@@ -30,6 +30,7 @@ def draw(rows: Sequence[Row], path: Path, *, ranks: int, dark: bool = False) -> 
     """Draws mean_drift and var_drift of each layer beside their expected values, and the milliseconds of a call."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot, which may look for a display
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     ink = "#d8d8d8" if dark else "#333333"
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -50,6 +51,10 @@ def draw(rows: Sequence[Row], path: Path, *, ranks: int, dark: bool = False) -> 
             )
             axes.plot(at, [getattr(r, measured) or None for r in rows], "o-", color=colour, label="measured")
             axes.set_yscale("log")
+            axes.set_ylim(*_limits([value for r in rows for value in (getattr(r, measured), getattr(r, expected))]))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(f"drift {label}")
         if timed:
             seconds = [1e3 * (row.seconds or 0.0) for row in rows]
@@ -69,3 +74,11 @@ def draw(rows: Sequence[Row], path: Path, *, ranks: int, dark: bool = False) -> 
         figure.savefig(
             path, transparent=path.suffix != ".png", metadata={"Date": None} if path.suffix == ".svg" else {}
         )
+
+
+def _limits(values: Sequence[float | None]) -> tuple[float, float]:
+    """Returns the limits of a logarithmic axis, at least a decade."""
+    known = [value for value in values if value] or [1.0]
+    low, high = 0.7 * min(known), 1.4 * max(known)
+    room = max(1.0, 10.0 * low / high) ** 0.5
+    return low / room, high * room

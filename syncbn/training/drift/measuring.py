@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -129,6 +130,10 @@ class _Hook:
     """A forward pre-hook. In a copy of the model or a saved one it does nothing."""
 
     def __init__(self, method: Callable[..., None] | None = None) -> None:
+        if (
+            method is not None and "torch._dynamo" in sys.modules
+        ):  # it communicates: a compiled function must not trace it
+            method = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
         self._method = method
 
     def __call__(self, *args: Any) -> None:
