@@ -18,7 +18,7 @@ SETTINGS = (3, 1e-5, 0.1, True, None)
 class Told:
     """Three ranks, ours the first; what the others say is given, and what is sent is kept."""
 
-    rank, size, ranks, group_id, serial, layers = 0, 3, (0, 2, 5), 9, 7, 0
+    rank, size, ranks, group_id, serial, layers, begun, current = 0, 3, (0, 2, 5), 9, 7, 0, 1, None
 
     def __init__(self, *others, wires=(), refuses=""):
         self.others, self.wires, self.refuses, self.sent = others, list(wires), refuses, []
