@@ -119,7 +119,7 @@ up() {
 }
 
 note_cut() { # note_cut HOST on|off: whether the others hear of what happens there
-    [ "$2" = on ] && touch "$RUN/$1.cut" || rm -f "$RUN/$1.cut"
+    if [ "$2" = on ]; then touch "$RUN/$1.cut"; else rm -f "$RUN/$1.cut"; fi
 }
 
 cable() {

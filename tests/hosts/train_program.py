@@ -2,7 +2,8 @@
 """Trains a network whose batch norms see uneven shares, and compares every bit with one process.
 
     train_program.py                ten steps; then each rank says whether all bits are those of one process
-    train_program.py --endless      steps until something ends the job; each rank says where it is, and each step
+    train_program.py --endless 5    steps until something ends the job; each rank says where it is, and when it trains.
+                                    From then on waits have this limit: to start may take longer
 
 S pixels, W ranks.
 """
@@ -60,7 +61,7 @@ def say(text):
     sys.stdout.flush()
 
 
-def endless(world):
+def endless(world, limit):
     net = network()
     say(f"rank {world.rank} on {socket.gethostname()} is process {os.getpid()}")
     number = 0
@@ -68,17 +69,18 @@ def endless(world):
         step(net, torch.randn(3, 5, 7, 4), torch.randn(3, 5, 7, 4))
         number += 1
         if number == 5:
+            syncbn.init(timeout=limit)
             say(f"ready: rank {world.rank}")
         time.sleep(0.01)
 
 
 def main(words):
     parser = argparse.ArgumentParser()
-    parser.add_argument("--endless", action="store_true")
+    parser.add_argument("--endless", type=float)
     options = parser.parse_args(words)
     torch.set_num_threads(1)
-    world = syncbn.init()
-    endless(world) if options.endless else same_bits(world)
+    world = syncbn.init(timeout=300 if options.endless else None)
+    endless(world, options.endless) if options.endless else same_bits(world)
 
 
 if __name__ == "__main__":
