@@ -202,7 +202,11 @@ class Report:
             return "recommend(0.9): none. No layer drifts more than independent samples do."
         text = f"recommend(0.9): {len(names)} of {len(rows)} layers hold 90 % of the excess drift"
         left = max((row.excess for row in rows if row.name not in names), default=0.0)
-        return f"{text}; it leaves outputs of others off by {math.sqrt(left):.2f} at most." if left else f"{text}."
+        return (
+            f"{text}; it leaves outputs of others off by {math.sqrt(left):.2f} at most, beyond noise."
+            if left
+            else f"{text}."
+        )
 
     def __str__(self) -> str:
         return self.table() if self._rank == 0 else ""
