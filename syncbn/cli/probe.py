@@ -206,6 +206,11 @@ def _connect(report: Report, launch: Launch) -> AbstractTransport | None:
 def _of_shared_memory(transport: AbstractTransport) -> str:
     if transport.name == "shm":
         return "the ranks share this host's memory"
+    if transport.name == "torch":
+        from syncbn.transports.nodes import NodesTransport
+
+        if isinstance(transport, NodesTransport):
+            return "shared memory inside each host, gloo between their first ranks"
     if os.environ.get(OVERRIDE, "auto") != "auto":
         return "shared memory is not asked for"
     return f"no shared memory: {shared_memory.problem() or 'not all ranks can open the same'}"
