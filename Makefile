@@ -4,6 +4,7 @@
 # make test-all that, and all other tests: programs, compilers, MPICH, model libraries, CUDA tensors on a device made of
 #               host memory
 # make test-hosts    the tests on several hosts made of network namespaces; as root, on Linux
+# make test-slurm       jobs in a Slurm of this machine; needs root, and apt-get install slurm-wlm munge libpmix-dev
 # make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests on another torch and Python, in an environment of its own
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
@@ -23,7 +24,7 @@ extras = $(PYTHON) -c '$(READ)' $(2) >$(1)/extras.txt && $(1)/bin/python $(INSTA
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all test-hosts test-torch sanitize gpu lint docs dist clean
+.PHONY: demo test test-all test-hosts test-slurm test-torch sanitize gpu lint docs dist clean
 
 demo: $(VENV)/demo-ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
@@ -37,6 +38,9 @@ test-hosts: $(VENV)/ready
 
 test-all: test $(VENV)-mpich/ready $(VENV)-zoo/ready
 	BIN_MPICH=$(BIN_MPICH) BIN_ZOO=$(BIN_ZOO) tests/run.sh rest
+
+test-slurm: $(VENV)/ready
+	tests/run.sh slurm
 
 # Not part of make test: this torch may bring gigabytes. Newest versions of the rest, not those of constraints.txt.
 TORCH ?= 2.11.0

@@ -30,13 +30,13 @@ device="$device $(echo $several/test_{second_derivatives,transports,world,wrappe
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
 gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"
-brief="not slow and not program and not faults and not hosts"
+brief="not slow and not program and not faults and not hosts and not slurm"
 
 stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich gloo faults hosts zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich gloo faults hosts slurm zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
             *) echo "$word" ;;
         esac
     done
@@ -58,9 +58,9 @@ stage() {
         mpi-2) SYNCBN_TEST_TRANSPORT=mpi ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 25 -m "program and not faults and not hosts" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 25 -m "program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
-        kernels) timeout -k 10 1500 python -m pytest -n 2 --durations 15 -m "(builds or nvrtc or slow) and not program and not faults and not hosts" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        kernels) timeout -k 10 1500 python -m pytest -n 2 --durations 15 -m "(builds or nvrtc or slow) and not program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) ranks 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
             ranks 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
@@ -70,6 +70,7 @@ stage() {
         gloo) SYNCBN_TEST_TRANSPORT=torch ranks 2 torchrun -m "$brief" $library ;;
         faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
         hosts) timeout -k 10 600 python -m pytest -n 0 -m hosts --durations 10 tests/hosts "${more[@]}" ;; # skips most without root
+        slurm) timeout -k 10 300 python -m pytest -n 0 -m slurm tests/slurm "${more[@]}" ;;
         zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;

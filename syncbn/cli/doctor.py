@@ -17,9 +17,10 @@ from typing import TextIO
 from tabulate import tabulate
 
 from syncbn.cli import probe
-from syncbn.cli.probe import Report
+from syncbn.cli.probe import Problem, Report
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
+from syncbn.transports.reach import REACHED
 
 LEAD = 2.0
 """Seconds by which rank 0 gives up before the others: when it ends, the launcher ends them."""
@@ -40,7 +41,7 @@ def run(*, limit: float, as_json: bool, factory: str = "") -> int:
     launch = probe.read_launch(report)
     with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
         warnings.simplefilter("ignore")  # warnings of the library are problems in the report
-        probe.examine(report, launch, factory)
+        probe.examine(report, launch, factory, limit)
     speak(report, launch, as_json=as_json)
     return int(bool(report.problems))
 
@@ -55,6 +56,8 @@ def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) 
         remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
         if report.step.startswith(probe.BUILD):
             why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
+        if report.network.suspects:
+            why, remedy = report.network.suspects[0]
         report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
         speak(report, launch, as_json=as_json, out=out)
         os._exit(1)
@@ -104,7 +107,9 @@ def to_text(report: Report) -> str:
     parts = [
         tabulate(facts, tablefmt="plain", disable_numparse=True),
         tabulate(ranks, ["rank", "local rank", "host", "pid", "device"], disable_numparse=True),
+        *_network(report),
         *([] if report.model is None else [report.model.table()]),
+        *(["\n".join(["Warnings:", *_numbered(report.warnings)])] if report.warnings else []),
         _problems(report),
     ]
     return "\n\n".join(parts)
@@ -140,5 +145,47 @@ def _all_reduce(report: Report) -> str:
 def _problems(report: Report) -> str:
     if not report.problems:
         return "No problem found."
-    lines = [f"  {n}. {problem.what}\n     {problem.remedy}" for n, problem in enumerate(report.problems, 1)]
-    return "\n".join(["Problems:", *lines])
+    return "\n".join(["Problems:", *_numbered(report.problems)])
+
+
+def _numbered(problems: list[Problem]) -> list[str]:
+    return [f"  {n}. {problem.what}\n     {problem.remedy}" for n, problem in enumerate(problems, 1)]
+
+
+def _network(report: Report) -> list[str]:
+    """Returns the table of hosts, and who reaches whom; nothing if all ranks are on one host."""
+    hosts = report.network.hosts
+    if not hosts or (len(hosts) == 1 and not report.problems):
+        return []
+    rows = [
+        (
+            each.name,
+            ranges(each.ranks),
+            each.address,
+            each.interface,
+            each.own_name or "unknown",
+            ", ".join(each.others),
+        )
+        for each in hosts
+    ]
+    columns = ["host", "ranks", "offers", "interface", "own name is", "other addresses"]
+    table = tabulate(rows, columns, disable_numparse=True)
+    routes = report.network.routes
+    failed = [
+        f"{each.source} to {each.target} at {each.address}: {each.found}" for each in routes if each.found != REACHED
+    ]
+    if not routes:
+        return [table]
+    reached = f"{len(routes) - len(failed)} of {len(routes)} connections from host to host were made"
+    return [table, "\n".join([reached, *failed[:20]])]
+
+
+def ranges(ranks: list[int]) -> str:
+    """Renders sorted numbers: 0-3, 8."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1][1:] = [rank]
+        else:
+            parts.append([rank])
+    return ", ".join("-".join(map(str, part)) for part in parts)

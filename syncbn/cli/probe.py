@@ -13,6 +13,7 @@ import socket
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib import metadata
 
 import numpy as np
@@ -20,13 +21,16 @@ import torch
 
 import syncbn
 from syncbn import kernels, moments, transports
-from syncbn.cli import models
+from syncbn.cli import models, named_hosts, network
+from syncbn.cli.channels import AbstractChannel, NameChannel, StoreChannel
 from syncbn.cli.models import ModelReport
+from syncbn.cli.network import Network
 from syncbn.transports import AbstractTransport, gather, launchers, mpi_probe, parts, shared_memory
-from syncbn.transports.choices import OVERRIDE
+from syncbn.transports.choices import OVERRIDE, SRUN
 from syncbn.transports.groups import NODE, GroupSpec
 from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
+from syncbn.world import rendezvous
 
 CHANNELS = (64, 512, 2048)
 LEAST_REPEATS, REPEATS = 5, 200
@@ -83,7 +87,11 @@ class Report:
     hosts: int = 1
     model: ModelReport | None = None
     """Of the model that --model names."""
+    network: Network = field(default_factory=Network)
+    """Of a job on several hosts; else empty."""
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    """What need not be wrong, and what to do if it is. They leave the exit status as it is."""
     step: str = "start"
     """The last step begun."""
 
@@ -104,22 +112,25 @@ def read_launch(report: Report) -> Launch:
     return launch
 
 
-def examine(report: Report, launch: Launch, factory: str = "") -> None:
+def examine(report: Report, launch: Launch, factory: str = "", limit: float = 60.0) -> None:
     """Fills the report, on every rank. Never raises.
 
     Args:
         report: the report.
         launch: how this process was started.
         factory: ``package.module:function``, which builds the model to look at; empty for none.
+        limit: seconds after which the caller gives up.
 
     Communication:
+        On several hosts, see ``network.look``.
         If the processes connect: two exchanges of short texts, one all-reduce that is checked, and the timed ones; with
         a factory, one more exchange.
     """
     readable = not report.problems
     try:
         look_around(report, launch)
-        transport = _connect(report, launch) if readable and _find_mpi(report, launch) else None
+        ready = readable and _find_mpi(report, launch) and _look_at_network(report, launch, 0.75 * limit)
+        transport = _connect(report, launch) if ready else None
         if transport is not None:
             _map_ranks(report, transport)
             try_all_reduce(report, transport)
@@ -179,12 +190,47 @@ def _find_mpi(report: Report, launch: Launch) -> bool:
     found = f"{report.mpi.name} {report.mpi.version}"
     joined = f"mpi4py loaded {found}" if foreign else f"{found} joined {report.mpi.size}"
     remedy = f"Start with the mpirun of {found}, or install the MPI of this mpirun, for example with: {INSTALL}."
+    if launch.name == "slurm":
+        remedy = f"Start with {SRUN}; or without MPI, by srun --mpi=none."
     report.complain(f"{_started(launch)}, but {joined} ({report.mpi.library})", remedy)
     return False
 
 
 def _started(launch: Launch) -> str:
     return f"{launch.name} started {launch.size} processes ({launch.evidence})"
+
+
+def _look_at_network(report: Report, launch: Launch, limit: float) -> bool:
+    """Reports which addresses the hosts offer and who reaches whom. False if the processes cannot connect."""
+    report.step = "connect the processes"
+    if launch.local_size == launch.size:
+        named = named_hosts.count() if launch.size > 1 else 0
+        if named > 1:
+            what = (
+                f"all {launch.size} ranks are on host {socket.gethostname()}, of {named} hosts that the launcher knows"
+            )
+            remedy = "With Open MPI, map them by slots: --map-by slot:oversubscribe; see the slots of the hostfile."
+            report.warnings.append(Problem(what, remedy))
+        return True
+    report.network = network.look(launch.rank, launch.size, None, limit, launch.name)
+    channel = _channel(report, launch, limit)
+    if channel is not None:
+        report.network = network.look(launch.rank, launch.size, channel, limit, launch.name)
+    report.warnings += [Problem(*each) for each in report.network.warnings]
+    report.problems += [Problem(*each) for each in report.network.problems]
+    return not report.network.problems
+
+
+def _channel(report: Report, launch: Launch, limit: float) -> AbstractChannel | None:
+    """Returns what connects the ranks already, or can connect them without their own addresses."""
+    if not launch.speaks_mpi:
+        place = f"rank 0 at {os.environ.get('MASTER_ADDR', 'its address')} port {os.environ.get('MASTER_PORT', '')}"
+        return StoreChannel(rendezvous.meet(launch, timedelta(seconds=limit)), launch.rank, place.strip())
+    if report.mpi.name != "Open MPI":
+        return None
+    from mpi4py import MPI
+
+    return NameChannel(MPI, launch.rank)
 
 
 def _connect(report: Report, launch: Launch) -> AbstractTransport | None:

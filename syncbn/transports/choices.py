@@ -13,6 +13,8 @@ from syncbn.transports import launchers
 
 CHOICES = ("auto", "single", "shm", "mpi", "nccl", "torch")
 OVERRIDE = "SYNCBN_TRANSPORT"
+SRUN = "srun --mpi=pmix, or another of `srun --mpi=list` that the MPI library of mpi4py was built for"
+"""How Slurm's processes become one MPI job."""
 _HAS_DISTRIBUTED = dist.is_available()
 
 
@@ -61,8 +63,20 @@ def _unconnected(launch: launchers.Launch) -> str:
         if launch.speaks_mpi
         else "Call syncbn.init() or torch.distributed.init_process_group() before the first training step"
     )
+    if launch.name == "slurm" and not launch.speaks_mpi:
+        remedy += f", or let MPI connect them: {SRUN}"
+    return _not_synchronised(launch, "no group connects them", remedy)
+
+
+def alone_in_mpi(launch: launchers.Launch) -> str:
+    """Returns the warning for a communicator of an MPI job of one process, of which the launcher started several."""
+    remedy = f"Start with {SRUN}" if launch.name == "slurm" else "Start with the mpirun of the MPI that mpi4py loaded"
+    return _not_synchronised(launch, "to MPI each is a job of its own", remedy)
+
+
+def _not_synchronised(launch: launchers.Launch, why: str, remedy: str) -> str:
     return (
         f"SyncBatchNorm is NOT synchronised: {launch.name} started {launch.size} processes ({launch.evidence}), "
-        f"but no group connects them, so each uses the statistics of its local batch. {remedy}, or silence this "
+        f"but {why}, so each uses the statistics of its local batch. {remedy}, or silence this "
         f"with {OVERRIDE}=single."
     )

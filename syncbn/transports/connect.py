@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,9 @@ def _mpi(spec: GroupSpec, handle: Any | None) -> MPITransport:
     from syncbn.transports import mpi
 
     if handle is not None:
+        launch = launchers.detect()
+        if mpi.world().Get_size() == 1 < launch.size and os.environ.get(choices.OVERRIDE) != "single":
+            warnings.warn(choices.alone_in_mpi(launch), RuntimeWarning, stacklevel=5)
         transport = mpi.MPITransport(handle, spec)
         groups.agree_on_label(spec, transport.group_id)
         return transport

@@ -81,10 +81,15 @@ def over_mpi(device_type: str = "cpu") -> AbstractTransport:
 
     launch, joined = launchers.detect(), mpi.world().Get_size()
     if launch.speaks_mpi and joined != launch.size:
+        what, with_ = (
+            "mpirun and the library that mpi4py loaded belong to different MPI installations",
+            "the mpirun of that library",
+        )
+        if launch.name == "slurm":
+            what, with_ = "srun spoke another PMI than the library that mpi4py loaded", choices.SRUN
         raise RuntimeError(
             f"{launch.name} started {launch.size} processes ({launch.evidence}), but the MPI library joined {joined}: "
-            "mpirun and the library that mpi4py loaded belong to different MPI installations. "
-            "Run `syncbn doctor`, and start with the mpirun of that library."
+            f"{what}. Run `syncbn doctor`, and start with {with_}."
         )
     return choose(GroupSpec("mpi", mpi.world_ranks(mpi.world())), device_type)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import sys
 import time
 
 from syncbn.transports import interfaces
@@ -16,8 +15,6 @@ UNANSWERED = 15.0
 """Seconds for which a host may not answer: one that starts may come up late."""
 UNKNOWN = 10.0
 """Seconds for which a name may be unknown: in a cluster, names of hosts that start come late."""
-NOTICE = 10.0
-"""Seconds after which a line says for whom this process waits."""
 REACHED, REFUSED, SILENT = "reached", "refused", "no answer"
 
 
@@ -52,41 +49,26 @@ def resolve(name: str, variable: str, limit: float = UNKNOWN) -> str:
         time.sleep(0.5)
 
 
-def wait_for(address: str, port: int, *, what: str, remedy: str, limit: float, silent: float = UNANSWERED) -> None:
-    """Waits until somebody listens at an address.
+def require_answer(address: str, port: int, what: str, remedy: str, limit: float = UNANSWERED) -> None:
+    """Raises unless a host answers at an address. It may refuse the port: who is to listen there may come later.
 
     Args:
         address: the address.
         port: the port.
-        what: who listens there, for errors.
-        remedy: the last sentence of the errors.
-        limit: seconds for which the host may refuse: nobody listens there yet.
-        silent: seconds for which the host may not answer at all.
+        what: who listens there, for the error.
+        remedy: the last sentence of the error.
+        limit: seconds for which the host may be silent.
 
     Raises:
-        RuntimeError: if a limit is over.
+        RuntimeError: if the limit is over.
     """
     began = time.monotonic()
-    answered, told = began, False
-    while (found := attempt(address, port)) != REACHED:
-        now = time.monotonic()
-        if found == REFUSED:
-            answered = now
-        if now - answered > silent or now - began > limit:
-            raise RuntimeError(_unreached(found, address, port, what, remedy, now - began))
-        if now - began > NOTICE and not told:
-            told = True
-            sys.stderr.write(f"syncbn: {socket.gethostname()} waits for {what} at {address} port {port}: {found}\n")
+    while attempt(address, port) == SILENT:
+        if time.monotonic() - began > limit:
+            here, source = socket.gethostname(), interfaces.toward(address)
+            here += f" ({source})" if source else ", which has no route to it"
+            raise RuntimeError(
+                f"Every host must reach {what} at {address} port {port}; received no answer within {limit:g} s on "
+                f"{here}: a firewall, a host that is down, or an address of another network. {remedy}"
+            )
         time.sleep(0.2)
-
-
-def _unreached(found: str, address: str, port: int, what: str, remedy: str, seconds: float) -> str:
-    why = "no answer (a firewall, a host that is down, or an address of another network)"
-    if found == REFUSED:
-        why = "refused (nobody listens there)"
-    source = interfaces.toward(address)
-    where = f"{socket.gethostname()} ({source})" if source else f"{socket.gethostname()}, which has no route to it"
-    return (
-        f"Every host must reach {what} at {address} port {port}; received within {seconds:.0f} s on {where}: {why}. "
-        f"{remedy}"
-    )

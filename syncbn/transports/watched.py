@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from syncbn.transports import addresses, gather, launchers
+from syncbn.transports import addresses, choices, gather, identity, launchers
 from syncbn.transports.addresses import Offer
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import GroupSpec
+from syncbn.transports.identity import Identity
 from syncbn.waits import channel, limits, processes, watchdog
 from syncbn.waits.channel import LOOPBACK, Channel, Hub, Link
 from syncbn.waits.processes import Process
@@ -25,11 +26,12 @@ def watch(transport: AbstractTransport) -> None:
     """Watches the calls of a group from now on.
 
     Communication:
-        One all-reduce of 5 W + 7 float64 values over the group; if its ranks have no channel in common yet, two more of
+        One all-reduce of 6 W + 7 float64 values over the group; if its ranks have no channel in common yet, two more of
         2 W + 7, and TCP connections to two ranks, on loopback if all are on one host.
 
     Raises:
         ValueError: on every rank, if ``SYNCBN_TIMEOUT`` is wrong on any.
+        RuntimeError: on every rank, if torch.distributed has connected ranks of different jobs.
     """
     if transport.size == 1 or watchdog.watches(transport):
         return
@@ -39,11 +41,15 @@ def watch(transport: AbstractTransport) -> None:
     except ValueError as wrong:
         error = wrong
     covered = watchdog.covers(transport.ranks)
-    row = [float(error is not None), float(covered), *map(float, processes.own())]
+    job = _job(transport)
+    number = 0.0 if job is None else job.number
+    row = [float(error is not None), float(covered), number, *map(float, processes.own())]
     table = gather.gather(torch.tensor(row, dtype=torch.float64, device="cpu"), transport, _WHAT)
     if table[:, 0].any():
         gather.raise_gathered(error, transport)
-    members = [Process(*map(int, each)) for each in table[:, 2:].tolist()]
+    if len(set(table[:, 2].tolist()) - {0.0}) > 1:
+        raise _mixed(job, transport)
+    members = [Process(*map(int, each)) for each in table[:, 3:].tolist()]
     new = None if table[:, 1].all() else _meet(transport, members)
     # without a channel too: then this rank ends by itself at the limit
     watchdog.watch(transport, new, transport.ranks[transport.rank], launchers.detect().name)
@@ -63,6 +69,22 @@ def making(spec: GroupSpec | None, device_type: str) -> AbstractContextManager[N
     what = "group of all ranks" if spec is None else str(spec)
     number = zlib.crc32(f"{what} {'' if spec is None else spec.label} {device_type}".encode())
     return watchdog.making(what, number, ranks, launch.rank, launch.name)
+
+
+def _job(transport: AbstractTransport) -> Identity | None:
+    """Returns the job that the launcher has named, if a group of torch's should be of it. MPI joins no others."""
+    launch, torch_world = launchers.detect(), choices.world_of_torch()
+    if transport.spec is None or transport.spec.kind != "torch" or torch_world is None:
+        return None
+    return identity.of_job(launch) if torch_world.size() == launch.size > 1 else None
+
+
+def _mixed(job: Identity | None, transport: AbstractTransport) -> RuntimeError:
+    jobs = gather.by_rank(gather.gather_notes("none" if job is None else str(job), transport), transport.ranks)
+    return RuntimeError(
+        f"All ranks of torch.distributed must be of one job; received {jobs}. Two jobs have met at one MASTER_PORT: "
+        "give each a port of its own. If they are one job, give all ranks the same SYNCBN_JOB."
+    )
 
 
 def _meet(transport: AbstractTransport, members: list[Process]) -> Channel | None:

@@ -1,198 +1,182 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where processes meet to connect torch.distributed: the store of MASTER_ADDR, or one that MPI makes known.
+"""Where the processes of a job meet for the first time, and how they make sure that they are of one job.
 
-What cannot work is an error on every rank that can hear of it, not a wait. What listens here listens at one address.
+Rank 0 listens and the others connect, see ``gate.py``. Then torch's store takes over the port.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import os
+import hashlib
 import socket
+import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from syncbn.transports.identity import Identity
+from syncbn.world import gate
+from syncbn.world.gate import RefusedError, Seat, StrangerError
 
-from syncbn.transports import addresses, gather, interfaces, launchers, reach
-from syncbn.transports.addresses import Offer
-from syncbn.transports.base import AbstractTransport
-from syncbn.waits.channel import LOOPBACK, listen
-
-ADDRESS, PORT = addresses.MASTER, "MASTER_PORT"
-_AGENT = "TORCHELASTIC_USE_AGENT_STORE"
-_RECHECK = 10.0
-"""Seconds for which rank 0 has just listened: no host may be silent for longer."""
-_LATER = timedelta(seconds=15)
-"""By how much the other ranks wait longer than rank 0, which knows who is missing."""
-
-
-def master() -> tuple[str, int]:
-    """Returns where the processes meet.
-
-    Raises:
-        ValueError: if a variable is missing or no number.
-    """
-    missing = [name for name in (ADDRESS, PORT) if not os.environ.get(name)]
-    if missing:
-        raise ValueError(
-            f"torch.distributed needs {ADDRESS} and {PORT} to connect processes; received no "
-            f"{' and no '.join(missing)}. Export the address of rank 0's host and a free port of it, the same ones for "
-            "every rank."
-        )
-    return os.environ[ADDRESS], launchers.number(os.environ, PORT)
+LOOPBACK = "127.0.0.1"
+PORTS = 8
+"""How many ports a job tries where nobody has chosen one."""
+_RANGE = range(20000, 32768)
+"""Of them: below Linux's ports for outgoing connections, of which any may be taken at any time."""
+PATIENCE = 10.0
+"""Seconds for which a port that somebody has chosen may belong to another job, such as one that is about to end."""
+_PAUSE, _LONGEST_PAUSE = 0.02, 0.25
 
 
-def open_store(rank: int, size: int, timeout: timedelta) -> Any:
-    """Opens the key-value store at MASTER_ADDR and MASTER_PORT. Rank 0 serves it, unless torchrun does.
+class Place(NamedTuple):
+    """Where a job meets."""
 
-    Raises:
-        ValueError: see :func:`master`.
-        RuntimeError: if the name is unknown on this host, or nobody answers or listens there in time.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    name, port = master()
-    address = reach.resolve(name, ADDRESS)
-    if os.environ.get(_AGENT) != str(True):
-        address = _seen_by_others(name, address)
-        if rank == 0:
-            return _serve(address, port, size, timeout)
-    remedy = (
-        f"Set {ADDRESS} to an address of rank 0's host that this host reaches, the same for every rank, or open {PORT} "
-        "in the firewall. `syncbn doctor`, started in the same way, says what each host offers."
-    )
-    reach.wait_for(address, port, what="rank 0", remedy=remedy, limit=timeout.total_seconds())
-    return TCPStore(address, port, size, False, timeout, wait_for_workers=False)
-
-
-def _seen_by_others(name: str, address: str) -> str:
-    """Replaces a loopback address that is Debian's for a host's own name: on other hosts it would be themselves."""
-    literal = name in ("localhost", address)
-    outward = interfaces.ordered()
-    if literal or not interfaces.is_loopback(address) or not outward:
-        return address
-    launch = launchers.detect()
-    alone = "LOCAL_WORLD_SIZE" in os.environ and launch.local_size == launch.size
-    return address if alone else outward[0].address
-
-
-def _serve(address: str, port: int, size: int, timeout: timedelta) -> Any:
-    """Listens at one address, not at all of this host's, unless the address is another's, who passes connections on."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener: int | None = None
-    try:
-        listener = listen(address, port, 1024).detach()
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
-            raise
-        address = address if error.errno == errno.EADDRINUSE else LOOPBACK
-    try:  # several groups of one process use one server: torch finds the one that listens on this port
-        return TCPStore(address, port, size, True, timeout, False, True, listener)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"Rank 0 must listen at {address} port {port}; received: {error}. If another program or another job of "
-            f"this host has the port, set {PORT} to a free one, the same for every rank."
-        ) from error
-
-
-def store_over_mpi(transport: AbstractTransport, timeout: timedelta) -> Any:
-    """Rank 0 listens on a free port, at the address by which the others reach it. MPI makes it known.
-
-    Communication:
-        Two all-reduces of texts, a broadcast of a number, and one all-reduce of 8 values.
-
-    Raises:
-        RuntimeError: on every rank, if some rank does not reach the address.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    own = addresses.own()
-    notes = gather.gather_notes(own.text(), transport)
-    offers = [Offer.read(note) for note in notes]
-    _raise_errors(offers, transport.ranks)
-    address = addresses.agree(offers)[0]
-    error: RuntimeError | None = None
+    address: str
+    ports: tuple[int, ...]
     listener: socket.socket | None = None
-    port = torch.zeros(1, dtype=torch.int64, device="cpu")
-    try:
-        if transport.rank == 0:
-            listener = listen(address, 0, 1024)
-            port.fill_(listener.getsockname()[1])
-    except OSError as failed:
-        error = RuntimeError(f"rank 0 cannot listen at {address}: {failed}")
-    transport.broadcast(port)
-    try:
-        if transport.rank > 0 and int(port):
-            remedy = (
-                f"Open the ports between the hosts, or name the interface of the job by {addresses.GLOO_INTERFACE}."
-            )
-            reach.wait_for(address, int(port), what="rank 0", remedy=remedy, limit=_RECHECK, silent=_RECHECK)
-    except RuntimeError as failed:
-        error = failed
-    gather.raise_together(error, transport, "syncbn.init")
-    if listener is None:
-        return TCPStore(address, int(port), transport.size, False, timeout)
-    return TCPStore(address, int(port), transport.size, True, timeout, master_listen_fd=listener.detach())
+    """Of rank 0, if it has one already."""
+    bind: str = ""
+    """The address of this host on which rank 0 listens; "" for all."""
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether there is one port, so that another job at it is an error."""
+        return len(self.ports) == 1
+
+    def __str__(self) -> str:
+        """Returns where to look for it."""
+        return f"{self.address} port{'s' * (len(self.ports) > 1)} {', '.join(map(str, self.ports))}"
 
 
-def settle(store: Any, rank: int, size: int, timeout: timedelta) -> None:
-    """Lets gloo listen at an address that the other hosts reach, the same way on every rank.
+def ports_of(identity: Identity) -> tuple[int, ...]:
+    """Returns the ports that a job tries, one after the other: the same on every rank, others in another job."""
+    drawn = (hashlib.sha256(f"{identity.name} {i}".encode()).digest() for i in range(PORTS))
+    return tuple(dict.fromkeys(_RANGE[int.from_bytes(digest[:8]) % len(_RANGE)] for digest in drawn))
+
+
+def meet(place: Place, seat: Seat, timeout: timedelta) -> Any:
+    """Meets the other ranks, and returns torch's store for them.
+
+    Args:
+        place: where.
+        seat: of this process in its job.
+        timeout: how long this may take, and what the store waits for.
 
     Communication:
-        Each rank writes one text to the store. Rank 0 reads all of them and writes its choice, which all read.
+        Collective over all processes of the job: one TCP connection from each to rank 0, and then those of the store.
 
     Raises:
-        RuntimeError: on every rank, if some did not come in time, if ``GLOO_SOCKET_IFNAME`` names no interface, or if a
-            host has no address.
+        RuntimeError: if the port belongs to another job or program, or ranks are missing after the time. The ranks that
+            have met raise it alike.
     """
-    own = addresses.own()
-    store.set(f"offer/{rank}", own.text())
-    if rank == 0:
-        store.set("choice", json.dumps(_choose(store, size, timeout)))
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    if seat.rank:
+        port, word = _enter(place, seat, timeout.total_seconds())
+        store = TCPStore(place.address, port, seat.size, False, timeout, wait_for_workers=False)
+    else:
+        listener, left = _listener(place, seat, timeout.total_seconds())
+        try:
+            port, word = listener.getsockname()[1], gate.Host(listener, seat, warns=place.is_chosen).gather(left)
+        except BaseException:
+            listener.close()
+            raise
+        # multi_tenant: a program may open torch's own store at this port, too, in this process
+        store = TCPStore(
+            place.address,
+            port,
+            seat.size,
+            True,
+            timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
+        )
+    # Whoever reaches the store without having met does not know the word, so its keys are not ours.
+    return PrefixStore(f"syncbn/{word}", store)
+
+
+def listen(address: str, port: int, backlog: int = 128) -> socket.socket:
+    """Opens a socket that listens on a port of an address; port 0 for a free one, "" for all of this host's."""
+    both = not address and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=backlog, dualstack_ipv6=both)
+
+
+def _listener(place: Place, seat: Seat, seconds: float) -> tuple[socket.socket, float]:
+    """Returns rank 0's listener at the first port that is free, and the seconds that are left."""
+    began = time.monotonic()
+    if place.listener is not None:
+        return place.listener, seconds
+    patience = min(PATIENCE, seconds) if place.is_chosen else seconds
+    pause, taken = _PAUSE, dict[int, str]()
+    while True:
+        for port in place.ports:
+            try:
+                return listen(place.bind, port, max(128, seat.size)), seconds - (time.monotonic() - began)
+            except OSError as error:
+                if port not in taken:
+                    taken[port] = _owner(place, port, seat, error)
+        if time.monotonic() - began > patience:
+            raise RuntimeError(
+                f"Rank 0 of {seat.identity} needs to listen at {place}; received for {patience:g} s that it is in use: "
+                f"{_by_port(taken)}. {_remedy(place)}"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _owner(place: Place, port: int, seat: Seat, error: OSError) -> str:
+    if not place.is_chosen:
+        return str(error)
     try:
-        store.wait(["choice"], timeout + _LATER)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"Rank {rank} on {socket.gethostname()} has met rank 0, and waits for it to choose the addresses; received "
-            f"nothing within {(timeout + _LATER).total_seconds():.0f} s ({error}). Look for its error."
-        ) from error
-    choice = json.loads(store.get("choice"))
-    if choice["error"]:
-        raise RuntimeError(choice["error"])
-    addresses.tell_gloo(choice["addresses"][own.host])
+        return gate.owner(place.address, port, seat)
+    except RefusedError as twin:
+        raise RuntimeError(str(twin)) from None
 
 
-def _choose(store: Any, size: int, timeout: timedelta) -> dict[str, Any]:
-    """Returns the address of each host, or an error."""
-    keys = [f"offer/{rank}" for rank in range(size)]
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError:
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        return {"error": _never_came(missing, size, timeout)}
-    offers = [Offer.read(store.get(key).decode()) for key in keys]
-    try:
-        _raise_errors(offers, tuple(range(size)))
-        chosen = addresses.agree(offers)
-    except RuntimeError as error:
-        return {"error": str(error)}
-    return {"error": "", "addresses": dict(zip((offer.host for offer in offers), chosen, strict=True))}
-
-
-def _never_came(missing: list[str], size: int, timeout: timedelta) -> str:
-    name, port = master() if os.environ.get(ADDRESS) and os.environ.get(PORT) else ("rank 0's host", 0)
-    who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:50])}{' and others' if len(missing) > 50 else ''}"
-    return (
-        f"All {size} ranks must come to rank 0 at {name}{f' port {port}' if port else ''}; received nothing from {who} "
-        f"within {timeout.total_seconds():.0f} s. Look for a process that ended or never started, or a host that does "
-        f"not reach this address: it says so itself."
+def _enter(place: Place, seat: Seat, seconds: float) -> tuple[int, str]:
+    """Returns the port at which rank 0 of this job is, and its word."""
+    began = time.monotonic()
+    deadline = began + seconds + gate.SILENCE  # rank 0 knows who is missing, so it speaks first
+    pause, met, foreign = _PAUSE, dict[int, str](), None
+    while time.monotonic() < deadline:
+        for port in place.ports:
+            try:
+                return port, gate.enter(place.address, port, seat, deadline)
+            except StrangerError as error:
+                met[port] = str(error)
+                foreign = time.monotonic() if foreign is None else foreign
+            except RefusedError as error:
+                raise RuntimeError(str(error)) from None
+            except OSError as error:
+                met.setdefault(port, str(error))
+                foreign = None
+        if place.is_chosen and foreign is not None and time.monotonic() - foreign > min(PATIENCE, seconds):
+            raise RuntimeError(
+                f"Rank {seat.rank} of {seat.identity} must meet rank 0 of its own job at {place}; received "
+                f"{_by_port(met)}. {_remedy(place)}"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    raise RuntimeError(
+        f"Rank {seat.rank} of {seat.identity} must meet rank 0 of its own job within {seconds:g} s; received "
+        f"{_by_port(met)}, at {place}. Look for a rank 0 that ended or never started; on several hosts, for a "
+        "firewall, and whether MASTER_ADDR names the host of rank 0."
     )
 
 
-def _raise_errors(offers: list[Offer], ranks: tuple[int, ...]) -> None:
-    errors = [offer.error for offer in offers]
-    if any(errors):
-        raise RuntimeError(gather.by_rank(errors, ranks, skip_empty=True, joint=" | "))
+def _by_port(found: dict[int, str]) -> str:
+    texts: dict[str, list[int]] = {}
+    for port, text in found.items():
+        texts.setdefault(text, []).append(port)
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; ".join(f"{text} at {', '.join(map(str, ports))}" for text, ports in texts.items())
+
+
+def _remedy(place: Place) -> str:
+    if not place.is_chosen:
+        return "Set MASTER_ADDR and MASTER_PORT to a free port of rank 0's host."
+    return (
+        "Give each job a MASTER_PORT of its own. If both are one job, give all its ranks the same SYNCBN_JOB, and the "
+        "same launcher."
+    )

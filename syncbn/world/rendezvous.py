@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import secrets
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 
 from syncbn.transports import over_mpi
+from syncbn.transports.identity import Identity, of_job
 from syncbn.transports.launchers import Launch
-from syncbn.waits.channel import LOOPBACK, listen
-from syncbn.world import meeting
+from syncbn.waits.channel import LOOPBACK
+from syncbn.world import listening, meeting
+from syncbn.world.gate import Seat
+from syncbn.world.meeting import Place
 
 TIMEOUT = timedelta(minutes=5)
 # The agent's store outlives a process group, and with --max-restarts the processes too: a second group, or a second
@@ -36,13 +40,13 @@ def connect_torch(launch: Launch) -> None:
     atexit.register(_disconnect_torch)  # a gloo thread that is alive at exit can abort the process
     own = torch.cuda.is_available() and not shares_gpus(launch)  # NCCL refuses two ranks on one GPU
     backend = "cpu:gloo,cuda:nccl" if own else "gloo"
-    store = meet(launch)
+    store = meet(launch, TIMEOUT)
     _met.clear()
-    meeting.settle(store, launch.rank, launch.size, TIMEOUT)
+    listening.settle(store, launch.rank, launch.size, TIMEOUT)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size)
 
 
-def meet(launch: Launch) -> Any:
+def meet(launch: Launch, timeout: timedelta) -> Any:
     """Opens the key-value store through which :func:`connect_torch` connects the processes, once for each connection.
 
     Communication:
@@ -51,15 +55,10 @@ def meet(launch: Launch) -> Any:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     if not _met:
-        store = meeting.open_store(launch.rank, launch.size, TIMEOUT) if _by_address(launch) else _store(launch)
+        agent = launch.name == "torchrun" or listening.agent_serves()
+        store = listening.agent_store(timeout) if agent else _store(launch, timeout)
         _met.append(PrefixStore(f"syncbn/{os.environ.get(RESTARTS, '0')}/{next(_connections)}", store))
     return _met[0]
-
-
-def _by_address(launch: Launch) -> bool:
-    """Whether the processes meet at MASTER_ADDR."""
-    told = meeting.ADDRESS in os.environ and meeting.PORT in os.environ
-    return launch.name in ("torchrun", "env") or (launch.size > 1 and told)
 
 
 def shares_gpus(launch: Launch) -> bool:
@@ -104,26 +103,53 @@ def _disconnect_torch() -> None:
         dist.destroy_process_group()
 
 
-def _store(launch: Launch) -> Any:
-    """Opens the store where nobody has told an address."""
+def _store(launch: Launch, timeout: timedelta) -> Any:
+    """Opens the store where no launcher has one."""
+    identity = of_job(launch)
     if launch.size == 1:
-        listener = listen(LOOPBACK)
-        return _on_loopback(launch, int(listener.getsockname()[1]), listener)
-    if launch.speaks_mpi:
-        return meeting.store_over_mpi(over_mpi(), TIMEOUT)
-    if os.environ.get("SLURM_STEP_NUM_NODES") == "1":
-        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-        return _on_loopback(launch, port, listen(LOOPBACK, port) if launch.rank == 0 else None)
-    raise RuntimeError(
-        f"torch.distributed needs the address of rank 0 under {launch.name} on several hosts; MASTER_ADDR and "
-        "MASTER_PORT are not set. Export them, as launch/slurm.sbatch does, or use srun --mpi=pmix with "
-        'pip install "syncbn[mpi]".'
-    )
+        place = _place_of(meeting.listen(LOOPBACK, 0), LOOPBACK)
+    elif listening.ADDRESS in os.environ and listening.PORT in os.environ:
+        place = _at(os.environ[listening.ADDRESS], (listening.port(),))
+    elif launch.speaks_mpi:
+        place, identity = _place_over_mpi(launch, identity)
+    elif launch.name == "slurm" and listening.ADDRESS in os.environ:
+        place = _at(os.environ[listening.ADDRESS], meeting.ports_of(identity))
+    elif os.environ.get("SLURM_STEP_NUM_NODES") == "1":
+        place = _at(LOOPBACK, meeting.ports_of(identity))
+    else:
+        remedy = "Export them, the same on every rank"
+        if launch.name == "slurm":
+            remedy = (
+                'Export MASTER_ADDR, as launch/slurm.sbatch does, or use srun --mpi=pmix with pip install "syncbn[mpi]"'
+            )
+        raise RuntimeError(
+            f"torch.distributed needs the address of rank 0 under {launch.name} ({launch.evidence}); MASTER_ADDR and "
+            f"MASTER_PORT are not set. {remedy}."
+        )
+    if launch.rank:
+        listening.require_answer(place.address, place.ports[0])
+    return meeting.meet(place, Seat(identity, launch.rank, launch.size), timeout)
 
 
-def _on_loopback(launch: Launch, port: int, listener: socket.socket | None) -> Any:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+def _at(name: str, ports: tuple[int, ...]) -> Place:
+    """Returns a place. Rank 0 listens at the address by which the others come."""
+    address = listening.address_of(name)
+    return Place(address, ports, bind=address if listening.is_own(address) else "")
 
-    if listener is None:
-        return TCPStore(LOOPBACK, port, launch.size, False, TIMEOUT)
-    return TCPStore(LOOPBACK, port, launch.size, True, TIMEOUT, master_listen_fd=listener.detach())
+
+def _place_of(listener: socket.socket, address: str) -> Place:
+    return Place(address, (int(listener.getsockname()[1]),), listener)
+
+
+def _place_over_mpi(launch: Launch, identity: Identity) -> tuple[Place, Identity]:
+    """Rank 0 listens on a free port, at the address by which the others come. MPI makes that and a secret known."""
+    transport = over_mpi()
+    address = listening.address_over(transport)
+    listener, told = None, torch.zeros(2, dtype=torch.int64, device="cpu")
+    if launch.rank == 0:
+        listener = meeting.listen(address, 0)
+        told[:] = torch.tensor([listener.getsockname()[1], secrets.randbits(62)])
+    transport.broadcast(told)
+    port, secret = told.tolist()
+    listening.require_answer_of_all(address, port, transport)
+    return Place(address, (port,), listener), identity._replace(secret=f"{identity.secret}{secret}")

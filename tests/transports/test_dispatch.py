@@ -62,7 +62,12 @@ def test_a_gpu_tensor_goes_with_torch_where_it_is_initialised(monkeypatch):
 
 @pytest.mark.parametrize(
     ("environ", "mpi4py", "remedy"),
-    [(OPENMPI, False, 'pip install "syncbn[mpi]"'), (TORCHRUN, True, "syncbn.init()"), (SLURM, True, "syncbn.init()")],
+    [
+        (OPENMPI, False, 'pip install "syncbn[mpi]"'),
+        (TORCHRUN, True, "syncbn.init()"),
+        (SLURM, True, "syncbn.init()"),
+        (SLURM, True, "srun --mpi=pmix"),
+    ],
 )
 def test_an_unconnected_job_is_named(monkeypatch, environ, mpi4py, remedy):
     pretend(monkeypatch, environ, mpi4py=mpi4py)

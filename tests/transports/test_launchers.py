@@ -47,3 +47,18 @@ def test_detect(environ, expected):
 )
 def test_the_processes_of_this_host_are_counted(environ, expected):
     assert launchers.detect(environ).local_size == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number; received 'two'"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK must be a whole number; received ''"),
+        (OPENMPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "-1"}, "OMPI_COMM_WORLD_LOCAL_RANK must be a whole number"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "WORLD_SIZE must be a whole number; received nothing"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be below WORLD_SIZE; received RANK=2 and WORLD_SIZE=2"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(environ, words):
+    with pytest.raises(ValueError, match=words):
+        launchers.detect(environ)

@@ -202,7 +202,7 @@ def test_the_deputy_judges_when_rank_zero_cannot(bench, why):
 def test_a_rank_is_silent_only_after_a_while(bench):
     b = bench()
     quiet = outside(1, silent=True)
-    for _ in range(int(diagnosis.SILENT / TICK) - 1):
+    for _ in range(int(diagnosis.silent_after(LIMIT) / TICK) - 1):
         b.look(outside(0), quiet)
     assert b.judge._members(outside(0).status, 0.0)[1].silent is False
     b.look(outside(0), quiet)
@@ -259,3 +259,45 @@ def test_a_group_that_the_channel_does_not_cover_is_left_to_another_one(bench):
     for k in range(8):
         b.look(inside(0, k * TICK, group=9), outside(1, 4, group=9, ended=ENDED))
     assert b.ended == []
+
+
+def test_a_host_that_does_not_answer_ends_the_job_at_the_limit(bench):
+    b = several_hosts(bench(size=3))
+    b.unanswered.update({2: 4.0})
+    waited = b.wait(60.0, inside(1, 0.0), inside(2, 0.0))
+    assert LIMIT <= waited <= LIMIT + 2 * TICK
+    assert b.ended == [LIMIT_STATUS]
+    told = b.reports[0].replace("\n", " ")
+    assert "Host h2 of rank 2 has not answered for 4.0 s, while ranks 0, 1 on h1 wait in" in told
+    assert "2  h2    its host does not answer" in told
+
+
+def test_a_host_that_does_not_answer_for_the_limit_ends_a_job_that_waits_in_another_library(bench):
+    b = several_hosts(bench(size=3))
+    b.unanswered.update({2: LIMIT - 1.0})
+    assert b.look(outside(0), outside(1), outside(2)) == []
+    b.unanswered.update({2: LIMIT})
+    assert b.look(outside(0), outside(1), outside(2)) == [LIMIT_STATUS]
+    assert "syncbn: Host h2 of rank 2 has not answered for 30 s.\n" in b.reports[0]
+
+
+def test_a_rank_of_another_host_looks_if_the_host_of_rank_0_does_not_answer(bench):
+    b = several_hosts(bench(rank=2, size=3))
+    assert b.channel.servers == (0, 2)
+    b.wait(60.0, outside(0), outside(1), rank=2)
+    assert b.ended == [], "rank 0 looks"
+    b.unanswered.update({0: 4.0, 1: 4.0})
+    b.wait(60.0, outside(0), outside(1), rank=2)
+    assert b.ended == [LIMIT_STATUS]
+    assert "Host h1 of ranks 0, 1 has not answered for 4.0 s" in b.reports[0].replace("\n", " ")
+
+
+def several_hosts(b):
+    """Ranks 0 and 1 on h1, the rest on h2."""
+    own, b.unanswered = processes.own(), {}
+    far = own._replace(host=own.host ^ 1)
+    members = [own if rank < 2 else far for rank in range(b.size)]
+    b.channel = Channel(b.channel.ranks, b.rank, members, b.hub, [], ["h1", "h1", *["h2"] * (b.size - 2)])
+    b.hub.unanswered = lambda: b.unanswered
+    b.judge = Judge(b.channel, b.reader)
+    return b
