@@ -6,16 +6,14 @@ hosts_program.py CONTROL DELAY_US:MBIT... WAY...
 
 import json
 import os
-import socket
 import sys
 import time
 
 import torch
-import torch.distributed as dist
 
 import syncbn
 from syncbn import moments
-from syncbn.transports import gather
+from syncbn.transports.nodes import by_nodes
 from syncbn.transports.torch_dist import TorchTransport, group_of_everyone, sum_in_place
 
 LENGTHS = [moments.wire_length(C) for C in (64, 512, 2048)]
@@ -34,35 +32,13 @@ class Gloo:
         sum_in_place(wire, self.group)
 
 
-class Nodes:
-    """Shared memory inside each host, a direct exchange between their first ranks, and shared memory again.
-
-    ``raw``: without the comparison of calls and the record that a transport needs besides.
-    """
-
-    def __init__(self, everyone):
-        names = gather.gather_notes(socket.gethostname(), everyone)
-        hosts = list(dict.fromkeys(names))
-        self.inside = syncbn.transports.connect._on_one_host(everyone.split(hosts.index(names[everyone.rank])))
-        firsts = [names.index(host) for host in hosts]
-        group = dist.new_group(firsts)
-        self.between = TorchTransport(group) if everyone.rank in firsts else None
-
-    def all_reduce(self, wire):
-        """Sums a wire in place."""
-        self.inside.all_reduce(wire)
-        if self.between is not None:
-            self.between.all_reduce(wire)
-        self.inside.broadcast(wire)
-
-
 def connect(names):
     """The ways by name. Under mpirun the only one is MPI, by the algorithm that the environment asks for."""
     if "mpi" in names:
         return {"mpi": syncbn.init(device="cpu").transport}
     syncbn.init(torch_distributed=True, device="cpu")
     everyone = TorchTransport(group_of_everyone("cpu"))
-    makers = {"gloo": Gloo, "direct": lambda everyone: everyone, "nodes": Nodes}
+    makers = {"gloo": Gloo, "direct": lambda everyone: everyone, "nodes": lambda everyone: by_nodes(everyone, "auto")}
     return {name: makers[name](everyone) for name in names}
 
 

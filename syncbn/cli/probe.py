@@ -10,8 +10,6 @@ import json
 import os
 import platform
 import socket
-import statistics
-import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import metadata
@@ -20,8 +18,8 @@ import numpy as np
 import torch
 
 import syncbn
-from syncbn import kernels, moments, transports
-from syncbn.cli import models, named_hosts, network
+from syncbn import kernels, transports
+from syncbn.cli import latency, models, named_hosts, network
 from syncbn.cli.channels import AbstractChannel, NameChannel, StoreChannel
 from syncbn.cli.models import ModelReport
 from syncbn.cli.network import Network
@@ -32,10 +30,6 @@ from syncbn.transports.launchers import Launch
 from syncbn.transports.mpi_probe import MPIFacts
 from syncbn.world import rendezvous
 
-CHANNELS = (64, 512, 2048)
-LEAST_REPEATS, REPEATS = 5, 200
-SECONDS = 1.0
-"""The longest time for each C, unless the least number of repeats takes longer."""
 SEPARATOR = "\x1f"
 BUILD = "build the model"
 """The step in which code of the user runs."""
@@ -254,6 +248,11 @@ def _connect(report: Report, launch: Launch) -> AbstractTransport | None:
 def _of_shared_memory(transport: AbstractTransport) -> str:
     if transport.name == "shm":
         return "the ranks share this host's memory"
+    if transport.name == "torch":
+        from syncbn.transports.nodes import NodesTransport
+
+        if isinstance(transport, NodesTransport):
+            return "shared memory inside each host, gloo between their first ranks"
     if os.environ.get(OVERRIDE, "auto") != "auto":
         return "shared memory is not asked for"
     return f"no shared memory: {shared_memory.problem() or 'not all ranks can open the same'}"
@@ -273,51 +272,18 @@ def try_all_reduce(report: Report, everyone: AbstractTransport) -> None:
         device = torch.device(report.ranks[everyone.rank].device)
         report.transport, report.reason, *_ = transports.explain("cuda")
         transport = transports.choose(None, "cuda")
-    right = sums_are_right(transport, device)
+    right = latency.sums_are_right(transport, device)
     report.all_reduce = "right" if right else "wrong"
     if not right:
         remedy = f"Do not train on it. Try another: {OVERRIDE}={' or '.join(transports.CHOICES[1:])}."
         report.complain(f"an all-reduce of the {transport.name} transport returned a wrong sum", remedy)
-    report.latency_us = latencies(transport, everyone, device)
+    report.latency_us = latency.latencies(transport, everyone, device)
     sizes = parts.ranks_of_hosts(everyone)
     report.hosts = len(sizes)
     if len(sizes) > 1 and len(set(sizes)) == 1:
         report.step = "sum over the ranks of each host"
         node = transports.choose(GroupSpec(NODE, ()), device.type)
-        report.node_latency_us = latencies(node, everyone, device)
-
-
-def latencies(transport: AbstractTransport, everyone: AbstractTransport, device: torch.device) -> dict[str, float]:
-    """Returns the median microseconds of an all-reduce of the forward wire by C, on the slowest rank of the job."""
-    first = gather.gather(_row([latency(transport, CHANNELS[-1], device, 3)]), everyone).max().item()
-    repeats = max(LEAST_REPEATS, min(REPEATS, int(SECONDS * 1e6 / (first + 1))))  # hosts may be far from each other
-    medians = _row([latency(transport, C, device, repeats) for C in CHANNELS])
-    slowest = gather.gather(medians, everyone).amax(0).tolist()
-    return {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
-
-
-def _row(values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def sums_are_right(transport: AbstractTransport, device: torch.device) -> bool:
-    """Compares one all-reduce with its known answer: (rank + 1) * k sums to W (W + 1) / 2 * k, exactly."""
-    k = torch.arange(1, moments.wire_length(CHANNELS[0]) + 1, dtype=torch.float64, device=device)
-    total = transport.size * (transport.size + 1) // 2
-    return bool((transport.all_reduce(k * (transport.rank + 1)) == k * total).all())
-
-
-def latency(transport: AbstractTransport, C: int, device: torch.device, repeats: int) -> float:
-    """Returns this rank's median microseconds of an all-reduce of the forward wire."""
-    wire = torch.zeros(moments.wire_length(C), dtype=torch.float64, device=device)
-    times = []
-    for _ in range(repeats + repeats // 10):
-        start = time.perf_counter_ns()
-        transport.all_reduce(wire)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(times[repeats // 10 :])
+        report.node_latency_us = latency.latencies(node, everyone, device)
 
 
 def _share_problems(report: Report, transport: AbstractTransport) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncbn import kernels
-from syncbn.cli import doctor, probe
+from syncbn.cli import doctor, latency, probe
 from syncbn.cli.probe import Place, Problem, Report
 from syncbn.transports import shared_memory
 from syncbn.transports.base import AbstractTransport
@@ -200,7 +200,7 @@ def test_a_wrong_sum_is_a_problem():
 
 
 def test_a_right_sum_is_none():
-    assert probe.sums_are_right(SingleTransport(), torch.device("cpu"))
+    assert latency.sums_are_right(SingleTransport(), torch.device("cpu"))
 
 
 def test_more_processes_than_gpus_are_a_problem(monkeypatch):
