@@ -31,7 +31,11 @@ CASES = {
     "convert a dict": (lambda: syncbn.convert_sync_batchnorm({}), TypeError, "received dict. Pass the model"),
     "convert a class": (lambda: syncbn.convert_sync_batchnorm(nn.BatchNorm1d), TypeError, "received type. Pass"),
     "group_size True": (lambda: syncbn.convert_sync_batchnorm(model(), group_size=True), ValueError, "received True"),
-    "group_size text": (lambda: syncbn.SyncBatchNorm(3, group_size="2"), ValueError, "an integer >= 1; received '2'"),
+    "group_size text": (
+        lambda: syncbn.SyncBatchNorm(3, group_size="2"),
+        ValueError,
+        "an integer >= 1 or 'node'; received '2'",
+    ),
     "group a list": (lambda: syncbn.SyncBatchNorm(3, process_group=[0]), TypeError, "received list: [0]. Pass None"),
     "revert a list": (lambda: syncbn.revert_sync_batchnorm(model(), otherwise=[nn.BatchNorm1d]), TypeError, OTHERWISE),
     "revert an object": (lambda: syncbn.revert_sync_batchnorm(model(), otherwise=nn.ReLU()), TypeError, "ReLU()"),

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import socket
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import metadata

@@ -35,7 +35,6 @@ class Board(AbstractChannel):
 @pytest.fixture
 def two_hosts(monkeypatch):
     """Ranks 0 and 2 are on a host at 127.0.0.2, rank 1 on one at 127.0.0.3. Threads are the ranks."""
-    Board.texts.clear()
 
     def own():
         host = 1 + int(threading.current_thread().name) % 2
@@ -49,6 +48,7 @@ def two_hosts(monkeypatch):
 
 def look(ranks, size, limit, launcher="env"):
     found = {}
+    Board.texts.clear()  # of an earlier look
 
     def run(rank):
         found[rank] = network.look(rank, size, Board(rank), limit, launcher)

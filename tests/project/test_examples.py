@@ -77,7 +77,7 @@ def grouped(promise):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("command", "printed"), map(grouped, PRINTED))
+@pytest.mark.parametrize(("command", "printed"), [*map(grouped, PRINTED)])
 def test_an_example_prints_what_its_docstring_says(started, command, printed):
     done = started(command)
     assert done.returncode == 0, done.stderr

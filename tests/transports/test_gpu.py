@@ -246,6 +246,7 @@ def test_torchs_default_device_is_not_that_of_the_librarys_own_numbers():
 
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert init.init(device="cuda").device == torch.device("cuda", 2)

@@ -10,7 +10,6 @@ import pytest
 from syncbn.waits import lines, processes
 from syncbn.waits.channel import Channel, servers
 from syncbn.waits.lines import UNREACHABLE, Lines
-from tests.waits.test_channel import bench  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def silent(monkeypatch):
     return begin
 
 
-def test_a_host_that_acknowledges_has_answered(bench):  # noqa: F811
+def test_a_host_that_acknowledges_has_answered(bench):
     b = bench()
     link = b.link(1)
     link.post("hello")
@@ -37,7 +36,7 @@ def test_a_host_that_acknowledges_has_answered(bench):  # noqa: F811
     assert b.hub.unanswered() == {}
 
 
-def test_the_system_acknowledges_for_a_process_that_never_reads(bench):  # noqa: F811
+def test_the_system_acknowledges_for_a_process_that_never_reads(bench):
     b = bench()
     deaf = b.raw(b"4711 2\n")
     assert b.pump(lambda: 2 in b.hub._peers.values())
@@ -48,7 +47,7 @@ def test_the_system_acknowledges_for_a_process_that_never_reads(bench):  # noqa:
     deaf.close()
 
 
-def test_a_host_without_acknowledgments_counts_as_unreachable_after_some_seconds(bench, silent):  # noqa: F811
+def test_a_host_without_acknowledgments_counts_as_unreachable_after_some_seconds(bench, silent):
     b = bench()
     link = b.link(1)
     link.post("hello")
@@ -63,7 +62,7 @@ def test_a_host_without_acknowledgments_counts_as_unreachable_after_some_seconds
     assert link.unanswered == 2.5
 
 
-def test_a_sign_of_life_starts_anew(bench, silent, monkeypatch):  # noqa: F811
+def test_a_sign_of_life_starts_anew(bench, silent, monkeypatch):
     link = bench().link(1)
     silent()
     link.count(10.0)
@@ -74,7 +73,7 @@ def test_a_sign_of_life_starts_anew(bench, silent, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ECONNRESET])
-def test_a_connection_that_the_network_breaks_is_no_process_that_is_gone(bench, monkeypatch, number):  # noqa: F811
+def test_a_connection_that_the_network_breaks_is_no_process_that_is_gone(bench, monkeypatch, number):
     b = bench()
     b.link(1).post("hello")
     assert b.has(1, "hello")
@@ -104,7 +103,7 @@ def test_the_ranks_that_serve_are_on_two_hosts_if_there_are_several():
     assert servers([5, 5, 6, 7]) == (0, 2)
 
 
-def test_a_channel_without_a_hub_is_cut_off_if_no_hub_s_host_answers(bench, silent):  # noqa: F811
+def test_a_channel_without_a_hub_is_cut_off_if_no_hub_s_host_answers(bench, silent):
     own = processes.own()
     members = [own._replace(host=1), own._replace(host=2), own]
     b = bench()
