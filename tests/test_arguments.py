@@ -14,7 +14,7 @@ from syncbn.functional import sync_batch_norm
 
 X = torch.arange(12.0).reshape(2, 3, 2)
 OTHERWISE = "otherwise= needs a batch norm class of torch"
-PAIR = "renorm_limits needs a pair of numbers (r_max, d_max), or None for batch normalization; received "
+PAIR = "renorm_limits needs a pair of numbers, r_max >= 1 and d_max >= 0, or None for batch normalization; received "
 WIDTHS = "needs input.size(1) values in each parameter and running statistic; received "
 
 

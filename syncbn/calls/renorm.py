@@ -50,7 +50,7 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
     """
     if limits is None:
         return None
-    need = "renorm_limits needs a pair of numbers (r_max, d_max), or None for batch normalization"
+    need = "renorm_limits needs a pair of numbers, r_max >= 1 and d_max >= 0, or None for batch normalization"
     if not isinstance(limits, (tuple, list)) or len(limits) != 2:
         raise TypeError(f"{need}; received {shown(limits)}. Pass syncbn.RenormLimits(3, 5), for example.")
     r_max, d_max = map(inputs.number, limits)
