@@ -26,6 +26,8 @@ ClusterName=syncbn
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$(port)
 SlurmdPort=$(port)
+# Its PMIx makes folders in /tmp by the number of a job: one that was left must not be in the way of another cluster.
+FirstJobId=$((1000 + RANDOM))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
