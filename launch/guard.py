@@ -40,7 +40,13 @@ class Guard:
     """A command whose stderr is read."""
 
     def __init__(self, command: list[str]) -> None:
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=_end_with_parent)  # noqa: PLW1509
+        # In a group of its own, so that a signal reaches it once: from here, or as the terminal's foreground group.
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads yet
+        )
         self.status: int | None = None
         """What its words say of the end of the job; None while nothing has failed."""
         self._timer = threading.Timer(PATIENCE, self._kill)
@@ -77,6 +83,21 @@ class Guard:
         return 128 - status if status < 0 else status
 
 
+def _give_terminal(group: int) -> bool:
+    """Makes a process group the foreground one of the terminal, if this process's is. Returns whether it did."""
+    with contextlib.suppress(OSError):
+        if os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp():
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # to take it back from the background
+            os.tcsetpgrp(0, group)
+            return True
+    return False
+
+
+def _take_terminal() -> None:
+    with contextlib.suppress(OSError):
+        os.tcsetpgrp(0, os.getpgrp())
+
+
 def _descendants(pid: int) -> list[int]:
     """Returns the processes that a process has started, and those that these have started; Linux."""
     parents = {}
@@ -95,21 +116,30 @@ def main(command: list[str]) -> int:
     guards: list[Guard] = []
     early: list[int] = []
 
-    def forward(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: object) -> None:
         del frame
-        guards[0].process.send_signal(number) if guards else early.append(number)
+        for guard in guards:
+            guard.process.send_signal(number)
+        if not guards:
+            early.append(number)
 
-    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, forward)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as of nohup, or of a job in the background
+            signal.signal(each, pass_on)
     try:
-        guards.append(Guard(command))
+        guard = Guard(command)
     except OSError as error:
         sys.stderr.write(f"{sys.argv[0]}: {error.filename}: {error.strerror}\n")
         return 127
+    given = _give_terminal(guard.process.pid)
+    guards.append(guard)
     for number in early:
-        guards[0].process.send_signal(number)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to mpirun too
-    return guards[0].wait()
+        guard.process.send_signal(number)
+    try:
+        return guard.wait()
+    finally:
+        if given:
+            _take_terminal()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_the_runner_of_mpi4py_changes_nothing():
 def test_mpirun_without_mpi4py_is_named_once_with_the_line_that_installs_it(without_mpi4py):
     script = (processes.ROOT / "launch" / "mpirun.sh").read_text()
     plain = script.replace(" -m mpi4py ", " ")  # its runner is what is missing
-    done = processes.run("bash", "-c", plain, "mpirun.sh", *DOCTOR, **_two(PYTHONPATH=without_mpi4py))
+    done = processes.run("bash", "-c", plain, "launch/mpirun.sh", *DOCTOR, **_two(PYTHONPATH=without_mpi4py))
     assert plain != script
     assert done.returncode == 1
     assert done.stdout.count("no mpi4py on this machine") == 2  # once in the table, once as the problem

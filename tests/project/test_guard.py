@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """launch/guard.py ends mpirun with its job, and never with status 0 where the job has failed."""
 
+import contextlib
 import os
+import pty
 import signal
+import subprocess
 import sys
 import time
 
@@ -70,3 +73,41 @@ def test_the_command_ends_with_the_guard(number):
     assert process.wait(20) == (5 if number == signal.SIGTERM else -signal.SIGKILL)
     assert processes.survivors([command], 5) == []
     process.communicate()
+
+
+COUNTS = "trap 'echo got' INT; echo $$; for i in $(seq 20); do sleep 0.1; done; echo end; exit 7"
+
+
+@pytest.mark.parametrize("to", [os.kill, os.killpg])
+def test_an_interrupt_reaches_the_command_once(to):
+    """mpirun takes a second one for an order to leave everything as it is."""
+    process = start(COUNTS)
+    process.stdout.readline()
+    to(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (out.split(), process.returncode) == (["got", "end"], 7), err
+
+
+def test_what_is_ignored_stays_so():
+    process = processes.start("nohup", sys.executable, GUARD, "sh", "-c", "echo $$; sleep 1; echo end")
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.communicate(timeout=20)[0] == "end\n"
+    assert process.returncode == 0
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_the_terminal_comes_back():
+    pid, terminal = pty.fork()
+    if pid == 0:  # the shell of this terminal
+        done = subprocess.run([sys.executable, GUARD, "bash", "-c", COUNTS], check=False)
+        os.write(1, f"back {done.returncode} {os.tcgetpgrp(0) == os.getpgrp()}".encode())
+        os._exit(0)
+    said = os.read(terminal, 1000)
+    time.sleep(0.3)  # the command has begun before it is the foreground group
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(terminal, 1000):
+            said += data
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert said.decode().replace("^C", "").split()[1:] == ["got", "end", "back", "7", "True"]
