@@ -77,6 +77,8 @@ WITH_DDP = {
     "backward_twice": Fault("limit", r"backward of 'wide.1' \(call 15\) on rank R", "forward of 'stem.1' (call 16)"),
 }
 """DDP sends gradients inside backward, and buffers before forward, so that ranks part elsewhere."""
+GONE_AT_ONCE, BEFORE = ("kill", "exits_at_once", "segfault"), "World.average_gradients (call 12)"
+"""Over gloo what such a rank sent in the call before may be lost with it, on its way to some of the others."""
 ALIKE = [name for name, fault in FAULTS.items() if fault.kind == "alike"]
 
 
@@ -99,14 +101,15 @@ def check(name, done, *, rank=1, ranks=3, how="average", soon=SOON):
         check_apart(fault, done, text, rank)
         return
     assert re.search(pattern(fault.says, rank), text), done
-    assert fault.call in text, f"it does not name the call that others are in\n{done}"
+    lost = name in GONE_AT_ONCE and done.report is not None and done.report["call"] == BEFORE
+    assert fault.call in text or lost, f"it does not name the call that others are in\n{done}"
     assert (done.report is not None) == (fault.kind != "alike"), (
         f"a report, where and only where somebody waits\n{done}"
     )
     if done.report is not None:
         check_report(done, text, fault.kind, rank, ranks)
         several = name == "caught" or "wait in different calls" in done.report["sentence"]
-        assert done.report["call"] == fault.call or several, done
+        assert done.report["call"] == fault.call or several or lost, done
 
 
 def pattern(says, rank):
