@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 DEBUGGED, COMPILES, FILES = "is under a debugger", "is compiling", "is saving or loading a file"
@@ -203,21 +203,36 @@ def _call_of(group: Group, devices: list[Any]) -> tuple[int, Any]:
 
 def _where(thread: int | None) -> tuple[tuple[str, int, str] | None, str | None, str | None]:
     """Returns the innermost line of a thread that is the user's, what keeps it busy, and a library that may wait."""
-    frame: FrameType | None = sys._current_frames().get(thread or 0)
-    line: tuple[str, int, str] | None = None
     busy, elsewhere = DEBUGGED if _traced() else None, None
-    innermost = frame
-    while frame is not None:
-        code = frame.f_code
+    line: tuple[str, int, str] | None = None
+    stack = _stack(thread)
+    for code, number in stack:
         users, what, library = _about(code.co_filename)
         busy = busy or what
         if line is None:
             elsewhere = elsewhere or library
-            line = (_short(code.co_filename), frame.f_lineno, code.co_name) if users else None
-        frame = frame.f_back
-    if line is None and innermost is not None:
-        line = _short(innermost.f_code.co_filename), innermost.f_lineno, innermost.f_code.co_name
+            line = (_short(code.co_filename), number, code.co_name) if users else None
+    if line is None and stack:
+        code, number = stack[0]
+        line = _short(code.co_filename), number, code.co_name
     return line, busy, elsewhere
+
+
+def _stack(thread: int | None) -> list[tuple[CodeType, int]]:
+    """Returns the code and the line of each frame of a thread, the innermost first.
+
+    Reads them at one go, before the thread may run on: in Python 3.11 the caller of a frame that has ended since can be
+    read as another object.
+    """
+    found = []
+    frame: FrameType | None = sys._current_frames().get(thread or 0)
+    try:
+        while frame is not None:
+            found.append((frame.f_code, frame.f_lineno or 0))
+            frame = frame.f_back
+    except AttributeError:  # it was another object
+        pass
+    return found
 
 
 @lru_cache(4096)
