@@ -81,7 +81,7 @@ def test_libraries_and_what_compilers_write_are_not_the_users(filename):
 
 def test_without_any_line_of_the_users_the_innermost_one_is_told(monkeypatch):
     monkeypatch.setattr(status, "_about", lambda name: (False, None, None))
-    assert where()[0][2] == "_where"
+    assert where()[0][2] == "_stack"
 
 
 def test_a_thread_that_has_ended_has_no_line():
