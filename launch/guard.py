@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class Guard:
     """A command whose stderr is read."""
 
     def __init__(self, command: list[str]) -> None:
-        # In a group of its own, so that a signal reaches it once: from here, or as the terminal's foreground group.
+        # In a group of its own, so that Ctrl-C reaches it once: from here.
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
@@ -49,6 +50,7 @@ class Guard:
         )
         self.status: int | None = None
         """What its words say of the end of the job; None while nothing has failed."""
+        self._writes = False
         self._timer = threading.Timer(PATIENCE, self._kill)
         self._timer.daemon = True
 
@@ -57,8 +59,12 @@ class Guard:
         assert self.process.stderr is not None
         pipe, tail = self.process.stderr.fileno(), b""
         while data := os.read(pipe, 65536):
+            self._writes = True
             with contextlib.suppress(OSError):  # whoever reads it is gone
-                os.write(2, data)
+                rest = data
+                while rest:
+                    rest = rest[os.write(2, rest) :]
+            self._writes = False
             tail = tail[-300:] + data  # words may come in two pieces
             found = FAILED.search(tail)
             if found and self.status is None:
@@ -77,25 +83,13 @@ class Guard:
         reader.start()
         status = self.process.wait()
         reader.join(1.0)  # a process of the job that is left may hold the pipe
+        assert self.process.stderr is not None
+        while reader.is_alive() and (self._writes or select.select([self.process.stderr], [], [], 0)[0]):
+            reader.join(0.1)  # whoever reads ours is slow
         self._timer.cancel()
         if status == 0 or (status < 0 and self.status is not None):
             return self.status or 0
         return 128 - status if status < 0 else status
-
-
-def _give_terminal(group: int) -> bool:
-    """Makes a process group the foreground one of the terminal, if this process's is. Returns whether it did."""
-    with contextlib.suppress(OSError):
-        if os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp():
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # to take it back from the background
-            os.tcsetpgrp(0, group)
-            return True
-    return False
-
-
-def _take_terminal() -> None:
-    with contextlib.suppress(OSError):
-        os.tcsetpgrp(0, os.getpgrp())
 
 
 def _descendants(pid: int) -> list[int]:
@@ -123,23 +117,23 @@ def main(command: list[str]) -> int:
         if not guards:
             early.append(number)
 
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    def stop(number: int, frame: object) -> None:
+        pass_on(number, frame)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        pass_on(signal.SIGCONT, frame)
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP):
         if signal.getsignal(each) != signal.SIG_IGN:  # as of nohup, or of a job in the background
-            signal.signal(each, pass_on)
+            signal.signal(each, stop if each == signal.SIGTSTP else pass_on)
     try:
         guard = Guard(command)
     except OSError as error:
         sys.stderr.write(f"{sys.argv[0]}: {error.filename}: {error.strerror}\n")
         return 127
-    given = _give_terminal(guard.process.pid)
     guards.append(guard)
     for number in early:
         guard.process.send_signal(number)
-    try:
-        return guard.wait()
-    finally:
-        if given:
-            _take_terminal()
+    return guard.wait()
 
 
 if __name__ == "__main__":

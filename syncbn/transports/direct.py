@@ -47,7 +47,8 @@ class Direct:
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
         self._rank, self._size, self._sequence = rank, size, 0
-        self._own = torch.zeros(_HEAD + LONGEST // 8, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):  # the first use may be inside of it, and later ones outside
+            self._own = torch.zeros(_HEAD + LONGEST // 8, dtype=torch.float64, device="cpu")
         self._others = [r for r in range(size) if r != rank]
         self._posted: dict[int, deque[tuple[Tensor, Any]]] = {r: deque() for r in self._others}
         for _ in range(_AHEAD):
@@ -70,7 +71,7 @@ class Direct:
             RuntimeError: by gloo, if a rank has ended or does not answer within the limit of the group.
         """
         self._sequence += 1
-        flat = wire.view(-1)
+        flat = wire.detach().view(-1)  # the memory for messages stays, and must not become part of a graph
         small = wire.nbytes <= LONGEST
         head = (self._sequence, wire.nbytes, _DTYPES[wire.dtype], *numbers, float(sound))
         self._own[: len(head)] = torch.tensor(head, dtype=torch.float64, device="cpu")

@@ -42,7 +42,8 @@ def detect(environ: Mapping[str, str] = os.environ) -> Launch:
         return _read(environ, "mpich", *MPICH, speaks_mpi=True)
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         pmi = "PMIX_RANK" in environ or "PMI_RANK" in environ
-        return _read(environ, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", speaks_mpi=pmi)
+        found = _read(environ, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", speaks_mpi=pmi)
+        return found._replace(local_size=_tasks_of_this_node(environ) or found.local_size)
     if "PMI_SIZE" in environ:
         return _read(environ, "mpich", *MPICH, speaks_mpi=True)
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -65,6 +66,18 @@ def _read(
     processes_here = number(environ, local_size, values[2] + 1)
     place = Launch(name, *values, speaks_mpi=speaks_mpi, evidence=f"{size}={environ[size]}")
     return place._replace(local_size=processes_here)
+
+
+def _tasks_of_this_node(environ: Mapping[str, str]) -> int:
+    """Reads Slurm's number of tasks on this node, from a text such as ``2(x3),1``; 0 if it does not say."""
+    counts: list[int] = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        count, _, times = part.removesuffix(")").partition("(x")
+        if not count.isdecimal() or not (times or "1").isdecimal():
+            return 0
+        counts += [int(count)] * int(times or 1)
+    node = number(environ, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 0
 
 
 def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -20,7 +20,7 @@ from syncbn.transports.base import AbstractTransport, MismatchError
 from syncbn.transports.direct import MOST_RANKS
 from syncbn.transports.shared_memory import on_one_host
 from syncbn.transports.single import SingleTransport
-from syncbn.transports.torch_dist import TorchTransport
+from syncbn.transports.torch_dist import TorchTransport, groups_known
 from syncbn.waits import processes
 
 _SUMMED, _DIFFER, _FAILED = 0.0, 1.0, 2.0
@@ -36,14 +36,21 @@ class NodesTransport(AbstractTransport):
         inside: the ranks of this host.
         between: on the first rank of every host these ranks; on the others, those others, who only close it.
         first: whether this is the first rank of its host.
+        unused: the group of a rank that is alone on its host. It stays open, since all ranks must have as many groups.
     """
 
     name = "torch"
 
     def __init__(
-        self, host: TorchTransport, inside: AbstractTransport, between: TorchTransport, *, first: bool
+        self,
+        host: TorchTransport,
+        inside: AbstractTransport,
+        between: TorchTransport,
+        *,
+        first: bool,
+        unused: AbstractTransport | None = None,
     ) -> None:
-        self.host, self.inside, self.between, self._first = host, inside, between, first
+        self.host, self.inside, self.between, self._first, self._unused = host, inside, between, first, unused
         self.rank, self.size, self.ranks = host.rank, host.size, host.ranks
         self.group_id, self.spec = host.group_id, host.spec
 
@@ -95,7 +102,7 @@ class NodesTransport(AbstractTransport):
 
     def close(self) -> None:
         """See :meth:`AbstractTransport.close`."""
-        for part in (self.between, self.inside, self.host):
+        for part in (self.between, self._unused or self.inside, self.host):
             part.close()
 
 
@@ -107,22 +114,23 @@ def by_nodes(host: TorchTransport, override: str) -> AbstractTransport:
         override: as ``SYNCBN_TRANSPORT`` says. The same on every rank.
 
     Communication:
-        That of :func:`on_one_host`; on several hosts one more all-reduce of W + 7 float64 values, a group for each host
-        and one of their first ranks.
+        That of :func:`on_one_host`; on several hosts one more all-reduce of 2 W + 7 float64 values, a group for each
+        host and one of their first ranks.
     """
     made = on_one_host(host, override)
     if made is not host or host.size == 1 or override != "auto":
         return made
-    row = torch.tensor([float(processes.own().host)], dtype=torch.float64, device="cpu")
-    homes = gather.gather(row, host, _WHAT)[:, 0].tolist()
+    # torch names a group of some ranks by the number of groups that a process has: see torch_dist.group_of
+    row = torch.tensor([float(processes.own().host), float(groups_known())], dtype=torch.float64, device="cpu")
+    homes, known = gather.gather(row, host, _WHAT).T.tolist()
     hosts = list(dict.fromkeys(homes))
-    if len(hosts) in (1, host.size) or len(hosts) > MOST_RANKS:
+    if len(hosts) in (1, host.size) or len(hosts) > MOST_RANKS or len(set(known)) > 1 or not host.is_direct:
         return host
     home = homes[host.rank]
     inside, first = host.split(hosts.index(home)), homes.index(home) == host.rank
     between = host.split(int(first))
     assert isinstance(between, TorchTransport)
-    if inside.size == 1:
-        inside.close()
-        inside = SingleTransport(host.ranks[host.rank])
+    alone = SingleTransport(host.ranks[host.rank]) if inside.size == 1 else None
+    if alone is not None:
+        return NodesTransport(host, alone, between, first=first, unused=inside)
     return NodesTransport(host, on_one_host(inside, override), between, first=first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 import time
 
 from syncbn.transports import interfaces
@@ -13,8 +14,10 @@ ATTEMPT = 3.0
 """Seconds of one attempt to connect."""
 UNANSWERED = 15.0
 """Seconds for which a host may not answer: one that starts may come up late."""
-UNKNOWN = 10.0
+UNKNOWN = 60.0
 """Seconds for which a name may be unknown: in a cluster, names of hosts that start come late."""
+NOTICE = 3.0
+"""Seconds after which a process says what name it waits for."""
 REACHED, REFUSED, SILENT = "reached", "refused", "no answer"
 
 
@@ -35,7 +38,7 @@ def resolve(name: str, variable: str, limit: float = UNKNOWN) -> str:
     Raises:
         RuntimeError: if the name is still unknown after the limit.
     """
-    end = time.monotonic() + limit
+    end, notice = time.monotonic() + limit, time.monotonic() + NOTICE
     while True:
         try:
             return interfaces.of_name(name)[0]
@@ -46,6 +49,12 @@ def resolve(name: str, variable: str, limit: float = UNKNOWN) -> str:
                     f"{name!r}, which means nothing on {socket.gethostname()} ({error}). Set {variable} to the address "
                     "itself: `ip -br address` prints it on rank 0's host."
                 ) from error
+            if time.monotonic() > notice:
+                notice = end
+                sys.stderr.write(
+                    f"syncbn: {variable} is {name!r}, which means nothing on {socket.gethostname()} ({error}); waiting "
+                    f"up to {limit:g} s for it.\n"
+                )
         time.sleep(0.5)
 
 

@@ -18,7 +18,7 @@ from syncbn import moments
 from syncbn.moments import Numbers
 from syncbn.transports import groups
 from syncbn.transports.base import PATIENCE, RECENT, AbstractTransport, MismatchError
-from syncbn.transports.direct import MOST_RANKS, Direct, direct_of
+from syncbn.transports.direct import MOST_RANKS, direct_of
 from syncbn.transports.groups import GroupSpec
 from syncbn.waits import limits
 
@@ -55,9 +55,9 @@ class TorchTransport(AbstractTransport):
         self._exchanges = self._barriers = 0
         self.recent = None if device_type == "cpu" else deque(maxlen=RECENT)
         _check_backend(group, device_type)
-        self._direct: Direct | None = None
-        if device_type == "cpu" and 1 < self.size <= MOST_RANKS and limit_of(group, "cpu") is not None:
-            self._direct = direct_of(group, self.rank, self.size)
+        self.is_direct = device_type == "cpu" and 1 < self.size <= MOST_RANKS and limit_of(group, "cpu") is not None
+        if self.is_direct:
+            direct_of(group, self.rank, self.size)  # kept by the group alone: it holds connections of gloo
         generator = torch.Generator("cpu")
         generator.seed()  # by the operating system: the user's manual_seed is neither used nor changed
         group_id = torch.randint(1, 2**62, (1,), generator=generator, device="cpu").to(device_type)
@@ -80,7 +80,7 @@ class TorchTransport(AbstractTransport):
         if wire.is_cpu and self.device_type != "cpu":
             return wire.copy_(self.all_reduce(wire.to(self.device_type)))
         group = self.group
-        if self._direct is not None and wire.is_cpu:
+        if self.is_direct and wire.is_cpu:
             return self.sum_of_call(wire, moments.ABSTAINS if self.current is None else self.current.numbers)
         try:
             sum_in_place(wire, group)
@@ -90,10 +90,9 @@ class TorchTransport(AbstractTransport):
 
     def sum_of_call(self, wire: Tensor, numbers: Numbers, *, sound: bool = True) -> Tensor:
         """Does :meth:`all_reduce` by a direct exchange; see :meth:`Direct.sum`."""
-        assert self._direct is not None
         group = self.group
         try:
-            summed = self._direct.sum(wire, numbers, group, sound=sound)
+            summed = direct_of(group, self.rank, self.size).sum(wire, numbers, group, sound=sound)
             if summed is False:  # too long: the heads agree, so gloo can sum it
                 sum_in_place(wire, group)
         except RuntimeError as error:
@@ -191,6 +190,11 @@ def group_of(ranks: tuple[int, ...], limit: timedelta | None) -> Any:
     for each other. ``split`` avoids this if all ranks take part.
     """
     return dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+
+
+def groups_known() -> int:
+    """Counts the groups that this process has: torch makes the name of a group of some ranks from it."""
+    return len(dist.distributed_c10d._world.pg_names)
 
 
 def _check_backend(group: Any, device_type: str) -> None:

@@ -80,9 +80,9 @@ class Hub:
             seconds: since the last one.
         """
         for peer in [*self._peers, *self._cut.values()]:
+            peer.count(seconds)  # before anything new is on its way
             if not self.verdict:
                 peer.send(_HEARD)
-            peer.count(seconds)
 
     def unanswered(self) -> dict[int, float]:
         """Returns the ranks whose host is unreachable, and for how many seconds it has been."""
@@ -149,7 +149,7 @@ class Link:
     @property
     def is_heard(self) -> bool:
         """Whether the hub answers."""
-        return not self._lines.broken and time.monotonic() - self._answered < 6 * TICK
+        return not self._lines.broken and time.monotonic() - self._answered < 8 * TICK
 
     @property
     def is_dead(self) -> bool:

@@ -29,6 +29,8 @@ from syncbn.waits.status import ENDED, Group, Reader, Status, farewells, of_exce
 
 GRACE = 3.0
 """Seconds after the limit at which a rank ends that can reach no other one."""
+LONGEST_PAUSE = 3.0
+"""Ticks between two looks of a large job: below what a hub may be silent for."""
 ORPHANED = 1.5
 """Seconds for which a rank waits for ranks that have died, if those were all that could report."""
 QUIET = 1.5
@@ -64,8 +66,8 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Looks every half second."""
-        last = time.monotonic()
-        next_look = last
+        last = next_look = time.monotonic()
+        pause = TICK
         try:
             while not self._ends.is_set():
                 for key, _ in self._selector.select(max(0.0, next_look - time.monotonic())):
@@ -75,8 +77,9 @@ class Watchdog(threading.Thread):
                         next_look = 0.0
                 now = time.monotonic()
                 if now >= next_look:
-                    self._look(min(now - last, 2 * TICK))  # a process that was stopped has not waited meanwhile
-                    last, next_look = now, now + self._pause()
+                    self._look(min(now - last, 2 * max(TICK, pause)))  # a stopped process has not waited meanwhile
+                    pause = self._pause()
+                    last, next_look = now, now + pause
                 if self._terminated and now >= self._terminated + LINGER:
                     _die_by_sigterm()
         finally:
@@ -85,7 +88,8 @@ class Watchdog(threading.Thread):
     def _pause(self) -> float:
         if self._terminated or self.reader.ended is not None:
             return 0.05
-        return TICK * max(1.0, max((len(channel.ranks) for channel in self.channels), default=1) / 256)
+        ranks = max((len(channel.ranks) for channel in self.channels), default=1)
+        return TICK * min(max(1.0, ranks / 256), LONGEST_PAUSE)
 
     def _look(self, seconds: float) -> None:
         """Reads the status of this process, tells it to the others, and acts on what they have said."""
@@ -97,8 +101,8 @@ class Watchdog(threading.Thread):
                 self._judges[channel] = None if channel.hub is None else Judge(channel, self.reader)
             judge = self._judges[channel]
             own.sees = _sees(channel)
+            channel.count(seconds)  # before anything new is on its way
             channel.post(own.text())
-            channel.count(seconds)
             if self.reader.ended == ENDED and channel.hub is not None:
                 channel.hub.say_goodbye()
             if channel.verdict is not None:

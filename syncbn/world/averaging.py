@@ -67,6 +67,7 @@ class Agreed:
 _agreed: WeakKeyDictionary[AbstractTransport, Agreed] = WeakKeyDictionary()
 
 
+@torch.no_grad()
 def average(
     parameters: Mapping[str, Tensor], error: Exception | None, transport: AbstractTransport, device: torch.device
 ) -> None:
@@ -94,7 +95,7 @@ def _send(
         groups: the packs; None if this rank has others than the layout's.
         layout: the one on which the wires depend, the same on every rank.
         transport: the group.
-        device: where a rank without such packs makes its zeros.
+        device: of the wires, the same kind on every rank.
     """
     message = gather.message_of(WHAT, transport)
     for i, (dtype, tensors, values) in enumerate(layout.wires):
@@ -107,8 +108,8 @@ def _send(
             return False
         front += [float(p.grad is not None) for p in groups[i]]
         parts = [packs.real(torch.zeros_like(p) if p.grad is None else p.grad) for p in groups[i]]
-        first = torch.tensor(front, dtype=dtype, device=groups[i][0].device)
-        wire = torch.cat([first, *[part.to(dtype).reshape(-1) for part in parts]])
+        first = torch.tensor(front, dtype=dtype, device=device)  # the device may decide which library sends
+        wire = torch.cat([first, *[part.to(device, dtype).reshape(-1) for part in parts]])
         found = _reduce(wire, len(front), message, transport, named=i == 0)
         if i == 0 and found[_HEAD]:
             return False
@@ -132,7 +133,8 @@ def _take(pack: list[Tensor], values: Tensor, found: list[float], size: int) -> 
     summed = torch.split(values, [packs.real(p.detach()).numel() for p in pack])
     for parameter, total, any_gradient in zip(pack, summed, found, strict=True):
         if any_gradient:
-            mean = (total / size).view_as(packs.real(parameter.detach())).to(packs.real(parameter.detach()).dtype)
+            like = packs.real(parameter.detach())
+            mean = (total / size).view_as(like).to(like.device, like.dtype)
             mean = torch.view_as_complex(mean) if parameter.is_complex() else mean
             parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
 

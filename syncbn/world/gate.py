@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, final
 
 from syncbn.transports.identity import Identity
 
+MOST_STRANGERS = 8
+"""Processes of other jobs that are named: each text must find a place in a line to the guests."""
 _PROTOCOL = "syncbn-meeting-1"
 _MOST = 4096
 """Bytes of a line. Whoever sends more is cut off."""
@@ -73,7 +75,7 @@ class _Guest:
             return None
         try:
             found = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of what is nested too deeply
             return None
         return found if all(isinstance(each, dict) for each in found) else None
 
@@ -177,8 +179,8 @@ class Host:
         seat, rank = self._seat, line["rank"]
         guest.process = str(line.get("process"))[:200]
         if line.get("proof") != guest.answer:
-            text = f"rank {rank} of {str(line.get('job'))[:300]} ({guest.process})"
-            if text not in self.strangers:
+            text = ascii(f"rank {rank} of {str(line.get('job'))[:300]} ({guest.process})")[1:-1][:300]
+            if text not in self.strangers and len(self.strangers) < MOST_STRANGERS:
                 self.strangers.append(text)
                 if self._warns:
                     warnings.warn(_knocked(seat, text), RuntimeWarning, stacklevel=4)
@@ -282,7 +284,7 @@ def _greeted(connection: socket.socket, stream: Any, nonce: str) -> dict[str, An
 def _read(stream: Any) -> dict[str, Any]:
     try:
         line = json.loads(stream.readline(_MOST))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return line if isinstance(line, dict) else {}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from syncbn.transports import over_mpi
+from syncbn.transports import interfaces, over_mpi
 from syncbn.transports.identity import Identity, of_job
 from syncbn.transports.launchers import Launch
 from syncbn.waits.channel import LOOPBACK
@@ -62,7 +62,8 @@ def meet(launch: Launch, timeout: timedelta) -> Any:
     if not _met:
         agent = launch.name == "torchrun" or listening.agent_serves()
         store = listening.agent_store(timeout) if agent else _store(launch, timeout)[1]
-        _met.append(PrefixStore(f"syncbn/{os.environ.get(RESTARTS, '0')}/{next(_connections)}", store))
+        part = f"{os.environ.get(RESTARTS, '0')}/{launch.size}"  # a node that joins is no restart to torchrun
+        _met.append(PrefixStore(f"syncbn/{part}/{next(_connections)}", store))
     return _met[0]
 
 
@@ -139,7 +140,9 @@ def _store(launch: Launch, timeout: timedelta = TIMEOUT) -> tuple[str, Any]:
 def _at(name: str, ports: tuple[int, ...]) -> Place:
     """Returns a place. Rank 0 listens at the address by which the others come."""
     address = listening.address_of(name)
-    return Place(address, ports, bind=address if listening.is_own(address) else "")
+    # In the place of a loopback address another host may find another one of this host's under that name.
+    same = name == address or interfaces.of_name(name)[:1] == [address]
+    return Place(address, ports, bind=address if same and listening.is_own(address) else "")
 
 
 def _place_of(listener: socket.socket, address: str) -> Place:

@@ -82,7 +82,7 @@ _compared: WeakSet[AbstractTransport] = WeakSet()
 
 def require_same_parameters_once(
     parameters: Mapping[str, Tensor], error: Exception | None, transport: AbstractTransport
-) -> None:
+) -> Exception | None:
     """Compares the parameters at the first ``World.average_gradients`` of a group.
 
     Args:
@@ -97,17 +97,18 @@ def require_same_parameters_once(
         ValueError: on every rank, if the parameters differ.
     """
     if transport in _compared:
-        return
+        return error
     digests: list[float] = []
     if error is None:
-        digests, error = _guarded(lambda: [_digest(t) for t in parameters.values()], digests)
+        digests, error = _guarded(lambda: [_digest(t) for t in parameters.values()], digests, AVERAGE)
     row = [_text_digest(_layout(parameters)), _digest_of(digests), float(error is not None)]
     table = _gather(row, transport, AVERAGE)
     if any(each[2] for each in table) or len({each[0] for each in table}) > 1:
-        return
+        return error
     _compared.add(transport)
     if len({each[1] for each in table}) > 1:
         raise _values_error(parameters, digests, transport, AVERAGE)
+    return error
 
 
 def _read(module: object, transport: AbstractTransport) -> tuple[_Model, Exception | None]:
@@ -124,14 +125,14 @@ def _read(module: object, transport: AbstractTransport) -> tuple[_Model, Excepti
     return _guarded(read, _Model({}, [], []))
 
 
-def _guarded(read: Callable[[], T], nothing: T) -> tuple[T, Exception | None]:
+def _guarded(read: Callable[[], T], nothing: T, what: str = CHECK) -> tuple[T, Exception | None]:
     """Returns what a function reads, or ``nothing`` and the error that it raised."""
     try:
         return read(), None
     except Exception as error:  # of any kind: raised on this rank alone, it would leave the others waiting
         text = f"{type(error).__name__}: {error}"
         return nothing, ValueError(
-            f"{CHECK} needs a model whose tensors can be read; received one that raised {text:.300}. Pass the model "
+            f"{what} needs a model whose tensors can be read; received one that raised {text:.300}. Pass the model "
             "as it was before a wrapper that shards it."
         )
 

@@ -80,7 +80,7 @@ class World:
         """
         parameters, error = arguments.tensors_of(module, "World.average_gradients", buffers=False)
         error = error or packs.sparse_error(parameters)
-        same_model.require_same_parameters_once(parameters, error, self.transport)
+        error = same_model.require_same_parameters_once(parameters, error, self.transport)
         averaging.average(parameters, error, self.transport, self.device)
 
     @announced

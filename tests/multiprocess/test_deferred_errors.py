@@ -28,8 +28,10 @@ def on_gpu(ranks, monkeypatch):
         return
     implementation = CupyKernels(EmulatedLauncher(seed=ranks.rank))
     monkeypatch.setattr(kernels, "choose", lambda x: implementation)
-    if ranks.transport.name == "shm":  # it compares calls itself, and before any number is read; NCCL does not
-        monkeypatch.setattr("syncbn.transports.choose", lambda *_: ranks.transport.host)
+    transport = ranks.transport.host if ranks.transport.name == "shm" else ranks.transport
+    if transport.name == "torch":  # ours and shared memory compare calls before any number is read; NCCL does not
+        monkeypatch.setattr(transport, "is_direct", False)
+    monkeypatch.setattr("syncbn.transports.choose", lambda *_: transport)
 
 
 @pytest.mark.parametrize("shares", batches.SHARES)

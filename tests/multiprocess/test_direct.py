@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The direct exchange over gloo: exact and the same on every rank, and an error where ranks are in different calls."""
 
+import gc
 import random
 import time
+import weakref
 
 import pytest
 import torch
@@ -49,6 +51,25 @@ def gloo_sums(monkeypatch):
 def parts(ranks, length, dtype):
     generator = torch.Generator().manual_seed(length)
     return [torch.randn(length, generator=generator, dtype=dtype) * 10.0**r for r in range(ranks.size)]
+
+
+def test_a_group_may_be_used_in_inference_mode_first(ranks, torch_world):
+    group = torch.distributed.new_group()
+    with torch.inference_mode():
+        transport = TorchTransport(group)
+    for _ in range(2):
+        ranks.check_equal(transport.all_reduce(torch.ones(3)), torch.full((3,), float(ranks.size)))
+    torch_world.barrier()
+    torch.distributed.destroy_process_group(group)
+
+
+def test_a_sum_of_what_is_recorded_leaves_no_graph_behind(ranks, over_gloo):
+    x = torch.ones(3, requires_grad=True)
+    y, leaf = 2 * x, weakref.ref(x)
+    over_gloo.all_reduce(y)
+    del x, y
+    gc.collect()
+    ranks.check(leaf() is None, "the memory for messages holds the graph")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

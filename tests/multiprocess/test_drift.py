@@ -446,6 +446,20 @@ def test_collectives_are_timed_where_there_are_some(ranks, rng):
 
 
 @pytest.mark.ranks(2)
+def test_reports_may_be_open_inside_each_other(ranks, rng):
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    x = torch.randn(6, 3, generator=rng)
+    with syncbn.drift(model) as outer:
+        model(x)
+        with syncbn.drift(model) as inner:
+            model(x)
+            model(x)
+        model(x)
+    for report in (outer, inner):
+        ranks.check(0 < report.rows[0].seconds < 1, f"{report.rows[0]}")
+    ranks.check(model(x).isfinite().all().item(), "the layer has its own group again")
+
+
 def test_a_sub_group_has_a_report_of_its_own(ranks, rng):
     group = ranks.world.subgroup(1)
     batch = torch.randn(5, C, generator=rng) + ranks.rank

@@ -88,6 +88,26 @@ def test_an_interrupt_reaches_the_command_once(to):
     assert (out.split(), process.returncode) == (["got", "end"], 7), err
 
 
+def test_a_slow_reader_gets_all_of_it_and_the_status():
+    words = "x" * 300_000
+    process = start(f"echo {next(iter(WORDS))} >&2; head -c 300000 /dev/zero | tr '\\0' x >&2")
+    time.sleep(3)
+    _, err = process.communicate(timeout=20)
+    assert words in err
+    assert process.returncode == 124
+
+
+def test_ctrl_z_stops_the_command_too_and_it_goes_on():
+    process = start("echo $$; sleep 1; echo end")
+    command = psutil.Process(int(process.stdout.readline()))
+    os.kill(process.pid, signal.SIGTSTP)
+    time.sleep(1.5)
+    assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    assert command.status() == psutil.STATUS_STOPPED
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=20)[0] == "end\n"
+
+
 def test_what_is_ignored_stays_so():
     process = processes.start("nohup", sys.executable, GUARD, "sh", "-c", "echo $$; sleep 1; echo end")
     process.stdout.readline()
@@ -96,14 +116,14 @@ def test_what_is_ignored_stays_so():
     assert process.returncode == 0
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_the_terminal_comes_back():
+def test_ctrl_c_in_a_terminal_reaches_the_command_once():
     pid, terminal = pty.fork()
-    if pid == 0:  # the shell of this terminal
+    if pid == 0:  # a program in this terminal that starts another one
+        signal.signal(signal.SIGINT, lambda *_: None)
         done = subprocess.run([sys.executable, GUARD, "bash", "-c", COUNTS], check=False)
         os.write(1, f"back {done.returncode} {os.tcgetpgrp(0) == os.getpgrp()}".encode())
         os._exit(0)
     said = os.read(terminal, 1000)
-    time.sleep(0.3)  # the command has begun before it is the foreground group
     os.write(terminal, b"\x03")
     with contextlib.suppress(OSError):  # the end of a terminal
         while data := os.read(terminal, 1000):

@@ -62,3 +62,21 @@ def test_the_processes_of_this_host_are_counted(environ, expected):
 def test_a_variable_that_is_wrong_is_named(environ, words):
     with pytest.raises(ValueError, match=words):
         launchers.detect(environ)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"),
+    [
+        ("2(x3),1", 0, 2),
+        ("2(x3),1", 2, 2),
+        ("2(x3),1", 3, 1),
+        ("4", 0, 4),
+        ("2(x3),1", 4, 2),
+        ("many", 0, 2),
+        ("", 0, 2),
+    ],
+)
+def test_slurm_says_how_many_tasks_a_node_has(tasks, node, expected):
+    """Else the ranks of a host would count differently, by their own number, and choose other backends."""
+    found = launchers.detect(SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)})
+    assert found.local_size == expected

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,10 @@ class Timer(AbstractWrapper):
             self.seconds += time.perf_counter() - began
 
 
+_numbers = itertools.count()
+"""Reports of one model may be open inside each other."""
+
+
 @contextmanager
 def timed(layers: dict[str, SyncBatchNorm], device_type: str) -> Iterator[dict[str, Timer]]:
     """Measures the collectives of these layers. A forward inside is measured with its backward, wherever that is."""
@@ -69,7 +74,7 @@ def timed(layers: dict[str, SyncBatchNorm], device_type: str) -> Iterator[dict[s
             site = site_of(layer)
             transport = transports.choose(layer.process_group, device_type)
             agree_once(site, layer.settings(), transport, layer)
-            timers[name] = Timer(transport, f"{name} {id(layer)}")
+            timers[name] = Timer(transport, f"{name} {id(layer)} {next(_numbers)}")
             site.enter(transports.adopt(timers[name], device_type))
         yield timers
     finally:
