@@ -14,10 +14,12 @@ from tests.hosts.network import ROOT
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(300)]
 PROGRAM = ROOT / "tests/hosts/start_program.py"
 LIMIT = 200  # a busy machine takes minutes to import torch several times
-# To each listener: another protocol, zeros, ones, all bytes, a number as torch's store expects it, and nothing at all.
+# To each listener: another protocol, zeros, ones, all bytes, a number as torch's store expects it,
+# JSON that is nested too deeply, and nothing at all.
 STRANGER = r"""
 import json, socket, sys, time
-said = [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000, b"\xff" * 5000, bytes(range(256)) * 9, b"\x3c\x85\xf7\x3c", b""]
+said = [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000, b"\xff" * 5000, bytes(range(256)) * 9, b"\x3c\x85\xf7\x3c"]
+said += [b"[" * 1500 + b"\n", b""]
 end, held = time.monotonic() + 150, []
 for address in map(tuple, json.loads(sys.argv[1])):
     for words in said:
@@ -41,7 +43,7 @@ def hosts(make_hosts):
 
 def stranger_says(hosts, addresses):
     done = hosts.run("x", sys.executable, "-c", STRANGER, json.dumps(addresses), limit=LIMIT)
-    assert done.out == f"said {6 * len(addresses)}\n", done
+    assert done.out == f"said {7 * len(addresses)}\n", done
 
 
 def listeners(job, text):

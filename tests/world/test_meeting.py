@@ -180,7 +180,9 @@ def _leave_early(port):
         time.sleep(0.3)
 
 
-@pytest.mark.parametrize("noise", [b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 9000, b"[]\n", b'{"rank": 1}\n', b""])
+@pytest.mark.parametrize(
+    "noise", [b"[" * 1500 + b"\n", b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 9000, b"[]\n", b'{"rank": 1}\n', b""]
+)
 def test_noise_does_not_disturb_a_meeting(port, noise):
     def shout():
         with socket.create_connection((LOOPBACK, port)) as connection:
