@@ -87,7 +87,7 @@ class Direct:
         for work in sent:
             work.wait()
         heads = [parts[r][: len(head)].tolist() for r in range(self._size)]
-        same = _agree(heads)
+        same = agree(heads)
         if same and small:
             total = self._values(parts[0], flat).double()  # a copy of float32
             total = total.clone() if wire.dtype == torch.float64 else total
@@ -112,7 +112,7 @@ def direct_of(group: Any, rank: int, size: int) -> Direct:
     return _made[group]
 
 
-def _agree(heads: list[list[float]]) -> bool:
+def agree(heads: list[list[float]]) -> bool:
     """Whether all ranks are in one call. One that abstains from naming it fits every call of its length."""
     calls = {tuple(head[3:7]) for head in heads if head[3]}
     return len(calls) <= 1 and len({tuple(head[:3]) for head in heads}) == 1 and all(head[7] for head in heads)
