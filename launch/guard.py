@@ -64,12 +64,12 @@ class Guard:
                 rest = data
                 while rest:
                     rest = rest[os.write(2, rest) :]
-            self._writes = False
             tail = tail[-300:] + data  # words may come in two pieces
             found = FAILED.search(tail)
             if found and self.status is None:
                 self.status = int(found[1] or 1)
                 self._timer.start()
+            self._writes = False
 
     def _kill(self) -> None:
         sys.stderr.write(f"{sys.argv[0]}: {self.process.args[0]} has not ended with the job, and is killed.\n")  # type: ignore[index]

@@ -98,12 +98,14 @@ def test_a_slow_reader_gets_all_of_it_and_the_status():
 
 
 def test_ctrl_z_stops_the_command_too_and_it_goes_on():
-    process = start("echo $$; sleep 1; echo end")
+    process = start("echo $$; sleep 3; echo end")
     command = psutil.Process(int(process.stdout.readline()))
+    time.sleep(1.0)  # the command runs a moment before its guard knows it
     os.kill(process.pid, signal.SIGTSTP)
-    time.sleep(1.5)
-    assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
-    assert command.status() == psutil.STATUS_STOPPED
+    deadline = time.monotonic() + 10
+    while {psutil.Process(process.pid).status(), command.status()} != {psutil.STATUS_STOPPED}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGCONT)
     assert process.communicate(timeout=20)[0] == "end\n"
 
