@@ -86,7 +86,7 @@ def _starts_programs(item):
     if not hasattr(item, "function"):
         return False
     fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
-    return any("processes." in _text(f) or "subprocess." in _text(f) for f in (item.function, *fixtures))
+    return any(word in _text(f) for f in (item.function, *fixtures) for word in ("processes.", "subprocess.", "warm."))
 
 
 def _text(function):

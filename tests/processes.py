@@ -113,7 +113,7 @@ def many(launcher, n, cases, folder, *, limit=300, **extra):
     """Runs many programs in the same n processes, see ``many.py``.
 
     Args:
-        launcher: mpirun, torchrun or python.
+        launcher: mpirun, torchrun or python, of this module or of ``warm``.
         n: how many processes; 1 for python.
         cases: words of each command, by name. Those with a "=" before the program are its environment.
         folder: an empty one, for what they say.
@@ -130,7 +130,7 @@ def many(launcher, n, cases, folder, *, limit=300, **extra):
         for name, words in texts.items()
     ]
     (folder / "cases.json").write_text(json.dumps(written))
-    done = launcher(*[n] * (launcher is not python), "-m", "tests.many", folder, limit=limit, **extra)
+    done = launcher(*[n] * (launcher.__name__ != "python"), "-m", "tests.many", folder, limit=limit, **extra)
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: _of_all_ranks(texts[name], folder, number, n) for number, name in enumerate(cases)}
 

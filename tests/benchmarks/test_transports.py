@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import transports
 from syncbn.transports import shared_memory
-from tests import processes
+from tests import warm
 
 SHARED = ["shm"] * (not shared_memory.problem())
 
@@ -22,7 +22,7 @@ def test_the_layers_are_those_of_a_resnet_50():
 
 @pytest.mark.program
 def test_every_transport_is_timed():
-    done = processes.mpirun(2, "benchmarks/transports.py", "--rounds", 1, "--json", limit=200)
+    done = warm.mpirun(2, "benchmarks/transports.py", "--rounds", 1, "--json", limit=200)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["processes"] == 2

@@ -14,12 +14,14 @@ def make_hosts(tmp_path_factory):
     """Makes ``Hosts``; all end with the file. Skips, with the reason, where this machine cannot have any."""
     made = []
 
-    def make(n, kind="bridge", **environ):
-        if network.problem():
-            pytest.skip(network.problem())
+    def make(n, kind="bridge", *, ssh=False, **environ):
+        if problem := network.problem() or (ssh and network.sshd_problem()):
+            pytest.skip(problem)
         if kind == "wire" and not (shutil.which("gcc") and Path("/dev/net/tun").exists()):
             pytest.skip("a network with a delay needs gcc and /dev/net/tun")
         made.append(network.Hosts(n, tmp_path_factory.mktemp("hosts"), kind, **environ))
+        if ssh:
+            made[-1].do("sshd")
         return made[-1]
 
     yield make

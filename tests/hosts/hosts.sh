@@ -142,7 +142,13 @@ drop() {
     fi
 }
 
-pids() { ip netns pids "$PRE-$1" | grep -vx "$(<"$RUN/$1.pid")" || true; }
+# Without sshd and its sessions: one whose peer has fallen silent stays until sshd's own ClientAliveInterval ends it.
+pids() {
+    local pid
+    for pid in $(ip netns pids "$PRE-$1"); do
+        [ "$pid" = "$(<"$RUN/$1.pid")" ] || [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = sshd ] || echo "$pid"
+    done
+}
 
 down() {
     local h
@@ -162,14 +168,14 @@ down() {
 
 start_sshd() { # the package's user and folder are made here too: nothing of the machine's own is changed
     local h sshd=${SSHD:-/usr/sbin/sshd} options="-f /dev/null -h $RUN/key -o StrictModes=no -o UsePAM=no"
-    options+=" -o PidFile=none -o AuthorizedKeysFile=$RUN/key.pub -o PasswordAuthentication=no"
+    options+=" -o AuthorizedKeysFile=$RUN/key.pub -o PasswordAuthentication=no"
     [ -e "$RUN/key" ] || ssh-keygen -q -t ed25519 -N '' -f "$RUN/key"
     cp /etc/passwd "$RUN/passwd"
     getent passwd sshd >/dev/null || echo "sshd:x:65533:65534::/run/sshd:/usr/sbin/nologin" >>"$RUN/passwd"
     for h in $(<"$RUN/all"); do
         (enter "$h" bash -c "mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd &&
             mount --bind $RUN/passwd /etc/passwd &&
-            exec $sshd $options -o ListenAddress=$(address "$h")")
+            exec $sshd $options -o PidFile=none -o ListenAddress=$(address "$h")")
     done
     echo "-i $RUN/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR" >"$RUN/ssh_args"
 }

@@ -59,14 +59,15 @@ class Job:
     def _mpirun(self, command, environ):
         slots = ",".join(f"{host}:{self.per_host}" for host in self.hosts.names)
         passed = [word for name in ("PYTHONPATH", *environ) for word in ("-x", name)]
-        agent = f"--prtemca plm_ssh_agent {AGENT}"
+        agent, login = f"--prtemca plm_ssh_agent {AGENT}", {}
         if self.way == "ssh":
-            agent = f"--prtemca plm_ssh_args {self.hosts.folder / 'hosts/ssh_args'}"
+            agent, login = "", {"PRTE_MCA_plm_ssh_args": (self.hosts.folder / "hosts/ssh_args").read_text().strip()}
         own = {
             "NPROC": self.size,
             "PYTHON": sys.executable,
             "MPIRUN": f"mpirun --host {slots} {agent} {' '.join(passed)}",
             "LOGIN_PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+            **login,
             **environ,
         }
         host = self.hosts.names[0]

@@ -17,6 +17,7 @@ from tests.processes import ROOT, environment
 
 HERE = Path(__file__).parent
 SCRIPT, AGENT = HERE / "hosts.sh", HERE / "agent.sh"
+SSHD = os.environ.get("SSHD", "/usr/sbin/sshd")
 _numbers = itertools.count()
 
 
@@ -43,6 +44,13 @@ def problem():
             return f"hosts of network namespaces need more rights here: {command}: {done.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", name], check=True)
     return ""
+
+
+def sshd_problem():
+    """Why no host can be logged in to by ssh, or an empty string."""
+    if Path(SSHD).exists() and shutil.which("ssh"):
+        return ""
+    return "needs ssh and sshd (package openssh-server), or the path of one in SSHD"
 
 
 @dataclass

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.hosts import jobs
+from tests.hosts import jobs, network
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(300)]
 LIMIT = 5.0
 SOON = 5.0
-OF_LAUNCHER = {"plain": 0.0, "mpirun": 4.0, "torchrun": 8.0}
+OF_LAUNCHER = {"plain": 0.0, "mpirun": 4.0, "ssh": 4.0, "torchrun": 8.0}
 """Seconds that the launcher may take in addition: torchrun's agents end some seconds after their processes."""
 LIMIT_STATUS = 124
 
@@ -31,7 +31,8 @@ class Fault(NamedTuple):
 
 LOST = Fault(True, r"Host HOST of ranks? RANKS has not answered for \d\.\d s")
 FAULTS = {
-    "kill": Fault(False, r"The process of rank \d on HOST is gone|process rank \d with PID \d+ on node HOST exited"),
+    "kill": Fault(False, r"The process of rank \d on HOST is gone|process rank \d with PID \d+ on node HOST exited|"
+                  r"Peer host: HOST"),
     "stop": Fault(True, r"Rank \d on HOST is (stopped by a signal|without a sign of life)"),
     "crash": LOST,
     "drop": LOST,
@@ -42,12 +43,12 @@ FAULTS = {
 }  # fmt: skip
 ALL = [
     (way, name, who)
-    for way in jobs.WAYS
+    for way in (*jobs.WAYS, "ssh")
     for name in FAULTS
     for who in ("last", "first")
     if (way, name) not in (("plain", "agent"), ("plain", "launcher"), ("torchrun", "launcher"))
     and (name, who) not in (("launcher", "last"),)
-    and (way, name, who) != ("mpirun", "agent", "first")
+    and (way, name, who) not in (("mpirun", "agent", "first"), ("ssh", "agent", "first"))
 ]
 USUAL = [
     ("plain", "drop", "last"),
@@ -60,7 +61,10 @@ USUAL = [
     ("mpirun", "cable", "last"),
     ("mpirun", "crash", "last"),
     ("mpirun", "launcher", "first"),
+    ("ssh", "kill", "last"),
+    ("ssh", "crash", "last"),
 ]
+NO_SSH = network.sshd_problem()
 CASES = ALL if os.environ.get("SYNCBN_TEST_FAULTS") == "all" else USUAL
 
 
@@ -68,7 +72,7 @@ CASES = ALL if os.environ.get("SYNCBN_TEST_FAULTS") == "all" else USUAL
 def ended(make_hosts, request):
     """Runs the jobs of all collected tests, some at a time: they mostly wait."""
     wanted = [item.callspec.params["case"] for item in request.session.items if "ended" in item.fixturenames]
-    hosts = {case: make_hosts(2) for case in wanted}
+    hosts = {case: make_hosts(2, ssh=case[0] == "ssh") for case in wanted if case[0] != "ssh" or not NO_SSH}
 
     def run(case):
         way, name, who = case
@@ -79,12 +83,16 @@ def ended(make_hosts, request):
         return found
 
     pool = ThreadPoolExecutor(3)
-    futures = {case: pool.submit(run, case) for case in wanted}
+    futures = {case: pool.submit(run, case) for case in hosts}
     yield lambda case: futures[case].result()
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.skipif(c[0] == "ssh" and bool(NO_SSH), reason=NO_SSH)) for c in CASES],
+    ids="-".join,
+)
 def test_a_job_ends_on_all_hosts_in_time_and_says_where_the_fault_is(ended, case):
     way, name, who = case
     done, fault = ended(case), FAULTS[name]
@@ -95,10 +103,11 @@ def test_a_job_ends_on_all_hosts_in_time_and_says_where_the_fault_is(ended, case
     assert not fault.at_limit or max(times) >= 0.8 * LIMIT, f"too early\n{done}"
     assert all(status != 0 for status in done.statuses), f"a launcher has ended as if all were well\n{done}"
     text = " ".join(done.err.split())
-    if (way, name, who) != ("mpirun", "crash", "first"):  # its words go through mpirun, on the host that is gone
-        seen = "h2" if who == "last" or (way == "mpirun" and fault is LOST) else "h1"
+    mpi = way in ("mpirun", "ssh")
+    if not mpi or (name, who) != ("crash", "first"):  # its words go through mpirun, on the host that is gone
+        seen = "h2" if who == "last" or (mpi and fault is LOST) else "h1"
         assert re.search(on(fault.says, seen), text), f"it does not say where\n{done}"
-    if name in ("drop", "cable") and way != "mpirun":  # both sides report, but mpirun gets no word from the other one
+    if name in ("drop", "cable") and not mpi:  # both sides report, but mpirun gets no word from the other one
         assert re.search(on(fault.says, "h1"), text), f"the host that is cut off says nothing\n{done}"
         assert re.search(on(fault.says, "h2"), text), f"the other host says nothing\n{done}"
     if way == "plain" and fault.at_limit:

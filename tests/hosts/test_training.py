@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """However a job on several hosts is started, uneven shares train to the bit like one process."""
 
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
 from tests.hosts import jobs
 
 pytestmark = pytest.mark.hosts
-SSHD = os.environ.get("SSHD", "/usr/sbin/sshd")
 LIMIT = 110
 """Seconds: on an idle machine it takes five."""
 
@@ -43,8 +39,4 @@ def test_torchrun_on_two_hosts_trains_to_the_bit_like_one_process(started):
 
 
 def test_mpirun_over_ssh_trains_to_the_bit_like_one_process(make_hosts):
-    if not Path(SSHD).exists() or shutil.which("ssh") is None:
-        pytest.skip("needs ssh and sshd (package openssh-server), or the path of one in SSHD")
-    hosts = make_hosts(2, SSHD=SSHD)
-    hosts.do("sshd")
-    check(jobs.Job(hosts, "ssh", 2), "mpi")
+    check(jobs.Job(make_hosts(2, ssh=True), "ssh", 2), "mpi")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from syncbn.transports import launchers
-from tests.processes import many, mpirun, python, torchrun
+from tests import warm
+from tests.processes import many
 from tests.project.test_digits_data import images, labels, npz
 from tests.project.test_examples import ARMS, promises
 
@@ -107,7 +108,7 @@ def did(request, tmp_path_factory):
     for what, (write, _) in BAD_FILES.items():
         write(folder / f"{what}.npz")
     launcher, n = request.param.split("-")
-    start = {"mpi": mpirun, "torch": torchrun, "python": python}[launcher]
+    start = {"mpi": warm.mpirun, "torch": warm.torchrun, "python": warm.python}[launcher]
     return SimpleNamespace(folder=folder, of=many(start, int(n), cases(request.param, folder), folder))
 
 
@@ -263,7 +264,7 @@ def check_bad_data(done, message):
 
 
 def test_bad_data_ends_all_processes_with_the_code_of_their_ranks(tmp_path):
-    done = mpirun(2, DIGITS, "--data", tmp_path / "mine.npz", "--out", tmp_path / "a.png", limit=60)
+    done = warm.mpirun(2, DIGITS, "--data", tmp_path / "mine.npz", "--out", tmp_path / "a.png", limit=60)
     check_bad_data(done, BAD_FILES["none at all"][1])
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from syncbn.transports import launchers
-from tests.processes import ROOT, many, mpirun, run
+from tests import warm
+from tests.processes import ROOT, many
 
 EXAMPLES = ROOT / "examples"
 HELPERS = {"together", "digits_data", "digits_model", "digits_options", "digits_report"}
@@ -63,9 +64,9 @@ def started(tmp_path_factory):
 
     def start(command):
         if not (n := group_of(command)):
-            return run("bash", "-c", command)
+            return warm.run("bash", "-c", command)
         if n not in done:
-            done[n] = many(mpirun, n, together()[n], tmp_path_factory.mktemp("together"))
+            done[n] = many(warm.mpirun, n, together()[n], tmp_path_factory.mktemp("together"))
         return done[n][command]
 
     return start
@@ -89,7 +90,7 @@ def test_an_example_prints_what_its_docstring_says(started, command, printed):
 
 def test_the_demo_prints_the_table_of_its_docstring_and_keeps_its_promise(tmp_path):
     [(command, printed)] = [p for p in promises() if "digits.py" in p[0]]
-    done = run("bash", "-c", f"{command} --steps 21 --out {tmp_path}/digits.png")
+    done = warm.run("bash", "-c", f"{command} --steps 21 --out {tmp_path}/digits.png")
     assert done.returncode == 0, done.stderr
 
     def words(text):
@@ -103,7 +104,7 @@ def test_the_demo_prints_the_table_of_its_docstring_and_keeps_its_promise(tmp_pa
 
 def test_the_segmentation_is_good_where_it_is_synchronised_and_only_there(tmp_path):
     [(command, printed)] = [p for p in promises() if "segmentation.py" in p[0]]
-    done = run("bash", "-c", f"{command} --out {tmp_path}/segmentation.png")
+    done = warm.run("bash", "-c", f"{command} --out {tmp_path}/segmentation.png")
     assert done.returncode == 0, done.stderr
     assert NUMBER.sub("#", done.stdout.replace(str(tmp_path), "out")).strip() == NUMBER.sub("#", printed)
     rows = [

@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests import processes
+from tests import warm
 
 LATE_TO_A_GROUP = """
 import time
@@ -15,7 +15,7 @@ syncbn.SyncBatchNorm(3, group_size=2)(torch.randn(4, 3))
 """
 
 
-@pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
+@pytest.mark.parametrize("launcher", [warm.mpirun, warm.torchrun])
 def test_a_rank_that_does_not_come_to_the_first_use_of_a_group_is_named(launcher, tmp_path):
     program = tmp_path / "late.py"
     program.write_text(LATE_TO_A_GROUP)
@@ -25,7 +25,7 @@ def test_a_rank_that_does_not_come_to_the_first_use_of_a_group_is_named(launcher
     assert f"Rank 1 is in no call of syncbn, at {program}:6 in <module>" in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
+@pytest.mark.parametrize("launcher", [warm.mpirun, warm.torchrun])
 def test_a_debugger_a_compilation_a_checkpoint_and_a_barrier_may_take_longer_than_the_limit(launcher):
     done = launcher(2, "-m", "tests.waits.patient_program")
     assert done.returncode == 0, done.stdout + done.stderr
