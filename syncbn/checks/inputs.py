@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.checks.kinds import MAX_DIMS, NAME, counter_error, kind_error, name_of, vector_error
+from syncbn.checks.kinds import MAX_DIMS, NAME, counter_error, kind_error, name_of, shape_of, vector_error
 from syncbn.moments import DTYPES
 from syncbn.waits.limits import shown
 
@@ -52,17 +52,17 @@ def input_error(x: object, num_features: int | None, dims: Dims = ANY_DIMS) -> E
         remedy = dims.remedy
         if x.dim() < 2:
             remedy = "Add a batch dimension with x.unsqueeze(0), or a channel dimension with x.unsqueeze(1)."
-        return ValueError(f"{dims.need}; received {x.dim()}, shape {tuple(x.shape)}. {remedy}")
+        return ValueError(f"{dims.need}; received {x.dim()}, shape {shape_of(x)}. {remedy}")
     if x.layout is not torch.strided or x.is_meta:
         return kind_error("input", x)
     if not x.size(1):
         return ValueError(
-            f"{NAME} needs an input of at least 1 channel; received shape {tuple(x.shape)}. Leave the layer out where "
+            f"{NAME} needs an input of at least 1 channel; received shape {shape_of(x)}. Leave the layer out where "
             "nothing is left to normalise."
         )
     if num_features is not None and x.size(1) != num_features:
         return ValueError(
-            f"{NAME} needs input.size(1) == num_features; received {x.size(1)} channels, shape {tuple(x.shape)}, "
+            f"{NAME} needs input.size(1) == num_features; received {shape_of(x)[1]} channels, shape {shape_of(x)}, "
             f"for num_features={num_features}. Channels come second, also in channels_last memory format."
         )
     return None
@@ -137,7 +137,7 @@ def widths_error(tensors: Mapping[str, object], x: Tensor) -> Exception | None:
     received = ", ".join(f"{name} of {length}" for name, length in lengths.items())
     return ValueError(
         f"{NAME} needs input.size(1) values in each parameter and running statistic; received {received}, and an input "
-        f"of {x.size(1)} channels, shape {tuple(x.shape)}. Channels come second, also in channels_last memory format."
+        f"of {shape_of(x)[1]} channels, shape {shape_of(x)}. Channels come second, also in channels_last memory format."
     )
 
 
@@ -203,8 +203,8 @@ def mask_error(mask: object, x: Tensor) -> Exception | None:
     whole, spatial = tuple(x.shape), tuple(x.shape[2:])
     if tuple(mask.shape) not in ((whole[0], *spatial), (whole[0], 1, *spatial)):
         return ValueError(
-            f"{NAME} needs mask.shape == (N, *spatial) or (N, 1, *spatial); received {tuple(mask.shape)} for an input "
-            f"of shape {whole}. One weight counts for all channels."
+            f"{NAME} needs mask.shape == (N, *spatial) or (N, 1, *spatial); received {shape_of(mask)} for an input "
+            f"of shape {shape_of(x)}. One weight counts for all channels."
         )
     if mask.requires_grad:
         return ValueError(

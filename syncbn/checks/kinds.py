@@ -6,6 +6,8 @@ C channels.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -86,11 +88,16 @@ def kind_error(name: str, t: Tensor) -> Exception | None:
     if t.numel() and _has_plain_type(name, t) and not _has_memory(t):
         return _unreadable(
             name,
-            f"shape {tuple(t.shape)} and memory that does not hold it",
+            f"shape {shape_of(t)} and memory that does not hold it",
             "A wrapper has released the memory: call the model through its outermost wrapper, for example the root of "
             "fully_shard.",
         )
     return None
+
+
+def shape_of(t: Tensor) -> tuple[int, ...]:
+    """Returns the shape as numbers, for a text. torch.compile may hold sizes as symbols, which it cannot write down."""
+    return tuple([operator.index(n) for n in t.shape])
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -106,7 +113,7 @@ def vector_error(name: str, t: object, num_features: int) -> Exception | None:
             f"torch.ones({num_features}), for example."
         )
     if t.is_nested or tuple(t.shape) != (num_features,) or t.dtype not in DTYPES:
-        received = "a nested tensor" if t.is_nested else f"shape {tuple(t.shape)}"
+        received = "a nested tensor" if t.is_nested else f"shape {shape_of(t)}"
         return ValueError(
             f"{NAME} needs {name} of shape ({num_features},) and a floating dtype; received {received}, "
             f"{name_of(t.dtype)}. Make it with torch.ones({num_features}), for example."
@@ -124,7 +131,7 @@ def counter_error(tracked: object) -> Exception | None:
             "with torch.tensor(0)."
         )
     if tracked.dtype not in COUNTERS or tracked.is_nested or tracked.numel() != 1:
-        received = "a nested tensor" if tracked.is_nested else f"shape {tuple(tracked.shape)}"
+        received = "a nested tensor" if tracked.is_nested else f"shape {shape_of(tracked)}"
         return ValueError(
             f"{NAME} needs num_batches_tracked to be one integer or floating-point number; received "
             f"{received}, {name_of(tracked.dtype)}. Make it with torch.tensor(0)."
