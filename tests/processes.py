@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Programs in subprocesses, always with a time limit, and nothing left running after it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -68,6 +69,15 @@ def descendants(process):
         return [p for p in psutil.Process(process.pid).children(recursive=True) if p.is_running()]
     except psutil.NoSuchProcess:
         return []
+
+
+def running(pids):
+    """The processes of these numbers that run."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found
 
 
 def survivors(family, seconds=10):

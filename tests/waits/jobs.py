@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from tests import warm
 from tests.processes import descendants, kill, start, survivors
 
 PROGRAM = ("-m", "tests.waits.fault_program")
@@ -140,7 +141,8 @@ def launched(launcher, folder, ranks, words, *, limit, patience, then=None, **ex
     def read(name):
         for line in getattr(process, name):
             said[name].append(line)
-            family[:] = descendants(process) or family
+            found = descendants(process)
+            family[:] = [*found, *warm.forks_of(found)] or family
             if then is not None and line.startswith("fault at ") and not done:
                 done.append(True)
                 then(process)

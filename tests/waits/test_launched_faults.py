@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.waits.expected import (
     ALIKE,
     FAULTS,
+    GONE_AT_ONCE,
     SOON,
     SOON_LAUNCHED,
     Jobs,
@@ -26,6 +28,8 @@ def under(launcher, n, name, how="average", then=None, folder=None, **extra):
     """Runs a case under a launcher: ``name`` may be several faults, each of which every rank survives."""
     words, fault = [*name.split("+"), "--how", how], name.split("+")[-1]
     limit, library = limit_of(fault, how), {"SYNCBN_TRANSPORT": "mpi" if launcher == "mpirun" else "torch"}
+    if not then and not extra and fault not in GONE_AT_ONCE:  # how these end is the launcher's, which ends processes
+        extra = warm.environment()
     return launched(launcher, new(folder), n, words, limit=limit, patience=60, then=then, **library, **extra)
 
 

@@ -45,11 +45,22 @@ def commands():
     return folder
 
 
-def run(*command, **options):
-    """``processes.run`` with the commands above first on the PATH."""
+def environment():
+    """The variables with which shells, launchers and launch/*.sh start forks."""
     python = commands() / "python"
     path = f"{commands()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return processes.run(*command, **{"PATH": path, "PYTHON": python, "PYTHON_EXEC": python, **options})
+    return {"PATH": path, "PYTHON": python, "PYTHON_EXEC": python}
+
+
+def forks_of(family):
+    """The forks that some processes stand for."""
+    found = [commands() / f"fork-{each.pid}" for each in family]
+    return processes.running([int(path.read_text()) for path in found if path.exists()])
+
+
+def run(*command, **options):
+    """``processes.run`` with the commands above first on the PATH."""
+    return processes.run(*command, **{**environment(), **options})
 
 
 def python(*words, **options):
