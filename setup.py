@@ -5,10 +5,13 @@ The four step files are compiled once per instruction set, each into a namespace
 them at run time. Without a compiler the install goes on, and the layer uses the kernels in plain torch.
 
     SYNCBN_CXXFLAGS    more flags for compiler and linker, for example -fsanitize=address,undefined
+    SYNCBN_REPOSITORY  the public address of the repository, for links of the package; mkdocs.yml reads it, too
+    SYNCBN_SITE        that of the built pages
 """
 
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -50,6 +53,25 @@ class BuildHostKernels(build_ext):
         return super().build_extension(ext)
 
 
+REPOSITORY, SITE = (os.environ.get(name, "").rstrip("/") for name in ("SYNCBN_REPOSITORY", "SYNCBN_SITE"))
+
+
+def readme() -> str:
+    """Returns README.md. Its links lead to the repository, if there is an address: a package index has no files."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return text
+    text = re.sub(r'(!\[[^\]]*\]\(|\b(?:src|srcset)=")(?!\w+:)', rf"\1{REPOSITORY}/raw/HEAD/", text)
+    return re.sub(r"(\]\()(?!\w+:|#)", rf"\1{REPOSITORY}/blob/HEAD/", text)
+
+
+def urls() -> dict[str, str]:
+    """Returns the addresses of the project that are known."""
+    changes = f"{REPOSITORY}/blob/HEAD/CHANGELOG.md" if REPOSITORY else ""
+    known = {"Repository": REPOSITORY, "Documentation": SITE, "Changelog": changes}
+    return {name: url for name, url in known.items() if url}
+
+
 LIMITED = ("Py_LIMITED_API", "0x030B0000")
 SHARED_MEMORY = Extension(
     "syncbn.transports._segment",
@@ -62,6 +84,9 @@ SHARED_MEMORY = Extension(
 )
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=urls(),
     ext_modules=[
         *([SHARED_MEMORY] if sys.platform == "linux" else []),
         Extension(

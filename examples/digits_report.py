@@ -63,7 +63,9 @@ def show(arms: list[Arm], args: Namespace, processes: str) -> Exception | None:
     draw(arms, args.out, title=title, tolerance=tolerance)
     if args.json:
         setting = {"title": title, "compare_at": compare_at, "steps": args.steps, "tolerance": tolerance}
-        print(json.dumps({**setting, "figure": str(args.out), "tracks": tracks, "arms": results}, indent=2))
+        curves = {arm.name: {"accuracy": arm.accuracy, "difference": arm.difference} for arm in arms}
+        found = {"figure": str(args.out), "tracks": tracks, "arms": results, "curves": curves}
+        print(json.dumps({**setting, **found}, indent=2))
     else:
         headers = ["arm", "test accuracy", f"difference, step {compare_at}", f"step {args.steps}", "s / step"]
         rows = [[name, *result.values()] for name, result in results.items()]

@@ -122,22 +122,25 @@ def study(world, task, args):
         "layer norm": lambda model: with_norm(model, lambda C: nn.GroupNorm(1, C)),
     }
     arms = dict(itertools.islice(arms.items(), None if args.others else 3))
-    found, reports, figure = {arm: [] for arm in arms}, {}, args.out / f"drift-{task.name}.{args.format}"
+    found, reports, path = {arm: [] for arm in arms}, {}, args.out / f"drift-{task.name}"
     for seed, arm in itertools.product(range(args.seeds), arms):
         watch, model = seed == 0 and arm in ("none", "all"), arms[arm](task.build(seed))
         qualities, seconds, report = train(world, task, model, arm, args.steps or task.steps, seed, watch=watch)
         found[arm].append([*qualities, seconds])
         reports[arm] = report or reports.get(arm)
         names = names or (reports["all"].recommend(args.share) if arm == "all" else [])
-    reports["all"].figure(figure, dark=args.dark)  # with the time of the collectives
-    reports["all"].to_json(figure.with_suffix(".json"))
+    themes = {"-light": False, "-dark": True} if args.format == "svg" else {"": args.dark}
+    figures = {Path(f"{path}{name}.{args.format}"): dark for name, dark in themes.items()}
+    for figure, dark in figures.items():
+        reports["all"].figure(figure, dark=dark)  # with the time of the collectives
+    reports["all"].to_json(path.with_suffix(".json"))
     if world.rank == 0:
         print(f"{task.name}, not synchronised\n{reports['none']}\n\n{task.name}, synchronised\n{reports['all']}\n")
         layers = {"none": 0, "recommended": len(names), "all": len(reports["all"].rows)}
         rows = [[arm, layers.get(arm, "-"), *map(mean, zip(*runs, strict=True))] for arm, runs in found.items()]
         headers = ["synchronised", "layers", *task.quality, "s / step"]
         print(tabulate(rows, headers, floatfmt=("", "", *[".3f"] * len(task.quality), ".4f"), tablefmt="github"))
-        print(f"figure: {figure}\n")
+        print(f"figure: {', '.join(map(str, figures))}\n")
 
 
 def main():
@@ -150,7 +153,9 @@ def main():
     parser.add_argument("--seeds", type=at_least(1), default=1, help="trainings to average over (default 1)")
     parser.add_argument("--others", action="store_true", help="train with group norm and layer norm, too")
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder of the figures (default out)")
-    parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the figures (default png)")
+    parser.add_argument(
+        "--format", choices=("png", "svg", "pdf"), default="png", help="default png; svg draws two, light and dark"
+    )
     parser.add_argument("--dark", action="store_true", help="draw for a dark background")
     args = parse(world, parser)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def forward(
     layer: Layer,
     dims: inputs.Dims = inputs.ANY_DIMS,
 ) -> Tensor:
-    """Checks the tensors, then runs the skeleton. See :func:`sync_batch_norm`.
+    """Checks the tensors, then runs the skeleton. See ``sync_batch_norm``.
 
     Args:
         x: (N, C, *spatial).

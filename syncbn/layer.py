@@ -50,7 +50,7 @@ class SyncBatchNorm(_BatchNorm):
         group_size: instead of ``process_group``, the number of consecutive ranks to synchronise over. It must
             divide the number of all ranks. "node" is the ranks of one host, as many on each.
         renorm_limits: ``(r_max, d_max)`` of batch renormalization; None is batch normalization. See
-            :class:`syncbn.RenormLimits`.
+            ``syncbn.RenormLimits``.
         replays: True if a forward inside backward is one that activation checkpointing repeats: it then sends nothing.
             Pass False for a layer that is called inside backward for another reason, as in an adjoint ODE block or a
             reversible network: there every forward communicates.
@@ -231,7 +231,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
-        """See :func:`syncbn.convert_sync_batchnorm`."""
+        """See ``syncbn.convert_sync_batchnorm``."""
         return cls.converter(module, process_group)
 
 

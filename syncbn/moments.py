@@ -31,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORWARD, BACKWARD = 0, 1
 """Directions of a message. The derivative of a message of direction d has direction d + 2."""
 Numbers = tuple[int, int, int, int]
-"""What identifies a call: 1, and three integers below ``LIMIT``, see :func:`numbers`; or ``ABSTAINS``."""
+"""What identifies a call: 1, and three integers below ``LIMIT``, see ``numbers``; or ``ABSTAINS``."""
 ABSTAINS: Numbers = (0, 0, 0, 0)
 """The numbers of a rank that does not know which of several calls it repeats. They add nothing to the sums."""
 LIMIT = 2**18
@@ -92,7 +92,7 @@ class Counters(NamedTuple):
     samples: float
     """Per channel in the global batch; with masks a sum of weights."""
     status: Sequence[float]
-    """As :class:`Status` names them."""
+    """As ``Status`` names them."""
 
     def problem(self, ranks: int) -> str:
         """Returns the first problem that applies: call, input, dtype, grad_enabled or count; or an empty string."""
@@ -217,7 +217,7 @@ def finalize(wire: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     With no samples at all the results are 0, 0 and 1 / sqrt(eps), never NaN.
 
     Args:
-        wire: float64 (2C + 15,), as :func:`pack` makes it, summed over the ranks.
+        wire: float64 (2C + 15,), as ``pack`` makes it, summed over the ranks.
         eps: added to the variance.
 
     Returns:
@@ -230,7 +230,7 @@ def finalize(wire: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def finalize_sums(count: Tensor, sums: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what :func:`finalize` does, from the parts of a wire; differentiable with respect to ``sums``."""
+    """Does what ``finalize`` does, from the parts of a wire; differentiable with respect to ``sums``."""
     sum_x, sum_x2 = sums.chunk(2)
     count = count.clamp(min=1.0)
     mean = sum_x / count

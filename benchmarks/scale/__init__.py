@@ -7,6 +7,6 @@ platforms/    the simulated machines
 simulate.py   builds and runs replay.c
 waiting.py    how long ranks wait for the slowest, by Monte Carlo
 results.py    the CSV files, and what follows from them
-plot.py       the pictures of docs/scale.md
+plot.py       the pictures of docs/clusters/scale.md
 tables.py     its tables
 """

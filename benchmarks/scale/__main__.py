@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=at_least(1), default=1, help="simulations at a time (default: %(default)s)")
     parser.add_argument("--extend", action="store_true", help="keep what the CSV files in --output have")
     parser.add_argument("--read", action="store_true", help="simulate nothing: take the CSV files in --output")
-    parser.add_argument("--docs", type=Path, help="write pictures there, and the tables into scale.md in it")
+    parser.add_argument("--docs", type=Path, help="write pictures/ there, and the tables into clusters/scale.md")
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     try:
@@ -142,10 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.notes += notes(words)
             results.write(found, args.output)
             program.unlink()
-        for picture in plot.draw(found, args.docs or args.output, args.step_ms):
+        for picture in plot.draw(found, args.docs / "pictures" if args.docs else args.output, args.step_ms):
             print(f"wrote {picture}", file=sys.stderr)
         if args.docs:
-            tables.update(args.docs / "scale.md", found, args.step_ms)
+            tables.update(args.docs / "clusters" / "scale.md", found, args.step_ms)
     except (simulate.MissingError, ValueError, ImportError, OSError) as error:
         print(f"benchmarks.scale: {error}", file=sys.stderr)
         return 1

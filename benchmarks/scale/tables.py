@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The tables of docs/scale.md, made of the CSV files."""
+"""The tables of docs/clusters/scale.md, made of the CSV files."""
 
 from __future__ import annotations
 

@@ -84,12 +84,12 @@ class Replay(AbstractTransport):
 
     @property
     def sender(self) -> AbstractTransport:
-        """See :meth:`AbstractTransport.sender`."""
+        """See ``AbstractTransport.sender``."""
         return self._inner
 
     @property
     def serial(self) -> int:
-        """See :attr:`AbstractTransport.serial`."""
+        """See ``AbstractTransport.serial``."""
         return self._inner.serial
 
     @serial.setter
@@ -109,7 +109,7 @@ class Replay(AbstractTransport):
         return first.reduced
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`."""
+        """See ``AbstractTransport.all_reduce``."""
         return self._inner.all_reduce(wire)
 
     def adjust(
@@ -125,23 +125,23 @@ class Replay(AbstractTransport):
         return (weight, bias) if first.correction is None else corrected(*first.correction, weight, bias)
 
     def leave(self) -> None:
-        """See :meth:`AbstractTransport.leave`."""
+        """See ``AbstractTransport.leave``."""
         self._inner.leave()
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return self._inner.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
+        """See ``AbstractTransport.broadcast``."""
         return self._inner.broadcast(tensor, root)
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         return self._inner.split(color)
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""
         self._inner.barrier()
 
 

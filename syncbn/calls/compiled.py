@@ -30,7 +30,7 @@ UNKNOWN = Message(ABSTAINS, 0, "", 0, 0)
 def begin(
     x: Tensor, mask: Tensor | None, running: Running | None, layer: Layer, device: torch.device, error: Exception | None
 ) -> CompiledCall:
-    """Returns the call of a forward inside torch.compile. See :func:`syncbn.calls.eager.begin`."""
+    """Returns the call of a forward inside torch.compile. See ``syncbn.calls.eager.begin``."""
     number = layer.site.number if layer.site.compares else None
     key = keys.key_of_spec(layer.group, device.type)
     return CompiledCall(x, mask, number, layer.settings, key, running, error)
@@ -44,7 +44,7 @@ class _Operators:
     _group: int
 
     def sums_message(self) -> Message:
-        """See :meth:`syncbn.calls.eager.Call.sums_message`."""
+        """See ``syncbn.calls.eager.Call.sums_message``."""
         return UNKNOWN
 
     def all_reduce_sums(self, wire: Tensor, message: Message) -> Tensor:
@@ -70,7 +70,7 @@ class CompiledCall(_Operators):
     traced = True
     numbers, message = UNKNOWN.numbers, UNKNOWN
     running = None
-    """None, so that the kernels do not move the running statistics: :meth:`finish` does, in the graph."""
+    """None, so that the kernels do not move the running statistics: ``finish`` does, in the graph."""
     hidden = None
     joins = True
     """Always True: while a graph is traced, no rank knows which ranks need a gradient."""
@@ -92,18 +92,18 @@ class CompiledCall(_Operators):
         self.anchor = ANCHOR if grad_enabled else None
 
     def local_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """See :meth:`syncbn.calls.eager.Call.local_moments`."""
+        """See ``syncbn.calls.eager.Call.local_moments``."""
         return self.steps.local_moments(x, mask, self.numbers, self.status)
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`syncbn.calls.eager.Call.all_reduce`."""
+        """See ``syncbn.calls.eager.Call.all_reduce``."""
         wire, self._identity, self._moves = operators.all_reduce_moments(
             wire, self._site, self._mask, self._group, self._fault, list(sites.as_floats(self._settings))
         )
         return wire
 
     def adjust(self, wire: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """See :meth:`syncbn.calls.eager.Call.adjust`."""
+        """See ``syncbn.calls.eager.Call.adjust``."""
         running, limits = self._running, self._settings[4]
         if limits is None or running is None:
             return weight, bias

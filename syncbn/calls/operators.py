@@ -42,7 +42,7 @@ def pack_identity(number: int, speaks: int, serial: int, hash: tuple[int, int]) 
 def chained_all_reduce(
     wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int, direction: int, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`all_reduce`. Runs after the collective that returned ``before``."""
+    """See ``all_reduce``. Runs after the collective that returned ``before``."""
     del anchor, before
     transport = keys.transport_of(group)
     number, speaks, serial, *hash = identity.tolist()
@@ -67,7 +67,7 @@ def chained_all_reduce_moments(
     settings: Sequence[float],
     before: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`all_reduce_moments`. Runs after the collective that returned ``before``."""
+    """See ``all_reduce_moments``. Runs after the collective that returned ``before``."""
     del before
     transport = keys.transport_of(group)
     caller = FUNCTION if site is None else sites.of_number(int(site)) or FUNCTION
@@ -181,10 +181,10 @@ def all_reduce(wire: Tensor, anchor: Tensor | None, identity: Tensor, group: int
 
     Args:
         wire: float64, of the same shape on every rank. It begins with the call slots, which are filled in here.
-        anchor: :data:`ANCHOR`, which makes every rank record the backward, or None.
-        identity: int64 (5,) of the forward, see :func:`pack_identity`.
-        group: a number that :func:`syncbn.calls.keys.key_of_transport` or ``key_of_spec`` returned.
-        direction: of the message, see :class:`syncbn.moments.Message`.
+        anchor: ``ANCHOR``, which makes every rank record the backward, or None.
+        identity: int64 (5,) of the forward, see ``pack_identity``.
+        group: a number that ``syncbn.calls.keys.key_of_transport`` or ``key_of_spec`` returned.
+        direction: of the message, see ``syncbn.moments.Message``.
 
     Returns:
         A new tensor, with the same bits on every rank.
@@ -204,15 +204,15 @@ def all_reduce_moments(
     """Sums a forward wire over the ranks. If it shows an error on any rank, all ranks raise it.
 
     Args:
-        wire: float64 (2C + 15,), see :mod:`syncbn.moments`. The call slots are filled in here.
+        wire: float64 (2C + 15,), see ``syncbn.moments``. The call slots are filled in here.
         site: int64 (), the number of the layer's site; None for no layer.
         mask: the mask, for an error about its values; or None.
-        group: a number that :func:`syncbn.calls.keys.key_of_transport` or ``key_of_spec`` returned.
-        fault: what is wrong with this rank's input, see :func:`syncbn.checks.problems.describe`; or an empty string.
-        settings: the layer's settings, from :func:`syncbn.calls.sites.as_floats`.
+        group: a number that ``syncbn.calls.keys.key_of_transport`` or ``key_of_spec`` returned.
+        fault: what is wrong with this rank's input, see ``syncbn.checks.problems.describe``; or an empty string.
+        settings: the layer's settings, from ``syncbn.calls.sites.as_floats``.
 
     Returns:
-        The summed wire; the identity of the forward, see :func:`pack_identity`; and whether running statistics may
+        The summed wire; the identity of the forward, see ``pack_identity``; and whether running statistics may
         move, bool (): False if activation checkpointing repeats a compiled layer.
 
     Communication:
@@ -231,7 +231,7 @@ def replayed_all_reduce(local: Tensor, summed: Tensor, identity: Tensor, group: 
     Args:
         local: float64 (2C,), this rank's ``[sum_x, sum_x2]``.
         summed: float64 (2C,), the sums of all ranks.
-        identity: int64 (5,) of that forward, see :func:`pack_identity`.
+        identity: int64 (5,) of that forward, see ``pack_identity``.
         group: the number of its group.
     """
     known: Tensor = _ReplayedAllReduce.apply(local, summed, ANCHOR, identity, group)  # type: ignore[no-untyped-call]
@@ -256,7 +256,7 @@ class _ReplayedAllReduce(torch.autograd.Function):
 def renorm_correction(
     wire: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: float, d_max: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns r and d, see :func:`syncbn.calls.renorm.correction`.
+    """Returns r and d, see ``syncbn.calls.renorm.correction``.
 
     It is opaque, since a compiler could otherwise recompute it in backward, after the running statistics have moved.
     """

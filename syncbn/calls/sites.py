@@ -22,7 +22,7 @@ from syncbn.transports.groups import GroupSpec
 from syncbn.waits import status
 
 Settings = tuple[int, float, float | None, bool, "tuple[float, float] | None"]
-"""What must be equal on every rank, in the order of ``SETTINGS``. A compiled graph holds it as :func:`as_floats`."""
+"""What must be equal on every rank, in the order of ``SETTINGS``. A compiled graph holds it as ``as_floats``."""
 SETTINGS = ("num_features", "eps", "momentum (-1 is None)", "track_running_stats", "r_max", "d_max")
 NO_RENORM = (1.0, 0.0)
 
@@ -47,9 +47,9 @@ class Site:
     ) -> None:
         self.kind, self.group, self.compares, self.replays = kind, group, compares, replays
         self.name = ""
-        """The qualified name in the model, see :func:`syncbn.name_layers`."""
+        """The qualified name in the model, see ``syncbn.name_layers``."""
         self.frozen = False
-        """Whether the layer stays in eval after ``train()``, see :func:`syncbn.freeze`."""
+        """Whether the layer stays in eval after ``train()``, see ``syncbn.freeze``."""
         self.renorm: tuple[float, float] | None = None
         self.converted_from: type | None = None
         self._own_groups: list[GroupSpec | None] = []
@@ -59,7 +59,7 @@ class Site:
         self.orders: dict[int, int] = {0: 0}
         """The order of first use in each group that has compared the settings, by the group_id of the group."""
         self.label = self.kind
-        """How errors call the layer; set by :meth:`hash`."""
+        """How errors call the layer; set by ``hash``."""
         self._seen: tuple[object, ...] = ()
         self._hash = (0, 0)
         self.module: weakref.ref[torch.nn.Module] | None = None
@@ -75,12 +75,12 @@ class Site:
         return {**{name: self.__dict__[name] for name in _KEPT}, "group": own}
 
     def enter(self, group: GroupSpec | None) -> None:
-        """Uses another group until :meth:`leave`. A copy keeps the layer's own group."""
+        """Uses another group until ``leave``. A copy keeps the layer's own group."""
         self._own_groups.append(self.group)
         self.group = group
 
     def leave(self) -> None:
-        """Undoes :meth:`enter`."""
+        """Undoes ``enter``."""
         self.group = self._own_groups.pop()
 
     @staticmethod
@@ -130,7 +130,7 @@ def plain(settings: Settings) -> Settings:
 
 
 def of_floats(values: Sequence[float]) -> Settings:
-    """Undoes :func:`as_floats`."""
+    """Undoes ``as_floats``."""
     C, eps, momentum, tracks, *renorm = values
     limits = None if tuple(renorm) == NO_RENORM else (renorm[0], renorm[1])
     return int(C), eps, None if momentum == -1.0 else momentum, bool(tracks), limits

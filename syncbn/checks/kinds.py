@@ -106,7 +106,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def vector_error(name: str, t: object, num_features: int) -> Exception | None:
-    """Returns the error of a weight, bias or running statistic, or None; see also :func:`kind_error`."""
+    """Returns the error of a weight, bias or running statistic, or None; see also ``kind_error``."""
     if not isinstance(t, Tensor):
         return TypeError(
             f"{NAME} needs a torch.Tensor as {name}, or None; received {type(t).__name__}. Make it with "

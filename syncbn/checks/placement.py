@@ -24,7 +24,7 @@ def device_type(x: object, *tensors: Tensor | None) -> str:
 
 
 def device(x: object, *tensors: Tensor | None) -> torch.device:
-    """Returns the device, of :func:`device_type`, on which a refused call takes part with an empty local batch."""
+    """Returns the device, of ``device_type``, on which a refused call takes part with an empty local batch."""
     kind = device_type(x, *tensors)
     for t in (*tensors, x):
         if isinstance(t, Tensor) and t.device.type == kind:

@@ -30,7 +30,7 @@ def raise_problem(
     grad_enabled: bool,
     late: bool,
 ) -> None:
-    """Raises the error that a reduced forward wire shows, alike on every rank. For exceptions see :func:`is_late`.
+    """Raises the error that a reduced forward wire shows, alike on every rank. For exceptions see ``is_late``.
 
     Args:
         counters: read from the wire.
@@ -40,7 +40,7 @@ def raise_problem(
         x: this rank's input.
         error: the error of this input, or None.
         grad_enabled: whether autograd records on this rank.
-        late: True if no other rank may be asked, see :func:`is_late`.
+        late: True if no other rank may be asked, see ``is_late``.
 
     Communication:
         None if there is no error. Else one all-reduce of texts, on every rank, since all read the same counters.
@@ -79,7 +79,7 @@ def alone(error: Exception, transport: AbstractTransport) -> Exception:
 
 
 def problem_error(problem: str, received: str, remark: str = "") -> Exception:
-    """Returns the error for a problem of :meth:`syncbn.moments.Counters.problem`."""
+    """Returns the error for a problem of ``syncbn.moments.Counters.problem``."""
     needs, remedy, kind = _PROBLEMS[problem]
     return kind(f"{needs}; received {received}. {remedy}{remark}")
 
@@ -149,7 +149,7 @@ def raise_if_wires_disagree(
     fault: str,
     mask: Tensor | None,
 ) -> None:
-    """Does what :func:`raise_problem` does, from the wires alone, as inside an operator.
+    """Does what ``raise_problem`` does, from the wires alone, as inside an operator.
 
     Args:
         wire: float64 (2C + 15,), summed over the ranks.
@@ -157,11 +157,11 @@ def raise_if_wires_disagree(
         message: the identity of this rank's call.
         notes: of its layer.
         transport: the group.
-        fault: :func:`describe` of the error of this rank's input.
+        fault: ``describe`` of the error of this rank's input.
         mask: this rank's mask, for the error about its values.
 
     Communication:
-        As :func:`raise_problem`.
+        As ``raise_problem``.
 
     Raises:
         ValueError, TypeError: on every rank of the group.

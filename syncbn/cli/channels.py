@@ -33,11 +33,11 @@ class StoreChannel(AbstractChannel):
         self.store, self.rank, self.place = store, rank, place
 
     def tell(self, key: str, text: str) -> None:
-        """See :meth:`AbstractChannel.tell`."""
+        """See ``AbstractChannel.tell``."""
         self.store.set(f"doctor/{key}/{self.rank}", text)
 
     def hear(self, key: str, ranks: list[int], limit: float) -> dict[int, str]:
-        """See :meth:`AbstractChannel.hear`."""
+        """See ``AbstractChannel.hear``."""
         keys = {rank: f"doctor/{key}/{rank}" for rank in ranks}
         try:
             self.store.wait(list(keys.values()), timedelta(seconds=limit))
@@ -56,11 +56,11 @@ class NameChannel(AbstractChannel):
         self.MPI, self.rank = MPI, rank
 
     def tell(self, key: str, text: str) -> None:
-        """See :meth:`AbstractChannel.tell`."""
+        """See ``AbstractChannel.tell``."""
         self.MPI.Publish_name(f"syncbn/doctor/{key}/{self.rank}", text)
 
     def hear(self, key: str, ranks: list[int], limit: float) -> dict[int, str]:
-        """See :meth:`AbstractChannel.hear`."""
+        """See ``AbstractChannel.hear``."""
         end, found = time.monotonic() + limit, {}
         left = list(ranks)
         while left:

@@ -19,28 +19,28 @@ _NEEDS = "SyncBatchNorm{}d needs input.dim() {}, as torch.nn.BatchNorm{}d does"
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
-    """A :class:`SyncBatchNorm` that is a torch.nn.BatchNorm1d, and takes (N, C) or (N, C, L)."""
+    """A ``SyncBatchNorm`` that is a torch.nn.BatchNorm1d, and takes (N, C) or (N, C, L)."""
 
     __module__ = "syncbn"
     dims = Dims(2, 3, _NEEDS.format(1, "2 or 3, (N, C) or (N, C, L)", 1))
 
 
 class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
-    """A :class:`SyncBatchNorm` that is a torch.nn.BatchNorm2d, and takes (N, C, H, W)."""
+    """A ``SyncBatchNorm`` that is a torch.nn.BatchNorm2d, and takes (N, C, H, W)."""
 
     __module__ = "syncbn"
     dims = Dims(4, 4, _NEEDS.format(2, "== 4, (N, C, H, W)", 2))
 
 
 class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
-    """A :class:`SyncBatchNorm` that is a torch.nn.BatchNorm3d, and takes (N, C, D, H, W)."""
+    """A ``SyncBatchNorm`` that is a torch.nn.BatchNorm3d, and takes (N, C, D, H, W)."""
 
     __module__ = "syncbn"
     dims = Dims(5, 5, _NEEDS.format(3, "== 5, (N, C, D, H, W)", 3))
 
 
 class LazySyncBatchNorm1d(LazySyncBatchNorm, nn.LazyBatchNorm1d):
-    """A :class:`LazySyncBatchNorm` that becomes a :class:`SyncBatchNorm1d`."""
+    """A ``LazySyncBatchNorm`` that becomes a ``SyncBatchNorm1d``."""
 
     __module__ = "syncbn"
     cls_to_become = SyncBatchNorm1d  # type: ignore[assignment]
@@ -48,7 +48,7 @@ class LazySyncBatchNorm1d(LazySyncBatchNorm, nn.LazyBatchNorm1d):
 
 
 class LazySyncBatchNorm2d(LazySyncBatchNorm, nn.LazyBatchNorm2d):
-    """A :class:`LazySyncBatchNorm` that becomes a :class:`SyncBatchNorm2d`."""
+    """A ``LazySyncBatchNorm`` that becomes a ``SyncBatchNorm2d``."""
 
     __module__ = "syncbn"
     cls_to_become = SyncBatchNorm2d  # type: ignore[assignment]
@@ -56,7 +56,7 @@ class LazySyncBatchNorm2d(LazySyncBatchNorm, nn.LazyBatchNorm2d):
 
 
 class LazySyncBatchNorm3d(LazySyncBatchNorm, nn.LazyBatchNorm3d):
-    """A :class:`LazySyncBatchNorm` that becomes a :class:`SyncBatchNorm3d`."""
+    """A ``LazySyncBatchNorm`` that becomes a ``SyncBatchNorm3d``."""
 
     __module__ = "syncbn"
     cls_to_become = SyncBatchNorm3d  # type: ignore[assignment]

@@ -35,11 +35,11 @@ def convert_sync_batchnorm(
     only: Only = None,
     replace: Functions | None = None,
 ) -> nn.Module:
-    """Converts every batch norm of torch and timm in a model to a :class:`SyncBatchNorm`, in place.
+    """Converts every batch norm of torch and timm in a model to a ``SyncBatchNorm``, in place.
 
     A layer becomes a class that is still an instance of its own: a torch.nn.BatchNorm2d a ``syncbn.SyncBatchNorm2d``,
     and a timm.layers.BatchNormAct2d a ``syncbn.SyncBatchNormAct2d``. Only a torch.nn.SyncBatchNorm becomes a plain
-    :class:`SyncBatchNorm`, since DistributedDataParallel refuses its class on CPU.
+    ``SyncBatchNorm``, since DistributedDataParallel refuses its class on CPU.
 
     Args:
         module: a model, or one layer.
@@ -61,7 +61,7 @@ def convert_sync_batchnorm(
 
     Warns:
         UserWarning: once, with names and reasons, if modules stay that use the local batch alone. See
-            :func:`syncbn.summary`.
+            ``syncbn.summary``.
 
     Communication:
         None.
@@ -144,7 +144,7 @@ def revert_sync_batchnorm(
     Args:
         module: a model, or one layer.
         otherwise: the class for layers that were created as SyncBatchNorm, for example torch.nn.BatchNorm2d.
-        only: the layers to revert, as in :func:`convert_sync_batchnorm`. The other layers stay as they are.
+        only: the layers to revert, as in ``convert_sync_batchnorm``. The other layers stay as they are.
 
     Returns:
         ``module`` itself, or what it replaces.

@@ -19,10 +19,10 @@ from syncbn.transports.specify import specify_blocks
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """A SyncBatchNorm that takes ``num_features`` from its first input. It then becomes a :class:`SyncBatchNorm`.
+    """A SyncBatchNorm that takes ``num_features`` from its first input. It then becomes a ``SyncBatchNorm``.
 
     Args:
-        eps: see :class:`SyncBatchNorm`, as for the others.
+        eps: see ``SyncBatchNorm``, as for the others.
         momentum: weight of a batch in the running statistics.
         affine: whether to learn weight and bias.
         track_running_stats: whether to keep running statistics.

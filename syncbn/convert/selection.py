@@ -33,7 +33,7 @@ def choose(model: nn.Module, only: Only, candidate: Callable[[nn.Module], bool])
 
     Args:
         model: a model, or one layer.
-        only: see :func:`syncbn.convert_sync_batchnorm`.
+        only: see ``syncbn.convert_sync_batchnorm``.
         candidate: whether a module can be selected.
 
     Raises:

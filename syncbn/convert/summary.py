@@ -96,7 +96,7 @@ def summary(model: nn.Module) -> Summary:
         model: a model, or one layer; converted or not, wrapped or not, on any device.
 
     Returns:
-        A :class:`syncbn.convert.summary.Summary`: ``print`` it, or use its ``rows``, ``unsynchronised``, ``to_dicts()``
+        A ``syncbn.convert.summary.Summary``: ``print`` it, or use its ``rows``, ``unsynchronised``, ``to_dicts()``
         and ``to_json()``.
 
     Communication:

@@ -16,7 +16,7 @@ from syncbn.transports.specify import specify_blocks
 
 
 class SyncBatchNormAct2d(SyncBatchNorm2d, norm_act.BatchNormAct2d):  # type: ignore[misc]
-    """A :class:`SyncBatchNorm` that is a timm.layers.BatchNormAct2d: ``act(drop(batch_norm(x)))``.
+    """A ``SyncBatchNorm`` that is a timm.layers.BatchNormAct2d: ``act(drop(batch_norm(x)))``.
 
     Args:
         num_features: C.
@@ -44,19 +44,19 @@ class SyncBatchNormAct2d(SyncBatchNorm2d, norm_act.BatchNormAct2d):  # type: ign
         self.renorm_limits = renorm_limits
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See :meth:`SyncBatchNorm.forward`."""
+        """See ``SyncBatchNorm.forward``."""
         if traced.is_proxy(input) and traced.is_leaf(self, SyncBatchNormAct2d.forward):
             return _traced(self, input, mask)
         return _activate(self, super().forward(input, mask))
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """A :class:`SyncBatchNorm` that was a timm.layers.SyncBatchNormAct: ``act(drop(batch_norm(x)))``."""
+    """A ``SyncBatchNorm`` that was a timm.layers.SyncBatchNormAct: ``act(drop(batch_norm(x)))``."""
 
     __module__ = "syncbn"
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See :meth:`SyncBatchNorm.forward`."""
+        """See ``SyncBatchNorm.forward``."""
         if traced.is_proxy(input) and traced.is_leaf(self, SyncBatchNormAct.forward):
             return _traced(self, input, mask)
         return _activate(self, super().forward(input, mask))

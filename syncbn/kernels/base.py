@@ -55,7 +55,7 @@ class AbstractKernels(ABC):
             status: the counters at the end of the wire.
 
         Returns:
-            float64 (2C + 15,), laid out as in :mod:`syncbn.moments`. The sums are accumulated in float64.
+            float64 (2C + 15,), laid out as in ``syncbn.moments``. The sums are accumulated in float64.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class AbstractKernels(ABC):
         """
 
     def agreement(self, wire: Tensor, message: Message) -> int | None:
-        """Returns a summary of :meth:`read_counters`, which is all that most calls need.
+        """Returns a summary of ``read_counters``, which is all that most calls need.
 
         Returns:
             ``PROBLEM`` if the counters show one. Else ``RECORDS`` if autograd records on all ranks, plus ``NEEDED`` if
@@ -88,7 +88,7 @@ class AbstractKernels(ABC):
         The mean is subtracted first: a channel of one value everywhere gives exactly the bias.
 
         Args:
-            x: (N, C, *spatial), as given to :meth:`local_moments`.
+            x: (N, C, *spatial), as given to ``local_moments``.
             wire: float64 (2C + 15,), summed over the ranks.
             parameters: weight, bias, eps and running statistics.
             message: the identity of the wire, which deferred kernels compare.
@@ -113,7 +113,7 @@ class AbstractKernels(ABC):
         Args:
             grad_y: (N, C, *spatial), in any layout. It may differ from that of x.
             x: (N, C, *spatial).
-            stats: as :meth:`normalize` returned them.
+            stats: as ``normalize`` returned them.
             numbers: the numbers of the message.
             weight: the dtype of weight, or None if it needs no gradient.
             bias: the dtype of bias, or None if it needs no gradient.
@@ -127,7 +127,7 @@ class AbstractKernels(ABC):
         """Whether all ranks sent this backward message. Always True if the kernels are ``deferred``.
 
         Raises:
-            ValueError, TypeError: as :meth:`read_counters`.
+            ValueError, TypeError: as ``read_counters``.
         """
 
     @abstractmethod
@@ -149,9 +149,9 @@ class AbstractKernels(ABC):
             grad_y: (N, C, *spatial).
             x: (N, C, *spatial).
             mask: (N, 1, *spatial) or None for 1.
-            wire: float64 (2C + 7,), of :meth:`backward_sums` summed over the ranks.
+            wire: float64 (2C + 7,), of ``backward_sums`` summed over the ranks.
             weight: (C,) or None for 1.
-            stats: as :meth:`normalize` returned them.
+            stats: as ``normalize`` returned them.
             message: the identity of the wire, which deferred kernels compare.
 
         Returns:

@@ -50,8 +50,8 @@ def for_call(x: Tensor, masked: bool, transport: AbstractTransport) -> AbstractK
 def choose(x: Tensor) -> AbstractKernels:
     """Returns the kernels for a CPU tensor.
 
-    These are :class:`syncbn.kernels.host.ops.HostKernels` if they were built. Without them, and for any other tensor,
-    they are :class:`syncbn.kernels.torch_ops.TorchKernels`. ``SYNCBN_KERNELS`` is read once, at the first call.
+    These are ``syncbn.kernels.host.ops.HostKernels`` if they were built. Without them, and for any other tensor,
+    they are ``syncbn.kernels.torch_ops.TorchKernels``. ``SYNCBN_KERNELS`` is read once, at the first call.
     """
     return _cpu_kernels() if x.is_cpu and type(x) in PLAIN and not x.is_neg() else _torch_kernels()
 
@@ -59,7 +59,7 @@ def choose(x: Tensor) -> AbstractKernels:
 def on_device(x: Tensor, transport: AbstractTransport) -> AbstractKernels:
     """Returns the kernels for a tensor that is not on the CPU, in a group of ranks.
 
-    A CUDA tensor gets :class:`syncbn.kernels.cuda.ops.CupyKernels` if CuPy is installed. Without it it gets the
+    A CUDA tensor gets ``syncbn.kernels.cuda.ops.CupyKernels`` if CuPy is installed. Without it it gets the
     readable kernels, and one warning says so. A plane of 2^31 values gets the readable kernels, too.
     """
     if not x.is_cuda or type(x) not in PLAIN or x.is_neg():

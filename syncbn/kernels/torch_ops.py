@@ -29,7 +29,7 @@ class TorchKernels(AbstractKernels):
     name = "torch"
 
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
-        """See :meth:`AbstractKernels.local_moments`. Wrong values in a mask travel as a fault."""
+        """See ``AbstractKernels.local_moments``. Wrong values in a mask travel as a fault."""
         x = x.detach()
         sum_x, sum_x2 = local_sums(x, mask).chunk(2)
         if mask is None:
@@ -40,11 +40,11 @@ class TorchKernels(AbstractKernels):
         return moments.pack(numbers, weights.sum(), sum_x, sum_x2, status)
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters:
-        """See :meth:`AbstractKernels.read_counters`."""
+        """See ``AbstractKernels.read_counters``."""
         return moments.read_counters(wire, message.numbers)
 
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
-        """See :meth:`AbstractKernels.normalize`."""
+        """See ``AbstractKernels.normalize``."""
         del message
         weight, bias, eps, running = parameters
         mean, _, invstd = moments.finalize(wire, eps)
@@ -62,7 +62,7 @@ class TorchKernels(AbstractKernels):
         weight: torch.dtype | None = None,
         bias: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See :meth:`AbstractKernels.backward_sums`."""
+        """See ``AbstractKernels.backward_sums``."""
         dims = _reduced_dims(x)
         mean, invstd, _ = split_stats(stats)
         xhat = (x.double() - _broadcast(mean, x)) * _broadcast(invstd, x)
@@ -76,7 +76,7 @@ class TorchKernels(AbstractKernels):
         )
 
     def check_sums(self, wire: Tensor, message: Message) -> bool:
-        """See :meth:`AbstractKernels.check_sums`."""
+        """See ``AbstractKernels.check_sums``."""
         return moments.same_call(wire[: moments.CALL].tolist(), message.numbers)
 
     def backward_input(
@@ -89,7 +89,7 @@ class TorchKernels(AbstractKernels):
         stats: Tensor,
         message: Message,
     ) -> Tensor:
-        """See :meth:`AbstractKernels.backward_input`."""
+        """See ``AbstractKernels.backward_input``."""
         del message
         mean, invstd, count = split_stats(stats)
         sum_grad_y, sum_grad_y_xhat = wire[moments.CALL :].chunk(2)

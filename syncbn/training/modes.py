@@ -56,7 +56,7 @@ def _require_bool(affine: object, what: str) -> None:
 
 
 def unfreeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
-    """Undoes :func:`freeze`: every frozen SyncBatchNorm follows ``train()`` and ``eval()`` again.
+    """Undoes ``freeze``: every frozen SyncBatchNorm follows ``train()`` and ``eval()`` again.
 
     Args:
         model: a model, or one layer. Frozen layers take its mode; a layer alone needs ``layer.train()``.
@@ -89,7 +89,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
     A backward does what its forward did, wherever it is called: the backward of a forward inside the block stays
     local after the block, and that of an earlier forward communicates inside it. Running statistics move by the local
-    batch, so they differ between ranks afterwards: see ``World.broadcast`` and :func:`syncbn.recalibrate`. A copy of a
+    batch, so they differ between ranks afterwards: see ``World.broadcast`` and ``syncbn.recalibrate``. A copy of a
     layer made inside is synchronised.
 
     Args:

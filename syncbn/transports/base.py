@@ -72,10 +72,10 @@ class AbstractTransport(ABC):
         return self
 
     def reduce(self, wire: Tensor, message: Message) -> Tensor:
-        """Does :meth:`all_reduce` on record, so that a rank that waits can say in which call.
+        """Does ``all_reduce`` on record, so that a rank that waits can say in which call.
 
         Raises:
-            MismatchError: as ``all_reduce`` does. The rank stays in the call until :meth:`leave`, to ask the others.
+            MismatchError: as ``all_reduce`` does. The rank stays in the call until ``leave``, to ask the others.
             RuntimeError: on this rank alone, if another thread of it is in a call of this group.
         """
         if self.current is not None:

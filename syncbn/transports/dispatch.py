@@ -30,7 +30,7 @@ made: dict[tuple[GroupSpec | None, str], _Live] = {}
 _locks: dict[tuple[GroupSpec | None, str], threading.Lock] = {}
 _locking = threading.Lock()
 _adopted: set[GroupSpec | None] = set()
-"""Groups that :func:`adopt` has kept. A layer may make one of them again after it was closed."""
+"""Groups that ``adopt`` has kept. A layer may make one of them again after it was closed."""
 
 
 def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTransport:
@@ -42,7 +42,7 @@ def choose(spec: GroupSpec | None, device_type: str = "cpu") -> AbstractTranspor
 
     Communication:
         At the first use of a group, on every member: the communicator is duplicated, a number is broadcast, and the
-        ranks meet in a side channel, see :func:`syncbn.transports.watched.watch`. Later calls are a dictionary look-up,
+        ranks meet in a side channel, see ``syncbn.transports.watched.watch``. Later calls are a dictionary look-up,
         until torch.distributed's world changes.
         Threads may use their groups for the first time in any order, with one exception: if this process has no handle,
         torch makes the group from ranks, and the order must be the same on every rank.
@@ -102,13 +102,13 @@ def adopt(transport: AbstractTransport, device_type: str) -> GroupSpec | None:
 
 
 def discard(transport: AbstractTransport, device_type: str) -> None:
-    """Forgets a transport that :func:`adopt` kept."""
+    """Forgets a transport that ``adopt`` kept."""
     made.pop((transport.spec, device_type), None)
     _adopted.discard(transport.spec)
 
 
 def free(spec: GroupSpec) -> bool:
-    """Closes a group that :func:`adopt` kept. Returns whether there was one. By every rank of the group."""
+    """Closes a group that ``adopt`` kept. Returns whether there was one. By every rank of the group."""
     if spec not in _adopted:
         return False
     live = [made.pop(key) for key in list(made) if key[0] == spec]

@@ -73,7 +73,7 @@ def all_reduce(wire: Tensor, transport: AbstractTransport, message: Message, not
 
 @contextmanager
 def on_record(what: str, transport: AbstractTransport, patience: float | None = None) -> Iterator[None]:
-    """Does :meth:`AbstractTransport.call`. If the transport refuses the call, raises an error that names the calls."""
+    """Does ``AbstractTransport.call``. If the transport refuses the call, raises an error that names the calls."""
     with transport.call(what, patience):
         try:
             yield
@@ -128,7 +128,7 @@ def gather(row: Tensor, transport: AbstractTransport, what: str = "a comparison"
     Args:
         row: float64 (K,). K is the same on every rank.
         transport: the group.
-        what: the call, see :func:`exchange`.
+        what: the call, see ``exchange``.
 
     Returns:
         float64 (W, K), exact: every rank adds its row to zeros.
@@ -196,7 +196,7 @@ def raise_together(error: Exception | None, transport: AbstractTransport, what: 
     Args:
         error: this rank's error, or None.
         transport: the group.
-        what: the name of the call, see :func:`exchange`.
+        what: the name of the call, see ``exchange``.
 
     Communication:
         One all-reduce of 8 values by every rank; one more of texts if there is an error.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a module stores instead of a communicator: a specification that can be copied and pickled.
 
-A live handle (a torch ProcessGroup, an mpi4py communicator) becomes a :class:`GroupSpec` when it is given to a layer.
+A live handle (a torch ProcessGroup, an mpi4py communicator) becomes a ``GroupSpec`` when it is given to a layer.
 The handle is kept here, per process, and the first use of the layer finds it. A process that has never seen the
 handle, for example after loading a checkpoint, makes an equal group from the ranks, one for each label.
 """
@@ -56,7 +56,7 @@ class GroupSpec:
         return f"{self.kind} group of {named(self.ranks)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles a label that is unique over all jobs, if the group has been used, see :func:`agree_on_label`."""
+        """Pickles a label that is unique over all jobs, if the group has been used, see ``agree_on_label``."""
         return vars(pickled_as.get(self, self)).copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,9 +70,9 @@ ALONE = GroupSpec("alone", ())
 
 
 handles: dict[GroupSpec, Callable[[], Any | None]] = {}
-"""What returns the live handle of each group that this process was given, see :func:`keep_handle`."""
+"""What returns the live handle of each group that this process was given, see ``keep_handle``."""
 pickled_as: dict[GroupSpec, GroupSpec] = {}
-"""Each group that has been used, and with which label it is pickled, see :func:`agree_on_label`."""
+"""Each group that has been used, and with which label it is pickled, see ``agree_on_label``."""
 unpickled_as: dict[GroupSpec, GroupSpec] = {}
 """The reverse."""
 

@@ -65,7 +65,7 @@ class MPITransport(AbstractTransport):
         self.spec = spec or GroupSpec(self.name, self.ranks, groups.label_of_id(self.group_id))
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. For a tensor on a GPU see ``mpi_staged.py``."""
+        """See ``AbstractTransport.all_reduce``. For a tensor on a GPU see ``mpi_staged.py``."""
         if wire.device.type != "cpu":
             return wire.copy_(self.all_reduce(wire.cpu()))
         assert wire.is_contiguous()
@@ -77,7 +77,7 @@ class MPITransport(AbstractTransport):
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`. Point to point, so that a silent rank blocks nobody."""
+        """See ``AbstractTransport.exchange_notes``. Point to point, so that a silent rank blocks nobody."""
         notes: list[str | None] = [None] * self.size
         notes[self.rank] = note
         message = note.encode(errors="backslashreplace")
@@ -100,14 +100,14 @@ class MPITransport(AbstractTransport):
         return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that MPI need not know the dtype."""
+        """See ``AbstractTransport.broadcast``. Sends bytes, so that MPI need not know the dtype."""
         if tensor.device.type != "cpu":
             return tensor.copy_(self.broadcast(tensor.cpu(), root))
         self.comm.Bcast([tensor.view(-1).view(torch.uint8).numpy(), MPI.BYTE], root)
         return tensor
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         comm = self.comm.Split(color, self.rank)
         try:
             return MPITransport(comm)
@@ -115,7 +115,7 @@ class MPITransport(AbstractTransport):
             comm.Free()
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`. Sleeps between tests, as MPI_Barrier would spin."""
+        """See ``AbstractTransport.barrier``. Sleeps between tests, as MPI_Barrier would spin."""
         request = self.comm.Ibarrier()
         pause = 1e-5
         while not request.Test():
@@ -123,7 +123,7 @@ class MPITransport(AbstractTransport):
             pause = min(2 * pause, 2e-3)
 
     def close(self) -> None:
-        """See :meth:`AbstractTransport.close`."""
+        """See ``AbstractTransport.close``."""
         self.comm.Free()
         self._aside.Free()
 

@@ -39,7 +39,7 @@ class PinnedStage(AbstractStage):
         self._pinned: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, torch.cuda.Event]] = {}
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """See :meth:`AbstractStage.to_host`."""
+        """See ``AbstractStage.to_host``."""
         key = tensor.numel(), tensor.dtype, tensor.device
         if key not in self._pinned:
             memory = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu", pin_memory=True)
@@ -53,7 +53,7 @@ class PinnedStage(AbstractStage):
         return host
 
     def to_device(self, host: Tensor, tensor: Tensor) -> None:
-        """See :meth:`AbstractStage.to_device`."""
+        """See ``AbstractStage.to_device``."""
         with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
             tensor.view(-1).copy_(host, non_blocking=True)
             self._pinned[host.numel(), host.dtype, tensor.device][1].record()
@@ -79,7 +79,7 @@ class StagedTransport(AbstractTransport):
         self._stage = PinnedStage() if stage is None else stage
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`."""
+        """See ``AbstractTransport.all_reduce``."""
         if wire.device.type != self.device_type:
             return self.host.all_reduce(wire)
         _refuse_capture()
@@ -89,11 +89,11 @@ class StagedTransport(AbstractTransport):
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return self.host.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
+        """See ``AbstractTransport.broadcast``."""
         if tensor.device.type != self.device_type:
             return self.host.broadcast(tensor, root)
         _refuse_capture()
@@ -103,16 +103,16 @@ class StagedTransport(AbstractTransport):
         return tensor
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         part = cast("MPITransport", self.host.split(color))
         return StagedTransport(part, None if isinstance(self._stage, PinnedStage) else self._stage, self.device_type)
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""
         self.host.barrier()
 
     def close(self) -> None:
-        """See :meth:`AbstractTransport.close`."""
+        """See ``AbstractTransport.close``."""
         self.host.close()
 
 

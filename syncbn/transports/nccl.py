@@ -49,7 +49,7 @@ class NcclTransport(AbstractTransport):
         self._dtypes = {torch.float64: nccl.NCCL_FLOAT64, torch.float32: nccl.NCCL_FLOAT32}
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. The host does not wait, and a CUDA graph can hold it."""
+        """See ``AbstractTransport.all_reduce``. The host does not wait, and a CUDA graph can hold it."""
         if wire.is_cpu:
             return self.host.all_reduce(wire)
         pointer, kind = wire.data_ptr(), self._dtypes[wire.dtype]
@@ -58,11 +58,11 @@ class NcclTransport(AbstractTransport):
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return self.host.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that NCCL need not know the dtype."""
+        """See ``AbstractTransport.broadcast``. Sends bytes, so that NCCL need not know the dtype."""
         if tensor.is_cpu:
             return self.host.broadcast(tensor, root)
         size = tensor.numel() * tensor.element_size()
@@ -71,15 +71,15 @@ class NcclTransport(AbstractTransport):
         return tensor
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         return NcclTransport(cast("MPITransport", self.host.split(color)))
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""
         self.host.barrier()
 
     def close(self) -> None:
-        """See :meth:`AbstractTransport.close`. CuPy ends NCCL's communicator when nothing refers to this object."""
+        """See ``AbstractTransport.close``. CuPy ends NCCL's communicator when nothing refers to this object."""
         self.host.close()
 
 

@@ -55,7 +55,7 @@ class NodesTransport(AbstractTransport):
         self.group_id, self.spec = host.group_id, host.spec
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. A host whose ranks are in different calls tells the other hosts."""
+        """See ``AbstractTransport.all_reduce``. A host whose ranks are in different calls tells the other hosts."""
         numbers = moments.ABSTAINS if self.current is None else self.current.numbers
         error: MismatchError | None = None
         verdict = torch.zeros(1, dtype=torch.float64, device="cpu")
@@ -83,25 +83,25 @@ class NodesTransport(AbstractTransport):
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return self.host.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
+        """See ``AbstractTransport.broadcast``."""
         return self.host.broadcast(tensor, root)
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         made = self.host.split(color)
         assert isinstance(made, TorchTransport)
         return by_nodes(made, "auto")
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""
         self.host.barrier()
 
     def close(self) -> None:
-        """See :meth:`AbstractTransport.close`."""
+        """See ``AbstractTransport.close``."""
         for part in (self.between, self._unused or self.inside, self.host):
             part.close()
 
@@ -114,7 +114,7 @@ def by_nodes(host: TorchTransport, override: str) -> AbstractTransport:
         override: as ``SYNCBN_TRANSPORT`` says. The same on every rank.
 
     Communication:
-        That of :func:`on_one_host`; on several hosts one more all-reduce of 2 W + 7 float64 values, a group for each
+        That of ``on_one_host``; on several hosts one more all-reduce of 2 W + 7 float64 values, a group for each
         host and one of their first ranks.
     """
     made = on_one_host(host, override)

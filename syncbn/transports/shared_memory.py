@@ -72,7 +72,7 @@ class SharedMemoryTransport(AbstractTransport):
         _live.append((os.getpid(), weakref.ref(self, _forget)))
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`.
+        """See ``AbstractTransport.all_reduce``.
 
         Raises:
             MismatchError: on every rank, if ranks are in different calls.
@@ -85,7 +85,7 @@ class SharedMemoryTransport(AbstractTransport):
         return wire
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
+        """See ``AbstractTransport.broadcast``."""
         numbers = self._numbers()
         progress = segment.begin(self._opened, tensor, root, numbers)
         if self._finish(progress, tensor, root, numbers) == ELSEWHERE:
@@ -93,21 +93,21 @@ class SharedMemoryTransport(AbstractTransport):
         return tensor
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""
         numbers = self._numbers()
         self._finish(segment.begin(self._opened, None, _SUM, numbers), None, _SUM, numbers)
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return self.host.exchange_notes(note)
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`. A part of the ranks of a host has a segment of its own."""
+        """See ``AbstractTransport.split``. A part of the ranks of a host has a segment of its own."""
         self.barrier()  # if some ranks are in another call, all find out now
         return on_one_host(self.host.split(color), "auto")
 
     def close(self) -> None:
-        """See :meth:`AbstractTransport.close`. The segment is unmapped when nothing refers to this object."""
+        """See ``AbstractTransport.close``. The segment is unmapped when nothing refers to this object."""
         self.host.close()
 
     def say_farewell(self, text: str) -> None:
@@ -121,7 +121,7 @@ class SharedMemoryTransport(AbstractTransport):
         return moments.numbers(self.serial, moments.text_hash(self.current.label), 0)
 
     def _finish(self, progress: int, tensor: Tensor | None, root: int, numbers: Numbers) -> int:
-        """Goes on with a call that :func:`segment.begin` has begun, until it is done."""
+        """Goes on with a call that ``segment.begin`` has begun, until it is done."""
         if progress == EARLIER:  # an exception, such as Ctrl-C, has ended a call on this rank alone
             self._wait(WAITS)
             progress = segment.begin(self._opened, tensor, root, numbers)

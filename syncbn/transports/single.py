@@ -24,22 +24,22 @@ class SingleTransport(AbstractTransport):
         self.ranks = (rank,)
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`."""
+        """See ``AbstractTransport.all_reduce``."""
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return [note]
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
+        """See ``AbstractTransport.broadcast``."""
         del root
         return tensor
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         del color
         return self
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""

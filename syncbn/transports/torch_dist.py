@@ -76,7 +76,7 @@ class TorchTransport(AbstractTransport):
         return group
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`. Over NCCL, the few CPU tensors of reports are copied to the GPU."""
+        """See ``AbstractTransport.all_reduce``. Over NCCL, the few CPU tensors of reports are copied to the GPU."""
         if wire.is_cpu and self.device_type != "cpu":
             return wire.copy_(self.all_reduce(wire.to(self.device_type)))
         group = self.group
@@ -89,7 +89,7 @@ class TorchTransport(AbstractTransport):
         return wire
 
     def sum_of_call(self, wire: Tensor, numbers: Numbers, *, sound: bool = True) -> Tensor:
-        """Does :meth:`all_reduce` by a direct exchange; see :meth:`Direct.sum`."""
+        """Does ``all_reduce`` by a direct exchange; see ``Direct.sum``."""
         group = self.group
         try:
             summed = direct_of(group, self.rank, self.size).sum(wire, numbers, group, sound=sound)
@@ -102,7 +102,7 @@ class TorchTransport(AbstractTransport):
         return wire
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`. Uses the group's store: gloo's connections may be closed."""
+        """See ``AbstractTransport.exchange_notes``. Uses the group's store: gloo's connections may be closed."""
         store = self.group.get_group_store()
         self._exchanges += 1
         prefix = f"syncbn/notes/{self.group_id}/{self._exchanges}"
@@ -121,14 +121,14 @@ class TorchTransport(AbstractTransport):
         return notes
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`. Sends bytes, so that the backend need not know the dtype."""
+        """See ``AbstractTransport.broadcast``. Sends bytes, so that the backend need not know the dtype."""
         if tensor.is_cpu and self.device_type != "cpu":
             return tensor.copy_(self.broadcast(tensor.to(self.device_type), root))
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=self.ranks[root], group=self.group)
         return tensor
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         mine = torch.zeros(self.size, dtype=torch.float64, device=self.device_type)
         mine[self.rank] = color
         colors = self.all_reduce(mine).tolist()
@@ -140,7 +140,7 @@ class TorchTransport(AbstractTransport):
         return TorchTransport(made[color], self.device_type)
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`. Uses the group's store: a collective of gloo has a time limit."""
+        """See ``AbstractTransport.barrier``. Uses the group's store: a collective of gloo has a time limit."""
         store, pause = self.group.get_group_store(), 1e-4
         self._barriers += 1
         key = f"syncbn/barrier/{self.group_id}/{self._barriers}"
@@ -151,7 +151,7 @@ class TorchTransport(AbstractTransport):
             pause = min(2 * pause, 2e-2)
 
     def close(self) -> None:
-        """See :meth:`AbstractTransport.close`."""
+        """See ``AbstractTransport.close``."""
         dist.destroy_process_group(self.group)
 
 

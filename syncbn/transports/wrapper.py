@@ -21,25 +21,25 @@ class AbstractWrapper(AbstractTransport):
         self.spec, self.host_synchronous = inner.spec, inner.host_synchronous
 
     def all_reduce(self, wire: Tensor) -> Tensor:
-        """See :meth:`AbstractTransport.all_reduce`."""
+        """See ``AbstractTransport.all_reduce``."""
         return self.inner.all_reduce(wire)
 
     def leave(self) -> None:
-        """See :meth:`AbstractTransport.leave`."""
+        """See ``AbstractTransport.leave``."""
         self.inner.leave()
 
     def exchange_notes(self, note: str) -> list[str | None]:
-        """See :meth:`AbstractTransport.exchange_notes`."""
+        """See ``AbstractTransport.exchange_notes``."""
         return self.inner.exchange_notes(note)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """See :meth:`AbstractTransport.broadcast`."""
+        """See ``AbstractTransport.broadcast``."""
         return self.inner.broadcast(tensor, root)
 
     def split(self, color: int) -> AbstractTransport:
-        """See :meth:`AbstractTransport.split`."""
+        """See ``AbstractTransport.split``."""
         return self.inner.split(color)
 
     def barrier(self) -> None:
-        """See :meth:`AbstractTransport.barrier`."""
+        """See ``AbstractTransport.barrier``."""
         self.inner.barrier()

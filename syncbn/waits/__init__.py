@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""No rank waits without a limit and a name. See docs/waiting.md and docs/decisions/0009.
+"""No rank waits without a limit and a name. See docs/clusters/hangs.md and docs/decisions/0009.
 
 limits.py      how long a call may wait, and the variables that say so
 status.py      what a rank says of itself: its calls, the line of the user's code, how it ended

@@ -222,7 +222,7 @@ class Channel:
             link.post(text)
 
     def count(self, seconds: float) -> None:
-        """Counts for how long hosts have not answered; to be called after :meth:`post`, with the seconds since then."""
+        """Counts for how long hosts have not answered; to be called after ``post``, with the seconds since then."""
         if self.hub is not None:
             self.hub.beat(seconds)
         for link in self.links:

@@ -43,7 +43,7 @@ def or_default() -> float:
 
 
 def give(seconds: float) -> None:
-    """Sets the limit of this process, see :func:`syncbn.init`."""
+    """Sets the limit of this process, see ``syncbn.init``."""
     _given[:] = [seconds]
 
 

@@ -19,6 +19,7 @@ from syncbn.waits.status import Wait
 
 ROWS = 16
 """Up to so many ranks each have a row of their own; beyond, ranks with equal rows share one."""
+_PAGE = 'See "It hangs" in the documentation (docs/clusters/hangs.md).'
 _COLUMNS = ("rank", "host", "is in", "for", "last completed", "at")
 
 
@@ -43,7 +44,7 @@ def text(finding: Finding, members: list[Member], status: int) -> str:
     table = "\n".join(line.rstrip() for line in lines)
     return (
         f"\n{_wrapped(f'syncbn: {finding.sentence}')}\n\n{table}\n\n{_wrapped(finding.remedy)}\n"
-        f"All ranks end now, with status {status}. See docs/waiting.md.\n"
+        f"All ranks end now, with status {status}. {_PAGE}\n"
     )
 
 

@@ -41,7 +41,7 @@ _ELSEWHERE = {
 
 
 class Group(Protocol):
-    """A transport, as this room uses it. The three counters are stored by :meth:`AbstractTransport.reduce`."""
+    """A transport, as this room uses it. The three counters are stored by ``AbstractTransport.reduce``."""
 
     @property
     def group_id(self) -> int:
@@ -112,7 +112,7 @@ class Status:
 
     @staticmethod
     def of_text(text: str) -> Status:
-        """Undoes :meth:`text`."""
+        """Undoes ``text``."""
         values = json.loads(text)
         values["waits"] = [Wait(**each) for each in values["waits"]]
         values["line"] = None if values["line"] is None else tuple(values["line"])

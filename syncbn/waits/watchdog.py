@@ -273,7 +273,7 @@ class Making:
 
 
 def making(what: str, group_id: int, ranks: tuple[int, ...], rank: int, launcher: str) -> Making:
-    """Watches the making of a group, see :class:`Making`, which this returns to be entered."""
+    """Watches the making of a group, see ``Making``, which this returns to be entered."""
     group, dog = Making(what, group_id, ranks), started(rank, launcher)
     dog.made.append(group)
     dog.reader.add(group)
@@ -281,7 +281,7 @@ def making(what: str, group_id: int, ranks: tuple[int, ...], rank: int, launcher
 
 
 def started(rank: int, launcher: str) -> Watchdog:
-    """Returns the watchdog of this process, and starts it if there is none. For the arguments see :class:`Watchdog`."""
+    """Returns the watchdog of this process, and starts it if there is none. For the arguments see ``Watchdog``."""
     with _starting:
         if not _running or _running[0].pid != os.getpid():  # a fork has no thread
             _running[:] = [Watchdog(rank, launcher)]

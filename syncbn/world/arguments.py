@@ -101,7 +101,7 @@ def _index(value: object) -> int | None:
 
 
 def weighted(value: object, weight: object) -> tuple[tuple[float, float], Exception | None]:
-    """Returns weight * value and weight, or zeros and what is wrong with the arguments of :meth:`World.average`."""
+    """Returns weight * value and weight, or zeros and what is wrong with the arguments of ``World.average``."""
     nothing = (0.0, 0.0)
     number, error = _number(value)
     if error is not None:

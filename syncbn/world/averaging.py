@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     """What every rank's model has in common."""
 
     numbers: tuple[float, ...]
-    """As :func:`packs.layout` counts them."""
+    """As ``packs.layout`` counts them."""
     wires: tuple[tuple[torch.dtype, int, int], ...]
     """For each pack: the dtype of its wire, its tensors, and its values."""
 
@@ -71,7 +71,7 @@ _agreed: WeakKeyDictionary[AbstractTransport, Agreed] = WeakKeyDictionary()
 def average(
     parameters: Mapping[str, Tensor], error: Exception | None, transport: AbstractTransport, device: torch.device
 ) -> None:
-    """Replaces the gradients by their means over the ranks. See :meth:`World.average_gradients`."""
+    """Replaces the gradients by their means over the ranks. See ``World.average_gradients``."""
     agreed = _agreed.setdefault(transport, Agreed())
     groups = packs.by_dtype(parameters.values(), packs.wire_dtype)
     own = Layout(

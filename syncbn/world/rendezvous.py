@@ -52,7 +52,7 @@ def connect_torch(launch: Launch, limit: timedelta | None = None) -> None:
 
 
 def meet(launch: Launch, timeout: timedelta) -> Any:
-    """Opens the key-value store through which :func:`connect_torch` connects the processes, once for each connection.
+    """Opens the key-value store through which ``connect_torch`` connects the processes, once for each connection.
 
     Communication:
         Collective over all processes of the job.
@@ -126,7 +126,7 @@ def _store(launch: Launch, timeout: timedelta = TIMEOUT) -> tuple[str, Any]:
         remedy = "Export them, the same on every rank"
         if launch.name == "slurm":
             remedy = (
-                'Export MASTER_ADDR, as launch/slurm.sbatch does, or use srun --mpi=pmix with pip install "syncbn[mpi]"'
+                'Export MASTER_ADDR, the first host of the job, or use srun --mpi=pmix with pip install "syncbn[mpi]"'
             )
         raise RuntimeError(
             f"torch.distributed needs the address of rank 0 under {launch.name} ({launch.evidence}); MASTER_ADDR and "

@@ -45,7 +45,7 @@ class _Model(NamedTuple):
 
 
 def require_same_model(module: object, transport: AbstractTransport) -> list[str]:
-    """Does :meth:`World.check`. Returns the remarks, the same on every rank; the first rank warns of them."""
+    """Does ``World.check``. Returns the remarks, the same on every rank; the first rank warns of them."""
     if announcing.is_open():
         raise RuntimeError(
             f"{CHECK} needs every rank, and ranks that have finished in syncbn.join do not follow it; received a call "

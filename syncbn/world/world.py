@@ -64,7 +64,7 @@ class World:
 
         A parameter without a gradient on this rank counts as zero. One that has a gradient on no rank gets none. A
         frozen one is left alone. With local batches of different sizes, scale the loss first, see
-        :meth:`loss_scale`.
+        ``loss_scale``.
 
         Args:
             module: the model. Names, shapes and dtypes are equal on every rank.
@@ -148,7 +148,7 @@ class World:
         ``syncbn.convert_sync_batchnorm(model, process_group)``.
 
         Args:
-            process_group: a torch ProcessGroup, an mpi4py communicator, or what :meth:`subgroup` returned. This process
+            process_group: a torch ProcessGroup, an mpi4py communicator, or what ``subgroup`` returned. This process
                 is in it.
 
         Communication:
@@ -158,16 +158,16 @@ class World:
         return replace(self, rank=transport.rank, size=transport.size, transport=transport)
 
     def free(self, process_group: GroupSpec | None) -> None:
-        """Closes a group that :meth:`subgroup` made: over gloo it holds some 4 open files.
+        """Closes a group that ``subgroup`` made: over gloo it holds some 4 open files.
 
         A layer that still has the group makes another one at its next forward. A backward that is still to come, and
-        what :meth:`within` returned, need the group: free it after them.
+        what ``within`` returned, need the group: free it after them.
 
         Communication:
             By every rank of the group, at the same time.
 
         Raises:
-            ValueError: if the group is not one that :meth:`subgroup` made, or is closed already.
+            ValueError: if the group is not one that ``subgroup`` made, or is closed already.
         """
         if process_group is None and self.size == 1:  # what subgroup returns in a job of one process
             return
@@ -183,7 +183,7 @@ class World:
         """Divides the ranks into consecutive groups of ``size`` and returns this process's, for ``process_group``.
 
         Each call makes new groups, so that two threads which train at the same time can have one each. Call it once and
-        keep the result, or close the group with :meth:`free`.
+        keep the result, or close the group with ``free``.
 
         Communication:
             Collective over all ranks: one comparison of the size, then one communicator is made for each group. Call it

@@ -152,9 +152,10 @@ def test_pictures_are_for_light_and_dark_pages(tmp_path):
     pytest.importorskip("matplotlib")
     paths = list(plot.draw(made_up(16), tmp_path, 100))
     assert [path.name for path in paths] == [
-        f"scale_{what}_{theme}.svg" for theme in ("light", "dark") for what in ("exchange", "waiting")
+        f"scale_{what}-{theme}.svg" for theme in ("light", "dark") for what in ("exchange", "waiting")
     ]
     for path in paths:
+        assert path.stat().st_size < 40_000
         assert plot.THEMES["dark" if "dark" in path.name else "light"][0] in path.read_text()
 
 
@@ -173,9 +174,9 @@ def test_tables_go_to_their_places(tmp_path):
 
 
 def test_the_page_shows_the_committed_results(tmp_path):
-    shutil.copy(ROOT / "docs" / "scale.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "clusters" / "scale.md", tmp_path)
     tables.update(tmp_path / "scale.md", results.read(COMMITTED), 100)
-    assert (tmp_path / "scale.md").read_text() == (ROOT / "docs" / "scale.md").read_text()
+    assert (tmp_path / "scale.md").read_text() == (ROOT / "docs" / "clusters" / "scale.md").read_text()
 
 
 def test_without_simgrid_it_says_what_to_install(monkeypatch, capsys, tmp_path):

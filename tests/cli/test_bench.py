@@ -230,7 +230,7 @@ def test_a_step_needs_no_more_memory_than_torchs():
     assert torchs == pytest.approx(2 * tensor, rel=0.05)
     if kernels.explain().name == "host":
         assert ours <= torchs + 0.5
-    else:  # float64 temporaries: see docs/numerics.md
+    else:  # float64 temporaries: see docs/concepts/numerics.md
         assert ours <= 6 * tensor
 
 

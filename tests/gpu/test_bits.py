@@ -99,7 +99,7 @@ def test_a_view_that_begins_between_two_packs_gives_the_same_bits(implementation
     assert same(step(layer, view, moved(grad_y, offset)), expected)
 
 
-# What docs/numerics.md and docs/gpu.md say of bits is of these.
+# What docs/concepts/numerics.md and docs/concepts/gpu.md say of bits is of these.
 ROUNDED = [torch.float16, torch.bfloat16, torch.float32]
 
 

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A program of a test, in a file of its own."""
+"""A program of a test, in a file of its own; the pages as a site."""
+
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from tests import processes
 
 
 @pytest.fixture
@@ -14,3 +20,18 @@ def program(tmp_path):
         return path
 
     return write
+
+
+class Site(NamedTuple):
+    """The built pages, and what the build said."""
+
+    folder: Path
+    done: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """Builds the site once."""
+    folder = tmp_path_factory.mktemp("site")
+    done = processes.run("mkdocs", "build", "--strict", "--site-dir", folder, NO_MKDOCS_2_WARNING=1)
+    return Site(folder, done)

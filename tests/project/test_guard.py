@@ -16,7 +16,7 @@ from tests import processes
 
 GUARD = processes.ROOT / "launch/guard.py"
 WORDS = {
-    "All ranks end now, with status 124. See docs/waiting.md.": 124,
+    'All ranks end now, with status 124. See "It hangs" in the documentation (docs/clusters/hangs.md).': 124,
     "syncbn: rank 3 has waited. It ends with status 124.": 124,
     "PRTE has lost communication with a remote daemon.": 1,
     "A daemon failed to report back after being spawned. This could": 1,

@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The recipes of docs/wrappers.md for Lightning and Accelerate train on two processes as on one."""
+"""The recipes of the pages for Lightning and Accelerate train on two processes as on one, however these are started.
+
+They are the marked parts of the pages' programs. tests/project/test_blocks.py runs the programs themselves.
+"""
 
 import json
+import os
 import re
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from syncbn.transports import launchers
-from tests.processes import ROOT, torchrun
+from tests.processes import ROOT, mpirun, torchrun
 
-PAGE = ROOT / "docs" / "wrappers.md"
+CODE = ROOT / "docs" / "code"
 STEPS, SHARE = 6, 4
 
 pytestmark = [
     pytest.mark.program,
     pytest.mark.skipif(launchers.detect().size > 1, reason="starts its own processes"),
 ]
+each_launcher = pytest.mark.parametrize(
+    ("launcher", "first"), [(torchrun, ""), (mpirun, "syncbn.init(torch_distributed=True)")], ids=["torchrun", "mpirun"]
+)
+"""What the pages say that a program calls first under each."""
 
 START = f"""
 import json
@@ -37,7 +46,7 @@ loader = DataLoader(TensorDataset(x), batch_size={SHARE})  # the sampler of eith
 """
 
 LIGHTNING = """
-class Lit(pl.LightningModule):
+class Classifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.model = network()
@@ -49,12 +58,12 @@ class Lit(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-sampler = torch.utils.data.distributed.DistributedSampler(x, 2, int(__import__("os").environ["RANK"]), shuffle=False)
-loader = DataLoader(TensorDataset(x), batch_size=4, sampler=sampler)
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, plugins=PLUGINS, **quiet)
-lit = Lit()
-trainer.fit(lit, loader)
-rank, model = trainer.global_rank, lit.model
+rank = trainer.global_rank
+sampler = torch.utils.data.distributed.DistributedSampler(x, 2, rank, shuffle=False)
+CONVERT
+trainer.fit(model, DataLoader(TensorDataset(x), batch_size=4, sampler=sampler))
+model = model.model
 """
 
 ACCELERATE = """
@@ -77,10 +86,16 @@ if rank == 0:
 """
 
 
-def recipe(heading):
-    """The Python block below a heading of the page."""
-    text = PAGE.read_text().split(f"### {heading}\n")[1]
-    return re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL).group(1)
+def part(program, name):
+    """A marked part of a program of a page."""
+    text = (CODE / program).read_text()
+    found = re.search(rf"\[start:{name}\]\n(.*?)^# --8<-- \[end:{name}\]", text, re.MULTILINE | re.DOTALL)
+    return found.group(1)
+
+
+def line(program, word):
+    """The line of a page's part that converts."""
+    return next(line for line in part(program, "change").splitlines() if word in line)
 
 
 def network():
@@ -88,32 +103,29 @@ def network():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4)).double()
 
 
-def expected(rows):
+@pytest.fixture(scope="module")
+def expected():
     """One process: in each step the rows that both processes have together."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(2 * SHARE * STEPS, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for step in range(STEPS):
-        batch = x[rows(step)]
+    for batch in x.split(2 * SHARE):
         optimizer.zero_grad()
         (model(batch) - batch).square().mean().backward()
         optimizer.step()
     return model.state_dict()
 
 
-def results(head, *trainings, last="", tmp_path):
+def results(launcher, head, *trainings, last="", tmp_path):
     """What trainings one after the other give, in the same two processes: to import a wrapper takes long."""
     path = tmp_path / "program.py"
-    path.write_text(head + START + "".join(training + END for training in trainings) + last)
-    done = torchrun(2, path, HF_HUB_OFFLINE=1, PYTHONPATH=python_path())
+    path.write_text("\n".join([head, START, *[training + END for training in trainings], last]))
+    done = launcher(2, path, HF_HUB_OFFLINE=1, PYTHONPATH=python_path())
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in re.findall(r"^RESULT (.*)$", done.stdout, re.MULTILINE)]
 
 
 def python_path():
-    import os
-    import sys
-
     return os.pathsep.join([str(ROOT), *[p for p in sys.path if p]])
 
 
@@ -121,26 +133,41 @@ def gap(state, reference):
     return max((torch.tensor(v, dtype=torch.float64) - reference[n]).abs().max().item() for n, v in state.items())
 
 
-def test_lightning_with_our_plugin_trains_as_one_process(tmp_path):
+@each_launcher
+def test_lightning_with_a_converted_model_or_our_plugin_trains_as_one_process(launcher, first, expected, tmp_path):
     pytest.importorskip("lightning", reason='pip install "syncbn[wrappers]"')
-    reference = expected(lambda step: slice(2 * SHARE * step, 2 * SHARE * (step + 1)))
-    trainings = [LIGHTNING.replace("PLUGINS", plugins) for plugins in ("[SyncBatchNormSync()]", "[]")]
-    (kinds, state), (_, without) = results(recipe("Lightning"), *trainings, tmp_path=tmp_path)
-    assert gap(state, reference) < 1e-12
-    assert kinds[1] == "BatchNorm1d"  # reverted at the end of the fit
-    assert gap(without, reference) > 1e-4
+    plugin = part("train_lightning_plugin.py", "plugin")
+    assert "plugins=[SyncBatchNormSync()]" in part("train_lightning_plugin.py", "change")
+    convert, keep = line("train_lightning.py", "Classifier()"), "model = Classifier()"
+    assert "syncbn.convert_sync_batchnorm" in convert
+    ways = [("[]", convert), ("[SyncBatchNormSync()]", keep), ("[]", keep)]
+    trainings = [LIGHTNING.replace("PLUGINS", plugins).replace("CONVERT", how) for plugins, how in ways]
+    head = "\n".join(
+        [
+            "import lightning.pytorch as pl",
+            "from lightning.pytorch.plugins import LayerSync",
+            "import syncbn",
+            plugin,
+            first,
+        ]
+    )
+    (kinds, state), (reverted, with_plugin), (_, without) = results(launcher, head, *trainings, tmp_path=tmp_path)
+    assert gap(state, expected) < 1e-12
+    assert gap(with_plugin, expected) < 1e-12
+    assert gap(without, expected) > 1e-4
+    assert kinds[1] == "SyncBatchNorm1d"
+    assert reverted[1] == "BatchNorm1d"  # at the end of the fit
 
 
-def test_accelerate_with_a_converted_model_trains_as_one_process(tmp_path):
+@each_launcher
+def test_accelerate_with_a_converted_model_trains_as_one_process(launcher, first, expected, tmp_path):
     pytest.importorskip("accelerate", reason='pip install "syncbn[wrappers]"')
-    reference = expected(lambda step: slice(2 * SHARE * step, 2 * SHARE * (step + 1)))
-    convert = "model = syncbn.convert_sync_batchnorm(model)"
-    head = "import syncbn\nfrom accelerate import Accelerator\n"
-    assert convert in recipe("Accelerate")
-    assert "from accelerate import Accelerator" in recipe("Accelerate")
+    convert = line("train_accelerate.py", "build()").replace("build()", "model")
+    assert "syncbn.convert_sync_batchnorm" in convert
+    head = "\n".join(["import syncbn", "from accelerate import Accelerator", first])
     trainings = [ACCELERATE.replace("CONVERT", how) for how in (convert, "")]
     last = "accelerator.end_training()"
-    (kinds, state), (_, without) = results(head, *trainings, last=last, tmp_path=tmp_path)
-    assert gap(state, reference) < 1e-12
+    (kinds, state), (_, without) = results(launcher, head, *trainings, last=last, tmp_path=tmp_path)
+    assert gap(state, expected) < 1e-12
     assert kinds[1] == "SyncBatchNorm1d"
-    assert gap(without, reference) > 1e-4
+    assert gap(without, expected) > 1e-4

@@ -18,7 +18,7 @@ def test_the_script_is_what_the_docs_say():
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     assert 'srun --mpi="$PMI"' in script
     assert "--kill-on-bad-exit=1" in script
-    documented = (ROOT / "docs" / "launching.md").read_text()
+    documented = (ROOT / "docs" / "clusters" / "slurm.md").read_text()
     for word in ("srun --mpi=pmix", "PMI=none sbatch", "SYNCBN_JOB"):
         assert word in documented
     for name in ("PMI", "SYNCBN_JOB", "MASTER_ADDR"):

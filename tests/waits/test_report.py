@@ -39,7 +39,7 @@ def test_the_report_of_three_ranks_is_as_printed():
         "It sleeps, waits for something else (data, a lock, another library's collective), left this call\n"
         "out, or needs longer than the limit. If it may, raise that by SYNCBN_TIMEOUT or\n"
         "syncbn.init(timeout=...).\n"
-        "All ranks end now, with status 124. See docs/waiting.md.\n"
+        'All ranks end now, with status 124. See "It hangs" in the documentation (docs/clusters/hangs.md).\n'
     )
 
 

@@ -120,7 +120,7 @@ def as_table(rows: Sequence[Row]) -> str:
 
 
 def explanation(rows: Sequence[Row]) -> str:
-    """Says what the columns of :func:`as_table` mean, a line for each ratio."""
+    """Says what the columns of ``as_table`` mean, a line for each ratio."""
     lines = ["us: microseconds of a forward and backward on the slowest rank, the median over rounds."]
     if any(row.baseline_us is not None for row in rows):
         lines.append(

@@ -54,7 +54,7 @@ class CupyKernels(AbstractKernels):
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
-        """See :meth:`AbstractKernels.local_moments`."""
+        """See ``AbstractKernels.local_moments``."""
         assert mask is None
         x, like = self._prepare(x)
         name, grid, block, shapes = like.local_moments
@@ -67,7 +67,7 @@ class CupyKernels(AbstractKernels):
         return wire
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters | None:
-        """See :meth:`AbstractKernels.read_counters`. If the host would have to wait, normalize reads them instead.
+        """See ``AbstractKernels.read_counters``. If the host would have to wait, normalize reads them instead.
 
         Errors that the device found in earlier calls are raised here and in check_sums. That is after the all-reduce,
         so that the other ranks do not wait for this one.
@@ -78,7 +78,7 @@ class CupyKernels(AbstractKernels):
         return None
 
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
-        """See :meth:`AbstractKernels.normalize`."""
+        """See ``AbstractKernels.normalize``."""
         weight, bias, eps, running = parameters
         dense, like = self._prepare(x)
         name, grid, block, shapes = like.normalize
@@ -122,7 +122,7 @@ class CupyKernels(AbstractKernels):
         weight: torch.dtype | None = None,
         bias: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See :meth:`AbstractKernels.backward_sums`. One launch."""
+        """See ``AbstractKernels.backward_sums``. One launch."""
         x, like = self._prepare(x)
         name, grid, block, shapes = like.backward_sums
         C, grad_y = like.C, _like(grad_y, x, like)
@@ -144,7 +144,7 @@ class CupyKernels(AbstractKernels):
         return wire, grad_weight, grad_bias
 
     def check_sums(self, wire: Tensor, message: Message) -> bool:
-        """See :meth:`AbstractKernels.check_sums`. Raises what :meth:`read_counters` raises."""
+        """See ``AbstractKernels.check_sums``. Raises what ``read_counters`` raises."""
         if not self.deferred:
             return moments.same_call(wire[: moments.CALL].tolist(), message.numbers)
         self.launcher.deferred_errors(wire).look()
@@ -160,7 +160,7 @@ class CupyKernels(AbstractKernels):
         stats: Tensor,
         message: Message,
     ) -> Tensor:
-        """See :meth:`AbstractKernels.backward_input`. If x is empty, one block still compares the calls."""
+        """See ``AbstractKernels.backward_input``. If x is empty, one block still compares the calls."""
         assert mask is None
         dense, like = self._prepare(x)
         name, grid, block, shapes = like.backward_input

@@ -67,7 +67,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(x: Tensor, launcher: AbstractLauncher, threads: int, *, deferred: bool) -> Prepared | None:
-    """Prepares the launches for inputs like x. None if x needs a copy, see :func:`geometry.plan`."""
+    """Prepares the launches for inputs like x. None if x needs a copy, see ``geometry.plan``."""
     like = x.shape, x.stride(), x.element_size(), threads
     sums, elements = geometry.plan(*like, sums=True), geometry.plan(*like, sums=False)
     if sums is None or elements is None:
@@ -102,7 +102,7 @@ def prepare(x: Tensor, launcher: AbstractLauncher, threads: int, *, deferred: bo
 
 
 def _shapes(plan: Geometry) -> tuple[tuple[int, ...], ...]:
-    """Returns :attr:`Kernel.shapes`. The access width is the largest that divides all addresses of packs."""
+    """Returns ``Kernel.shapes``. The access width is the largest that divides all addresses of packs."""
     fields = plan.N, plan.C, plan.S, plan.groups, plan.blocks, plan.per_block
     return tuple((*fields, WIDTHS.get((bits | plan.unit) & 15, 0)) for bits in range(16))
 

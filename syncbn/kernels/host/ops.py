@@ -36,7 +36,7 @@ class HostKernels(AbstractKernels):
     name = "host"
 
     def local_moments(self, x: Tensor, mask: Tensor | None, numbers: Numbers, status: Status) -> Tensor:
-        """See :meth:`AbstractKernels.local_moments`."""
+        """See ``AbstractKernels.local_moments``."""
         assert mask is None
         wire = _FLOAT64.new_empty(2 * x.size(1) + _FORWARD)
         threads = torch.get_num_threads()
@@ -45,15 +45,15 @@ class HostKernels(AbstractKernels):
         return wire
 
     def read_counters(self, wire: Tensor, message: Message) -> Counters:
-        """See :meth:`AbstractKernels.read_counters`."""
+        """See ``AbstractKernels.read_counters``."""
         return Counters._make(compiled.read_counters(wire, message.numbers))
 
     def agreement(self, wire: Tensor, message: Message) -> int:
-        """See :meth:`AbstractKernels.agreement`."""
+        """See ``AbstractKernels.agreement``."""
         return compiled.agreement(wire, message.numbers, message.ranks)
 
     def normalize(self, x: Tensor, wire: Tensor, parameters: Parameters, message: Message) -> tuple[Tensor, Tensor]:
-        """See :meth:`AbstractKernels.normalize`."""
+        """See ``AbstractKernels.normalize``."""
         weight, bias, eps, running = parameters
         if running is not None and not moments.is_plain_count(running.num_batches_tracked):
             running = moments.counted(running)
@@ -77,7 +77,7 @@ class HostKernels(AbstractKernels):
         weight: torch.dtype | None = None,
         bias: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See :meth:`AbstractKernels.backward_sums`."""
+        """See ``AbstractKernels.backward_sums``."""
         C = x.size(1)
         wire = _FLOAT64.new_empty(2 * C + moments.CALL)
         rest = (stats, wire, numbers, torch.get_num_threads())
@@ -89,7 +89,7 @@ class HostKernels(AbstractKernels):
         return wire, grad_weight, grad_bias
 
     def check_sums(self, wire: Tensor, message: Message) -> bool:
-        """See :meth:`AbstractKernels.check_sums`."""
+        """See ``AbstractKernels.check_sums``."""
         return compiled.check_sums(wire, message.numbers)
 
     def backward_input(
@@ -102,7 +102,7 @@ class HostKernels(AbstractKernels):
         stats: Tensor,
         message: Message,
     ) -> Tensor:
-        """See :meth:`AbstractKernels.backward_input`."""
+        """See ``AbstractKernels.backward_input``."""
         grad_x = torch.empty_like(x)
         rest = (wire, weight, stats, torch.get_num_threads())
         if grad_y.dtype == x.dtype and not grad_y.is_neg() and compiled.backward_input(grad_y, x, grad_x, *rest):

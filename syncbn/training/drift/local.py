@@ -36,7 +36,7 @@ def row(layer: _BatchNorm, x: Tensor, mask: Tensor | None, chosen: Tensor | None
         layer: it is about to be called.
         x: its input, (N, C, *spatial).
         mask: (N, *spatial) or (N, 1, *spatial), or None.
-        chosen: what :func:`channels` returned.
+        chosen: what ``channels`` returned.
         seconds: spent in the collectives of the layer so far.
     """
     M = layer.num_features if chosen is None else len(chosen)

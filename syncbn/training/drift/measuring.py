@@ -42,10 +42,10 @@ def drift(model: nn.Module, process_group: Any = None) -> Iterator[Report]:
 
     Args:
         model: the model, plain or in DistributedDataParallel, with equal layers on every rank.
-        process_group: the ranks that share a batch; None for every rank. As for :class:`SyncBatchNorm`.
+        process_group: the ranks that share a batch; None for every rank. As for ``SyncBatchNorm``.
 
     Yields:
-        A :class:`syncbn.training.drift.report.Report`, which grows with every step and can be read after the block.
+        A ``syncbn.training.drift.report.Report``, which grows with every step and can be read after the block.
 
     Communication:
         Entering: one comparison of the layers; for a SyncBatchNorm that has not trained yet, that of its settings.
@@ -56,7 +56,7 @@ def drift(model: nn.Module, process_group: Any = None) -> Iterator[Report]:
     Raises:
         ValueError: on every rank, if the model has no batch norm, a lazy one, or other layers on another rank; inside,
             if ranks call their layers in different order or number.
-        RuntimeError: on every rank, if the model is compiled, or inside :class:`syncbn.join`.
+        RuntimeError: on every rank, if the model is compiled, or inside ``syncbn.join``.
     """
     require_module(model, NAME)
     if announcing.is_open():

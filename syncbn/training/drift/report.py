@@ -58,7 +58,7 @@ class Row(NamedTuple):
     constant: float
     """Channels that were left out of a call, on average: those with one value, or one that is not finite."""
     excess: float
-    """Mean square by which outputs are off, beyond the noise of independent samples, see :meth:`Report.recommend`."""
+    """Mean square by which outputs are off, beyond the noise of independent samples, see ``Report.recommend``."""
     seconds: float | None
     """Host time of a call in the layer's collectives, forward and backward, mean over ranks; of synchronised layers."""
     rank_off: int | None
@@ -84,9 +84,9 @@ class Writer(Protocol):
 
 @final
 class Report:
-    """What :func:`syncbn.drift` has measured so far. It holds numbers only, and can be pickled.
+    """What ``syncbn.drift`` has measured so far. It holds numbers only, and can be pickled.
 
-    ``print`` shows a table on rank 0 and nothing on the others; :meth:`table` returns it on every rank.
+    ``print`` shows a table on rank 0 and nothing on the others; ``table`` returns it on every rank.
 
     Args:
         rank: of this process among the measured ranks.

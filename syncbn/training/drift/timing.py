@@ -40,12 +40,12 @@ class Timer(AbstractWrapper):
 
     @property
     def sender(self) -> AbstractTransport:
-        """See :meth:`AbstractTransport.sender`."""
+        """See ``AbstractTransport.sender``."""
         return self.inner.sender
 
     @property
     def serial(self) -> int:
-        """See :attr:`AbstractTransport.serial`."""
+        """See ``AbstractTransport.serial``."""
         return self.inner.serial
 
     @serial.setter

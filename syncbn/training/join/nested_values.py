@@ -79,7 +79,7 @@ def broadcast(encoded: Any, tensors: Sequence[Tensor], root: int, group: Group) 
     """Copies nested values from rank ``root`` to every rank.
 
     Args:
-        encoded: on ``root`` what :class:`Encoder` made of them; not read on the others.
+        encoded: on ``root`` what ``Encoder`` made of them; not read on the others.
         tensors: on ``root`` the tensors of the encoder.
         root: the rank that has them.
         group: the ranks.
