@@ -9,7 +9,8 @@
 # make sanitize the kernel tests on a build with gcc's address and undefined-behaviour sanitizers
 # make dist     an sdist and a manylinux wheel in dist/, each checked in an empty environment
 # make gpu      on a machine with an NVIDIA GPU: tests and benchmarks in five parts of 3 minutes; needs no network
-# make scale    what synchronising costs on up to 1,024 ranks, simulated: docs/scale.md; needs SimGrid, some minutes of one core
+# make pictures the pictures of the pages, from measurements that lie in benchmarks/pictures/results
+# make scale    what synchronising costs on up to 1,024 ranks, simulated: docs/clusters/scale.md; needs SimGrid, some minutes of one core
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -25,7 +26,7 @@ extras = $(PYTHON) -c '$(READ)' $(2) >$(1)/extras.txt && $(1)/bin/python $(INSTA
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all test-hosts test-slurm test-torch sanitize gpu scale simgrid lint docs dist clean
+.PHONY: demo test test-all test-hosts test-slurm test-torch sanitize gpu pictures scale simgrid lint docs dist clean
 
 demo: $(VENV)/demo-ready
 	NPROC=4 launch/mpirun.sh examples/digits.py
@@ -58,6 +59,9 @@ sanitize: $(VENV)/ready
 # With the machine's own Python, torch and CuPy. Some of the parts: launch/gpu.sh contact bench
 gpu:
 	launch/gpu.sh
+
+pictures: $(VENV)/demo-ready
+	python -m benchmarks.pictures
 
 # All ranks that the page has: make scale SCALE="--ranks 4096"
 SCALE ?= --ranks 1024

@@ -33,7 +33,7 @@ if DEVICE.type != "cpu":
 DEFERRED_ERRORS = DEVICE.type == "cuda" and not LAUNCH.speaks_mpi
 """Whether a rank with a wrong input raises alone, and the others later: gloo sums CUDA tensors behind the host's back.
 
-MPI through host memory makes the host wait. What a rank cannot know then is in docs/concepts/gpu.md, "Deferred errors"."""
+MPI through host memory makes the host wait. What a rank cannot know then: docs/concepts/gpu.md, "Deferred errors"."""
 
 
 if LAUNCH.size > 1:  # ranks that share pytest's folder for temporary files remove it under each other's feet
