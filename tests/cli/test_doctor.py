@@ -132,12 +132,18 @@ def test_the_runner_of_mpi4py_changes_nothing():
 
 def test_mpirun_without_mpi4py_is_named_once_with_the_line_that_installs_it(without_mpi4py):
     script = (processes.ROOT / "launch" / "mpirun.sh").read_text()
-    plain = script.replace(" -m mpi4py ", " ")  # its runner is what is missing
+    plain = script.replace(" -m mpi4py ", " ").replace("import mpi4py", "")  # what the script needs, and says itself
     done = processes.run("bash", "-c", plain, "launch/mpirun.sh", *DOCTOR, **_two(PYTHONPATH=without_mpi4py))
-    assert plain != script
     assert done.returncode == 1
     assert done.stdout.count("no mpi4py on this machine") == 2  # once in the table, once as the problem
     assert done.stdout.count('pip install "syncbn[mpi]"') == 1
+
+
+def test_the_launch_script_says_what_to_install_where_mpi4py_is_missing(without_mpi4py):
+    done = processes.mpirun(2, *DOCTOR, PYTHONPATH=without_mpi4py)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("launch/mpirun.sh needs mpi4py in the Python that it starts; ")
+    assert 'pip install "syncbn[mpi]"' in done.stderr
 
 
 def test_torchrun_without_mpi4py_is_well(without_mpi4py):
