@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import IO, Any, NoReturn, final
 
 import syncbn
-from syncbn.cli import doctor
 from syncbn.cli.arguments import at_least, factory, seconds, shape
 from syncbn.cli.bench import cpu, report
+from syncbn.cli.doctor import command as doctor
 from syncbn.transports import launchers
 
 GRACE = 5.0

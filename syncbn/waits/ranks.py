@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-
 MOST_RUNS = 30
 """Ranges in one text. Every second rank of 4,096 would be a line of 10 kB."""
 
