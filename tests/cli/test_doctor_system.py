@@ -3,7 +3,8 @@
 
 import pytest
 
-from syncbn.cli.doctor import container, lines, system, text
+from syncbn.cli import lines
+from syncbn.cli.doctor import container, system, text
 from syncbn.cli.doctor.report import Place, Report
 
 

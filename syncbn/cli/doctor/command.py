@@ -3,22 +3,15 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
+from syncbn.cli.deadline import time_limit
 from syncbn.cli.doctor import probe
 from syncbn.cli.doctor.report import Report
 from syncbn.cli.doctor.text import to_text
 from syncbn.transports.launchers import Launch
-
-LEAD = 2.0
-"""Seconds by which rank 0 gives up before the others: when it ends, the launcher ends them."""
 
 
 def run(*, limit: float, as_json: bool, factory: str = "") -> int:
@@ -34,40 +27,27 @@ def run(*, limit: float, as_json: bool, factory: str = "") -> int:
     """
     report = Report()
     launch = probe.read_launch(report)
-    with warnings.catch_warnings(), _time_limit(limit, report, launch, as_json=as_json):
+    out = sys.stdout  # a function of the user may run under a redirection
+
+    def give_up() -> None:
+        _complain_of_time(report, limit)
+        speak(report, launch, as_json=as_json, out=out)
+
+    with warnings.catch_warnings(), time_limit(limit, launch.rank, give_up):
         warnings.simplefilter("ignore")  # warnings of the library are problems in the report
         probe.examine(report, launch, factory, limit)
     speak(report, launch, as_json=as_json)
     return int(bool(report.problems))
 
 
-@contextmanager
-def _time_limit(limit: float, report: Report, launch: Launch, *, as_json: bool) -> Iterator[None]:
-    """Ends this process with a report if other processes do not connect in time."""
-    out = sys.stdout  # a function of the user may run under a redirection
-
-    def give_up() -> None:
-        why = "some processes never came"
-        remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
-        if report.step.startswith(probe.BUILD):
-            why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
-        if report.network.suspects:
-            why, remedy = report.network.suspects[0]
-        report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
-        speak(report, launch, as_json=as_json, out=out)
-        os._exit(1)
-
-    late = 0.0 if launch.rank == 0 else LEAD
-    timer = threading.Timer(limit + late, give_up)
-    timer.daemon = True
-    timer.start()
-    # MPI_Init blocks all Python threads, also the timer. faulthandler needs no Python.
-    faulthandler.dump_traceback_later(limit + late + LEAD, exit=True, file=sys.__stderr__ or sys.stderr)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
+def _complain_of_time(report: Report, limit: float) -> None:
+    why = "some processes never came"
+    remedy = "Look for a process that ended or never started; on several hosts, for a firewall between them."
+    if report.step.startswith(probe.BUILD):
+        why, remedy = "it is not done on every rank", "Pass a longer --timeout, or a function that builds less."
+    if report.network.suspects:
+        why, remedy = report.network.suspects[0]
+    report.complain(f"could not {report.step} within {limit:g} s: {why}", remedy)
 
 
 def speak(report: Report, launch: Launch, *, as_json: bool, out: TextIO | None = None) -> None:

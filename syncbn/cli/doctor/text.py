@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
-from syncbn.cli.doctor import cores, lines
+from syncbn.cli import lines
+from syncbn.cli.doctor import cores
 from syncbn.cli.doctor.report import Problem, Report
 from syncbn.transports.mpi_probe import MPIFacts
 from syncbn.transports.reach import REACHED
