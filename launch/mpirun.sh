@@ -27,6 +27,13 @@ if [ "$(id -u)" = 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 
+"$PYTHON" -c 'import mpi4py' 2>/dev/null || {
+    echo "launch/mpirun.sh needs mpi4py in the Python that it starts; $PYTHON has none. Install it with:" \
+        "pip install \"syncbn[mpi]\" (for an mpirun of MPICH: pip install mpi4py mpich)," \
+        "or name another Python by PYTHON." >&2
+    exit 1
+}
+
 # The runner of mpi4py ends all processes at once when one of them raises; without it the others hang. mpirun itself can
 # hang, or end with status 0, when a host is lost: guard.py makes it end, and never with 0 where the job has failed.
 exec "$PYTHON" "$(dirname "$0")/guard.py" "${MPIRUN[@]}" -n "$NPROC" "$PYTHON" -m mpi4py "$@"

@@ -22,6 +22,10 @@ def model():
     return syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
 
 
+class Sub(syncbn.SyncBatchNorm):
+    """A class of the user's, which has nothing to go back to."""
+
+
 def enter(context):
     with context:
         pass
@@ -72,6 +76,17 @@ CASES = {
         lambda: setattr(syncbn.SyncBatchNorm(3), "renorm_limits", {1: 2, 3: 4}),
         TypeError,
         f"{PAIR}{{1: 2,",
+    ),
+    "weight remedy": (
+        lambda: sync_batch_norm(X, weight=torch.ones(5)),
+        ValueError,
+        "if the input is right, make the others with torch.ones(3), for example.",
+    ),
+    "revert a subclass": (
+        lambda: syncbn.revert_sync_batchnorm(Sub(3), otherwise=nn.BatchNorm1d),
+        TypeError,
+        "revert_sync_batchnorm must restore each layer without loss; it cannot for 1 of 1, and nothing was changed:\n"
+        "  (the module itself): its class and methods",
     ),
     "weight": (lambda: sync_batch_norm(X, weight=torch.ones(5)), ValueError, f"{WIDTHS}weight of 5, and an input of 3"),
     "one of two": (

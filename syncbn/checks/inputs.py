@@ -137,7 +137,8 @@ def widths_error(tensors: Mapping[str, object], x: Tensor) -> Exception | None:
     received = ", ".join(f"{name} of {length}" for name, length in lengths.items())
     return ValueError(
         f"{NAME} needs input.size(1) values in each parameter and running statistic; received {received}, and an input "
-        f"of {shape_of(x)[1]} channels, shape {shape_of(x)}. Channels come second, also in channels_last memory format."
+        f"of {shape_of(x)[1]} channels, shape {shape_of(x)}. Channels come second, also in channels_last memory format; "
+        f"if the input is right, make the others with torch.ones({shape_of(x)[1]}), for example."
     )
 
 

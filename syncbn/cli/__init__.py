@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: ``syncbn doctor`` and ``syncbn bench``."""
+"""The command line: ``syncbn doctor``, ``syncbn test`` and ``syncbn bench``."""

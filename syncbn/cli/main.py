@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `syncbn doctor` and `syncbn bench`, alone or under any launcher. Rank 0 prints."""
+"""The command line: `syncbn doctor`, `test` and `bench`, alone or under any launcher. Rank 0 prints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import IO, Any, NoReturn, final
 
 import syncbn
-from syncbn.cli import doctor
 from syncbn.cli.arguments import at_least, factory, seconds, shape
 from syncbn.cli.bench import cpu, report
+from syncbn.cli.doctor import command as doctor
+from syncbn.cli.selftest import command as selftest
 from syncbn.transports import launchers
 
 GRACE = 5.0
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "doctor":
         status = doctor.run(limit=args.timeout, as_json=args.json, factory=args.model or "")
+    elif args.command == "test":
+        status = selftest.run(as_json=args.json, device=args.device)
     else:
         form = "json" if args.json else "csv" if args.csv else "table"
         shapes = tuple(args.shapes or report.SHAPES)
@@ -79,10 +82,11 @@ class _RankZeroParser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _RankZeroParser(prog="syncbn", description="Check the setup of syncbn, or measure its speed.")
+    parser = _RankZeroParser(prog="syncbn", description="Check the setup of syncbn, test it, or measure its speed.")
     parser.add_argument("--version", action="version", version=f"syncbn {syncbn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_doctor(commands)
+    _add_test(commands)
     _add_bench(commands)
     return parser
 
@@ -103,6 +107,15 @@ def _add_doctor(commands: Any) -> None:
         default=60.0,
         metavar="SECONDS",
         help="give up if the processes do not connect in this time, and say where (default: %(default)g)",
+    )
+
+
+def _add_test(commands: Any) -> None:
+    about = "train a small network in this job, and compare it with the same steps in one process"
+    command = commands.add_parser("test", help=about, description=f"syncbn test: {about}.")
+    command.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    command.add_argument(
+        "--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: the GPU of the local rank, else the CPU)"
     )
 
 

@@ -15,6 +15,7 @@ from syncbn.transports import gather, groups
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.groups import NODE, GroupSpec
 from syncbn.waits import processes
+from syncbn.waits.ranks import named
 
 _WHAT = "SyncBatchNorm"
 
@@ -64,14 +65,8 @@ def _unequal(hosts: list[float], names: list[str], ranks: tuple[int, ...]) -> st
     members: dict[float, list[int]] = {}
     for i, host in enumerate(hosts):
         members.setdefault(host, []).append(i)
-    received = ", ".join(f"{len(m)} on {names[m[0]]} ({_listed([ranks[i] for i in m])})" for m in members.values())
+    received = ", ".join(f"{len(m)} on {names[m[0]]} ({named([ranks[i] for i in m])})" for m in members.values())
     return (
         f"group_size='{NODE}' needs the same number of ranks on every host; received {received}. Start as many on each "
         "host, or pass a number of ranks."
     )
-
-
-def _listed(ranks: list[int]) -> str:
-    """Names ranks: the first ones, if they are many."""
-    text = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+MOST_RUNS = 30
+"""Ranges in one text. Every second rank of 4,096 would be a line of 10 kB."""
+
 
 def ranks_of(ranks: Collection[int]) -> str:
-    """Returns ``0, 2-63``."""
+    """Returns ``0, 2-63``, or ``0, 2, 4 and 1021 more`` if there are too many ranges."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
             runs[-1].append(rank)
         else:
             runs.append([rank])
-    return ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs)
+    shown = runs[:MOST_RUNS]
+    left = len(ranks) - sum(map(len, shown))
+    text = ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in shown)
+    return f"{text} and {left} more" if left else text
 
 
 def named(ranks: Collection[int]) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, final
 
 from syncbn.transports.identity import Identity
+from syncbn.waits.ranks import named
 
 MOST_STRANGERS = 8
 """Processes of other jobs that are named: each text must find a place in a line to the guests."""
@@ -210,8 +211,8 @@ class Host:
         came = f" Of other jobs came {'; '.join(self.strangers)}." if self.strangers else ""
         address, port = self._listener.getsockname()[:2]
         return (
-            f"All {self._seat.size} ranks of {self._seat.identity} must meet within {math.ceil(seconds)} s; rank"
-            f"{'s' * (len(missing) > 1)} {_list(missing)} did not come to {address} port {port} ({_process()}).{came} "
+            f"All {self._seat.size} ranks of {self._seat.identity} must meet within {math.ceil(seconds)} s; "
+            f"{named(missing)} did not come to {address} port {port} ({_process()}).{came} "
             "Look for a process that ended or never started; on several hosts, for a firewall between them."
         )
 
@@ -227,11 +228,6 @@ def _knocked(seat: Seat, text: str) -> str:
         f"rank 0 of {seat.identity} ({_process()}) sent away a process of another job: {text}. "
         "If it should belong to this one, give all ranks the same SYNCBN_JOB."
     )
-
-
-def _list(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:20]))
-    return f"{shown} and {len(ranks) - 20} more" if len(ranks) > 20 else shown
 
 
 def enter(address: str, port: int, seat: Seat, deadline: float) -> str:

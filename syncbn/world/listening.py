@@ -16,6 +16,7 @@ from typing import Any
 from syncbn.transports import addresses, gather, interfaces, launchers, reach
 from syncbn.transports.addresses import Offer
 from syncbn.transports.base import AbstractTransport
+from syncbn.waits.ranks import named
 
 ADDRESS, PORT = addresses.MASTER, "MASTER_PORT"
 _AGENT = "TORCHELASTIC_USE_AGENT_STORE"
@@ -160,7 +161,7 @@ def _choose(store: Any, size: int, timeout: timedelta) -> dict[str, Any]:
     try:
         store.wait(keys, timeout)
     except RuntimeError:
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         return {"error": _never_came(missing, size, timeout)}
     offers = [Offer.read(store.get(key).decode()) for key in keys]
     try:
@@ -171,10 +172,9 @@ def _choose(store: Any, size: int, timeout: timedelta) -> dict[str, Any]:
     return {"error": "", "addresses": dict(zip((offer.host for offer in offers), chosen, strict=True))}
 
 
-def _never_came(missing: list[str], size: int, timeout: timedelta) -> str:
-    who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:50])}{' and others' if len(missing) > 50 else ''}"
+def _never_came(missing: list[int], size: int, timeout: timedelta) -> str:
     return (
-        f"All {size} ranks must come to the store of rank 0; received nothing from {who} within "
+        f"All {size} ranks must come to the store of rank 0; received nothing from {named(missing)} within "
         f"{timeout.total_seconds():.0f} s. Look for a process that ended or never started, or a host that does not "
         "reach rank 0's: it says so itself."
     )

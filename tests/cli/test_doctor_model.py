@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from syncbn.cli import models as cli_models
+from syncbn.cli.doctor import models as cli_models
 from tests import processes
 
 DOCTOR = ("-m", "syncbn", "doctor")

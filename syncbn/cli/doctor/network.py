@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from syncbn.cli.channels import AbstractChannel
+from syncbn.cli.doctor.channels import AbstractChannel
 from syncbn.transports import addresses, interfaces, reach
 from syncbn.transports.addresses import GLOO_INTERFACE, Offer
 from syncbn.waits.channel import listen
+from syncbn.waits.ranks import named
 
+ATTEMPTS = 3
+"""Connections to each host that answers: the quickest of them counts."""
 MOST_PEERS = 32
 """Hosts that one host tries to reach: those after it, in the order of their first ranks."""
 TCP_INCLUDE, TCP_EXCLUDE = "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"
@@ -45,6 +49,8 @@ class Route:
     address: str
     found: str
     """reached, refused or no answer."""
+    round_trip_us: float = 0.0
+    """Of a connection that was made: the quickest of three."""
 
 
 @dataclass
@@ -57,6 +63,11 @@ class Network:
     warnings: list[tuple[str, str]] = field(default_factory=list)
     suspects: list[tuple[str, str]] = field(default_factory=list)
     """Warnings that explain it if the processes now fail to connect."""
+
+    @property
+    def delay_us(self) -> float:
+        """The longest one-way delay from host to host: half a round trip. 0 if none was measured."""
+        return max((route.round_trip_us / 2 for route in self.routes), default=0.0)
 
 
 def look(rank: int, size: int, channel: AbstractChannel | None, limit: float, launcher: str) -> Network:
@@ -82,7 +93,7 @@ def look(rank: int, size: int, channel: AbstractChannel | None, limit: float, la
     offers = {r: Offer.read(note) for r, note in notes.items()}
     network = _summarize(offers)
     if missing := [r for r in range(size) if r not in offers]:
-        what = f"could not connect the processes within {limit:.3g} s: {_ranks(missing)} never came to {channel.place}"
+        what = f"could not connect the processes within {limit:.3g} s: {named(missing)} never came to {channel.place}"
         remedy = (
             "Look for a process that ended or never started. A host that does not reach this address says so itself: "
             "then look for a firewall, or set MASTER_ADDR to another address of rank 0's host."
@@ -130,7 +141,7 @@ def _try_routes(network: Network, rank: int, channel: AbstractChannel) -> None:
     if rank in first:
         own = first.index(rank)
         try:
-            listener = listen(network.hosts[own].address, 0, len(first))
+            listener = listen(network.hosts[own].address, 0, ATTEMPTS * len(first))
             port = str(listener.getsockname()[1])
         except OSError as error:
             port = str(error)
@@ -144,9 +155,11 @@ def _try_routes(network: Network, rank: int, channel: AbstractChannel) -> None:
             )
         channel.tell("routes", json.dumps(dict(zip(map(str, peers), found, strict=True))))
     for source, text in channel.hear("routes", first, limit).items():
-        for target, found in json.loads(text).items():
+        for target, said in json.loads(text).items():
             host = network.hosts[first.index(int(target))]
-            network.routes.append(Route(network.hosts[first.index(source)].name, host.name, host.address, found))
+            found, _, us = said.partition("/")
+            name = network.hosts[first.index(source)].name
+            network.routes.append(Route(name, host.name, host.address, found, float(us or 0)))
     if listener is not None:
         listener.close()
     failed = [each for each in network.routes if each.found != reach.REACHED]
@@ -161,9 +174,19 @@ def _try_routes(network: Network, rank: int, channel: AbstractChannel) -> None:
 
 
 def _attempt(address: str, port: str) -> str:
+    """Connects to a host. Returns what was found; if it was reached, with the us of a round trip, short: reached/83."""
     if not port:
         return "it did not say where it listens"
-    return reach.attempt(address, int(port)) if port.isdigit() else port
+    if not port.isdigit():
+        return port.replace("/", " ")
+    times = []
+    for _ in range(ATTEMPTS):
+        began = time.perf_counter_ns()
+        found = reach.attempt(address, int(port))
+        if found != reach.REACHED:
+            return found
+        times.append((time.perf_counter_ns() - began) / 1e3)
+    return f"{found}/{min(times):.0f}"
 
 
 def _warn_of_names(network: Network) -> None:
@@ -192,8 +215,3 @@ def _suspect_repeated(network: Network, offers: list[Offer], launcher: str) -> N
         remedy = f"Set {TCP_INCLUDE}={','.join(sorted(right))}, which names the network of the job."
         network.warnings[-1] = (f"{what}, at which Open MPI may connect to the wrong host, and wait", remedy)
         network.suspects.append(network.warnings[-1])
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:20])) + (" and others" if len(ranks) > 20 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

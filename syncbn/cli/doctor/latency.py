@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 
 from syncbn import moments
+from syncbn.cli.doctor import system
 from syncbn.transports import AbstractTransport, gather
 
 CHANNELS = (64, 512, 2048)
@@ -20,13 +22,32 @@ SECONDS = 1.0
 """The longest time for each C, unless the least number of repeats takes longer."""
 
 
-def latencies(transport: AbstractTransport, everyone: AbstractTransport, device: torch.device) -> dict[str, float]:
-    """Returns the median microseconds of an all-reduce of the forward wire by C, on the slowest rank of the job."""
+class Times(NamedTuple):
+    """How long all-reduces took, on the slowest rank of the job."""
+
+    median_us: dict[str, float]
+    """By C."""
+    waiting: float | None
+    """The part of the time for which a rank waited for a core; None where a system does not count it."""
+
+
+def measure(transport: AbstractTransport, everyone: AbstractTransport, device: torch.device) -> Times:
+    """Times the all-reduce of the forward wire for some C.
+
+    Args:
+        transport: what is timed.
+        everyone: all ranks of the job.
+        device: of the wire.
+    """
     first = gather.gather(_row([latency(transport, CHANNELS[-1], device, 3)]), everyone).max().item()
     repeats = max(LEAST_REPEATS, min(REPEATS, int(SECONDS * 1e6 / (first + 1))))  # hosts may be far from each other
-    medians = _row([latency(transport, C, device, repeats) for C in CHANNELS])
-    slowest = gather.gather(medians, everyone).amax(0).tolist()
-    return {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
+    waited, began = system.waited_ns(), time.perf_counter_ns()
+    medians = [latency(transport, C, device, repeats) for C in CHANNELS]
+    end, wall = system.waited_ns(), time.perf_counter_ns() - began
+    waiting = -1.0 if end is None or waited is None else (end - waited) / wall
+    *slowest, waiting = gather.gather(_row([*medians, waiting]), everyone).amax(0).tolist()
+    by_channels = {str(C): round(us, 2) for C, us in zip(CHANNELS, slowest, strict=True)}
+    return Times(by_channels, None if waiting < 0 else round(min(waiting, 1.0), 3))
 
 
 def _row(values: list[float]) -> torch.Tensor:
