@@ -134,11 +134,11 @@ def widths_error(tensors: Mapping[str, object], x: Tensor) -> Exception | None:
     lengths = {name: t.numel() for name, t in vectors.items() if not t.is_nested and t.dim() == 1}
     if all(length == x.size(1) for length in lengths.values()):
         return None
-    received = ", ".join(f"{name} of {length}" for name, length in lengths.items())
+    received, shape = ", ".join(f"{name} of {length}" for name, length in lengths.items()), shape_of(x)
     return ValueError(
         f"{NAME} needs input.size(1) values in each parameter and running statistic; received {received}, and an input "
-        f"of {shape_of(x)[1]} channels, shape {shape_of(x)}. Channels come second, also in channels_last memory format; "
-        f"if the input is right, make the others with torch.ones({shape_of(x)[1]}), for example."
+        f"of {shape[1]} channels, shape {shape}. Channels come second, also in channels_last memory format; if the "
+        f"input is right, make the others with torch.ones({shape[1]}), for example."
     )
 
 

@@ -12,7 +12,7 @@ from syncbn import kernels
 from syncbn.cli.bench import cpu, report
 from syncbn.cli.bench.report import Options, Row
 from syncbn.transports import launchers
-from tests import processes
+from tests import processes, warm
 
 BENCH = ("-m", "syncbn", "bench")
 SMALL = ("--shapes", "2,4,3,3", "3,2,2,2", "--repeats", "3", "--warmup", "1")
@@ -81,7 +81,7 @@ def alone(tmp_path_factory):
     cases = {dtype: (*measure, dtype) for dtype in report.DTYPES}
     cases["unreadable"] = ("RANK=0", "WORLD_SIZE=two", *BENCH, *SMALL)
     cases["parts"] = ("-m", "benchmarks.parts", "--json", *SMALL[:5])
-    return processes.many(processes.python, 1, cases, tmp_path_factory.mktemp("alone"))
+    return processes.many(warm.python, 1, cases, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,14 @@ def together(tmp_path_factory):
         "no such folder": (*BENCH, *SMALL, "--no-baseline", "--output", "/no/such/folder/bench.json"),
         "too large": (*BENCH, "--shapes", "100000,100000,1000,1000"),
     }
-    return processes.many(processes.mpirun, 2, cases, tmp_path_factory.mktemp("together"))
+    return processes.many(warm.mpirun, 2, cases, tmp_path_factory.mktemp("together"))
 
 
 @pytest.fixture(scope="module")
 def under_torchrun(tmp_path_factory):
     """The same under torchrun."""
     cases = {"table": (*BENCH, *SMALL), "same numbers": ("-c", SAME_NUMBERS)}
-    return processes.many(processes.torchrun, 2, cases, tmp_path_factory.mktemp("torchrun"))
+    return processes.many(warm.torchrun, 2, cases, tmp_path_factory.mktemp("torchrun"))
 
 
 @pytest.mark.xdist_group("bench alone")
@@ -224,7 +224,7 @@ def test_a_step_needs_no_more_memory_than_torchs():
     """y and grad_x; a temporary of the input's size would be half as much again."""
     code = "import torch; torch.set_num_threads(1); from benchmarks import memory as m\n"
     code += "for row in m.memory_rows(m.LARGE, torch.float32, torch.contiguous_format): print(row.mib, row.tensor_mib)"
-    done = processes.python("-c", code)
+    done = warm.python("-c", code)
     assert done.returncode == 0, done.stderr
     (torchs, tensor), (ours, _) = (map(float, line.split()) for line in done.stdout.splitlines())
     assert torchs == pytest.approx(2 * tensor, rel=0.05)

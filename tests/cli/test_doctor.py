@@ -14,7 +14,7 @@ from syncbn.cli.doctor.report import Place, Problem, Report
 from syncbn.transports import shared_memory
 from syncbn.transports.base import AbstractTransport
 from syncbn.transports.single import SingleTransport
-from tests import processes
+from tests import processes, warm
 
 DOCTOR = ("-m", "syncbn", "doctor")
 
@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
     cases = {"text": DOCTOR, "json": (*DOCTOR, "--json")}
     cases |= {variables: (*variables, *DOCTOR, "--json") for variables, _ in BROKEN}
     cases |= {name: (*FOREIGN[name], *DOCTOR, "--json") for name in FOREIGN}
-    return processes.many(processes.python, 1, cases, tmp_path_factory.mktemp("doctor"))
+    return processes.many(warm.python, 1, cases, tmp_path_factory.mktemp("doctor"))
 
 
 in_one_process = pytest.mark.xdist_group("doctor alone")
@@ -104,7 +104,7 @@ def test_json_is_one_document_with_everything(alone):
 def on_three(tmp_path_factory):
     """The same on three processes under mpirun."""
     cases = {(): (*DOCTOR, "--json"), ("SYNCBN_TRANSPORT=mpi",): ("SYNCBN_TRANSPORT=mpi", *DOCTOR, "--json")}
-    return processes.many(processes.mpirun, 3, cases, tmp_path_factory.mktemp("three"))
+    return processes.many(warm.mpirun, 3, cases, tmp_path_factory.mktemp("three"))
 
 
 @pytest.mark.xdist_group("doctor on three")
@@ -115,7 +115,7 @@ def test_under_mpirun_rank_0_maps_all_ranks(on_three, more):
 
 
 def test_under_torchrun_rank_0_maps_all_ranks():
-    check_map(processes.torchrun(2, *DOCTOR, "--json"), 2, ("torchrun",), "torch", not shared_memory.problem())
+    check_map(warm.torchrun(2, *DOCTOR, "--json"), 2, ("torchrun",), "torch", not shared_memory.problem())
 
 
 def check_map(done, n, names, library, shared):
@@ -137,7 +137,7 @@ def check_map(done, n, names, library, shared):
 
 
 def test_the_runner_of_mpi4py_changes_nothing():
-    done = processes.python("-m", "mpi4py", *DOCTOR)
+    done = warm.python("-m", "mpi4py", *DOCTOR)
     assert done.returncode == 0
     assert done.stdout.count("No problem found.") == 1
 
@@ -154,14 +154,14 @@ def test_mpirun_without_mpi4py_is_named_once_with_the_line_that_installs_it(with
 
 
 def test_the_launch_script_says_what_to_install_where_mpi4py_is_missing(without_mpi4py):
-    done = processes.mpirun(2, *DOCTOR, PYTHONPATH=without_mpi4py)
+    done = warm.mpirun(2, *DOCTOR, PYTHONPATH=without_mpi4py)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("launch/mpirun.sh needs mpi4py in the Python that it starts; ")
     assert 'pip install "syncbn[mpi]"' in done.stderr
 
 
 def test_torchrun_without_mpi4py_is_well(without_mpi4py):
-    done = processes.torchrun(2, *DOCTOR, "--json", PYTHONPATH=without_mpi4py)
+    done = warm.torchrun(2, *DOCTOR, "--json", PYTHONPATH=without_mpi4py)
     report = json.loads(done.stdout)
     assert done.returncode == 0
     assert report["mpi"]["error"] == "no mpi4py on this machine"
@@ -187,7 +187,7 @@ def test_a_process_that_never_comes_is_named_within_the_limit():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     absent = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = processes.python(*DOCTOR, "--json", "--timeout", "6", limit=60, **absent)
+    done = warm.python(*DOCTOR, "--json", "--timeout", "6", limit=60, **absent)
     (problem,) = json.loads(done.stdout)["problems"]
     assert done.returncode == 1
     assert problem["what"].startswith(
@@ -207,7 +207,7 @@ def test_a_broken_environment_is_a_problem_not_a_crash(alone, variables, words):
 
 
 def test_processes_left_alone_by_the_override_are_a_problem():
-    done = processes.mpirun(2, *DOCTOR, "--json", SYNCBN_TRANSPORT="single")
+    done = warm.mpirun(2, *DOCTOR, "--json", SYNCBN_TRANSPORT="single")
     (problem,) = json.loads(done.stdout)["problems"]
     assert done.returncode == 1
     assert "NOT synchronised" in problem["what"]

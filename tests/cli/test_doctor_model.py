@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from syncbn.cli.doctor import models as cli_models
-from tests import processes
+from tests import processes, warm
 
 DOCTOR = ("-m", "syncbn", "doctor")
 
@@ -72,7 +72,7 @@ def write_models(folder):
 
 
 def test_a_model_is_listed_with_what_conversion_would_do(models):
-    done = processes.run(sys.executable, *DOCTOR, "--model", "my_models:whole", cwd=models, PYTHONPATH=processes.ROOT)
+    done = warm.python(*DOCTOR, "--model", "my_models:whole", cwd=models, PYTHONPATH=processes.ROOT)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^1 +BatchNorm2d +3 +NO +not converted yet", done.stdout, re.MULTILINE)
     assert "Conversion would succeed for 1 layer." in done.stdout
@@ -82,7 +82,7 @@ def test_a_model_is_listed_with_what_conversion_would_do(models):
 
 def test_json_has_the_model(models):
     command = (*DOCTOR, "--json", "--model", "my_models:partly")
-    done = processes.run(sys.executable, *command, cwd=models, PYTHONPATH=processes.ROOT)
+    done = warm.python(*command, cwd=models, PYTHONPATH=processes.ROOT)
     report = json.loads(done.stdout)
     assert done.returncode == 1
     assert report["model"]["factory"] == "my_models:partly"
@@ -139,7 +139,7 @@ def together(request, tmp_path_factory):
     """What the command says of one model after the other on the same two processes."""
     folder = write_models(tmp_path_factory.mktemp("models"))
     cases = {factory: (*DOCTOR, "--json", "--model", f"my_models:{factory}") for factory in ON_RANKS}
-    return processes.many(getattr(processes, request.param), 2, cases, folder, PYTHONPATH=f"{folder}:{processes.ROOT}")
+    return processes.many(getattr(warm, request.param), 2, cases, folder, PYTHONPATH=f"{folder}:{processes.ROOT}")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_ranks_agree_on_the_model_and_rank_0_prints_once(together, factory):
 def test_a_model_that_takes_too_long_is_named(models):
     (models / "slow.py").write_text("import time\ndef build():\n    time.sleep(60)\n")
     command = (*DOCTOR, "--json", "--timeout", "15", "--model", "slow:build")
-    done = processes.run(sys.executable, *command, cwd=models, PYTHONPATH=processes.ROOT)
+    done = warm.python(*command, cwd=models, PYTHONPATH=processes.ROOT)
     (problem,) = json.loads(done.stdout)["problems"]
     assert done.returncode == 1
     assert problem["what"] == "could not build the model slow:build within 15 s: it is not done on every rank"

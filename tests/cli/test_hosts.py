@@ -9,7 +9,7 @@ from syncbn.cli.bench import report
 from syncbn.cli.bench.report import Row
 from syncbn.cli.doctor import text
 from syncbn.cli.doctor.report import Report
-from tests import processes
+from tests import warm
 
 BOTH = """
 import os, sys
@@ -26,7 +26,7 @@ sys.exit(status)
 def test_doctor_and_bench_time_all_ranks_beside_those_of_one_node(tmp_path):
     script = tmp_path / "both.py"
     script.write_text(BOTH)
-    done = processes.torchrun(2, script, limit=120)
+    done = warm.torchrun(2, script, limit=120)
     assert done.returncode == 0, done.stderr
     doctors, end = json.JSONDecoder().raw_decode(done.stdout)
     bench = json.loads(done.stdout[end:])

@@ -7,7 +7,7 @@ import pytest
 
 import syncbn
 from syncbn.cli import main
-from tests import processes
+from tests import processes, warm
 
 BENCH = ("-m", "syncbn", "bench", "--shapes", "2,64,56,56", "--repeats", "100000")
 
@@ -22,7 +22,7 @@ def naps(monkeypatch):
 
 
 def test_python_m_syncbn_lists_its_commands():
-    done = processes.python("-m", "syncbn", "--help")
+    done = warm.python("-m", "syncbn", "--help")
     assert done.returncode == 0
     assert all(re.search(rf"^ +{command} ", done.stdout, re.MULTILINE) for command in ("doctor", "test", "bench"))
 
@@ -79,10 +79,10 @@ def test_another_rank_fails_silently_and_after_rank_0(naps, capsys, monkeypatch)
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("launcher", [processes.mpirun, processes.torchrun])
+@pytest.mark.parametrize("launcher", [warm.mpirun, warm.torchrun])
 def test_wrong_arguments_are_reported_once_under_a_launcher_and_end_it_with_a_status(launcher):
     done = launcher(2, "-m", "syncbn", "bench", "--repeats", "none")
-    assert done.returncode == {processes.mpirun: 2, processes.torchrun: 1}[launcher]  # torchrun ends with its own
+    assert done.returncode == {warm.mpirun: 2, warm.torchrun: 1}[launcher]  # torchrun ends with its own
     assert done.stderr.count("needs a whole number") == 1
     assert done.stdout == ""
 

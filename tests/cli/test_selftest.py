@@ -12,7 +12,7 @@ from syncbn.cli.selftest import command, comparison, training
 from syncbn.cli.selftest.comparison import BOUND, WHATS, Row, largest
 from syncbn.cli.selftest.report import Report
 from syncbn.transports.launchers import Launch
-from tests import processes
+from tests import processes, warm
 
 TEST = ("-m", "syncbn", "test")
 LOCAL = """
@@ -26,7 +26,7 @@ finally:
     syncbn.convert_sync_batchnorm = kept
 sys.exit(status)
 """
-LAUNCHED = {"mpirun": (processes.mpirun, 3), "torchrun": (processes.torchrun, 2)}
+LAUNCHED = {"mpirun": (warm.mpirun, 3), "torchrun": (warm.torchrun, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def alone(tmp_path_factory):
         "unreadable": ("RANK=0", "WORLD_SIZE=two", *TEST),
         "device": (*TEST, "--device", "abacus"),
     }
-    return processes.many(processes.python, 1, cases, tmp_path_factory.mktemp("alone"))
+    return processes.many(warm.python, 1, cases, tmp_path_factory.mktemp("alone"))
 
 
 in_one_process = pytest.mark.xdist_group("selftest alone")
@@ -146,7 +146,7 @@ def test_a_rank_that_never_comes_is_named_within_the_limit_of_waits():
         port = free.getsockname()[1]
     absent = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SYNCBN_TIMEOUT": 6}
     began = time.monotonic()
-    done = processes.python(*TEST, "--json", limit=60, **absent)
+    done = warm.python(*TEST, "--json", limit=60, **absent)
     assert time.monotonic() - began < 6 + 20  # and what it takes to start, on a busy machine
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"]) == (1, False)
