@@ -90,7 +90,7 @@ def test_an_interrupt_reaches_the_command_once(to):
 
 def test_a_slow_reader_gets_all_of_it_and_the_status():
     words = "x" * 300_000
-    process = start(f"echo {next(iter(WORDS))} >&2; head -c 300000 /dev/zero | tr '\\0' x >&2")
+    process = start(f"echo '{next(iter(WORDS))}' >&2; head -c 300000 /dev/zero | tr '\\0' x >&2")
     time.sleep(3)
     _, err = process.communicate(timeout=20)
     assert words in err
