@@ -212,7 +212,7 @@ def _within(model: nn.Module, chosen: Collection[nn.Module], kind: Callable[[nn.
 
 
 _CONVERT = "convert_sync_batchnorm must lose nothing; {} of {} layers would lose something"
-_REVERT = "revert_sync_batchnorm must restore each layer without loss; it cannot for {} of {}"
+_REVERT = "revert_sync_batchnorm must restore each layer without loss; it cannot for {} of {} layers"
 
 
 def _refuse(found: Mapping[str, nn.Module], reasons: Mapping[str, str], text: str) -> None:
