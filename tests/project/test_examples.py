@@ -104,7 +104,7 @@ def test_the_demo_prints_the_table_of_its_docstring_and_keeps_its_promise(tmp_pa
 
 def test_the_segmentation_is_good_where_it_is_synchronised_and_only_there(tmp_path):
     [(command, printed)] = [p for p in promises() if "segmentation.py" in p[0]]
-    done = warm.run("bash", "-c", f"{command} --out {tmp_path}/segmentation.png")
+    done = warm.run("bash", "-c", f"{command} --steps 350 --out {tmp_path}/segmentation.png")
     assert done.returncode == 0, done.stderr
     assert NUMBER.sub("#", done.stdout.replace(str(tmp_path), "out")).strip() == NUMBER.sub("#", printed)
     rows = [
