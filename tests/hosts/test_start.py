@@ -135,3 +135,14 @@ def test_the_doctor_warns_if_all_ranks_are_on_one_of_several_hosts(debian, monke
     warning, *_ = report["warnings"]  # one more, if other programs use the cores
     assert warning["what"] == "all 2 ranks are on host h1, of 2 hosts that the launcher knows"
     assert "slot:oversubscribe" in warning["remedy"]
+
+
+def test_the_verdict_on_the_latency_is_that_of_the_delay_between_hosts(make_hosts, monkeypatch):
+    far = make_hosts(2, "wire")
+    far.do("shape", 30_000, 0, 0)
+    report, statuses, job = doctor(monkeypatch, far, "plain")
+    assert statuses == [0, 0], job.err
+    assert {25_000 < each["round_trip_us"] / 2 < 60_000 for each in report["network"]["routes"]} == {True}
+    assert report["verdict"]["expected_us"] > 25_000
+    assert report["verdict"]["status"] in ("as expected", "above the usual")
+    assert " from host to host" in report["verdict"]["text"]

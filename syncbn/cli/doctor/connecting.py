@@ -102,7 +102,7 @@ def why_not_shared(transport: AbstractTransport) -> str:
     override = os.environ.get(OVERRIDE, "auto")
     if override != "auto":
         return f"{OVERRIDE}={override}"
-    return shared_memory.problem() or "not all ranks can open the same"
+    return shared_memory.problem() or "the ranks are on several hosts, or cannot open the same"
 
 
 def _is_of_nodes(transport: AbstractTransport) -> bool:

@@ -164,5 +164,5 @@ def _numbered(problems: list[Problem]) -> list[str]:
     rows = []
     for n, problem in enumerate(problems, 1):
         rows.append(lines.wrapped(problem.what, f"  {n}. "))
-        rows.append(lines.wrapped(problem.remedy, "     "))
+        rows.append(lines.wrapped(problem.remedy, "     -> "))
     return rows

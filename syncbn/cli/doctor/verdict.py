@@ -112,7 +112,7 @@ def _of_cores(layout: Layout) -> tuple[str, str]:
     if layout.threads:
         return f"{layout.threads}, so ranks wait for cores", "Set OMP_NUM_THREADS to cores / processes of a host."
     why = f"a rank waited for a core for {100 * (layout.waiting or 0.0):.0f} % of the time"
-    return f"{why}, since other programs use the cores", "`top` shows them; run the doctor again without them."
+    return f"{why}, since other programs use the cores", "`top` shows which; run the doctor again without them."
 
 
 def _remedy(layout: Layout) -> str:
