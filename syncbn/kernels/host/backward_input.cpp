@@ -53,42 +53,25 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
     }
 }
 
-// Rows [r, r + count), in one column of blocks of 16 channels from c on.
-template <bool streamed, int blocks, class T, class... Length>
-inline void column(const Elements& grad_y, const Elements& x, const Elements& grad_x, const Coefficients<T>& k, Row r,
-                   int64_t count, int64_t c, Length... length) {
-    typedef typename Compute<T>::Lanes P;
-    P mean[blocks], slope[blocks], offset[blocks], scale[blocks];
-    for (int b = 0; b < blocks; ++b) {
-        mean[b] = load<P>(k.mean + c + b * LANES);
-        slope[b] = load<P>(k.slope + c + b * LANES);
-        offset[b] = load<P>(k.offset + c + b * LANES);
-        scale[b] = load<P>(k.scale + c + b * LANES);
-    }
-    const int64_t ahead = count * x.stride_s, ahead_y = count * grad_y.stride_s;
-    for (; count > 0; --count, r.step()) {
-        const T *g = at<T>(grad_y, r.n, c, r.s), *in = at<T>(x, r.n, c, r.s);
-        T* out = at<T>(grad_x, r.n, c, r.s);
-        for (int b = 0; b < blocks; ++b, g += LANES, in += LANES, out += LANES) {
-            if (streamed) __builtin_prefetch(in + ahead), __builtin_prefetch(g + ahead_y);
-            const P v = formula(load<P>(in, length...), load<P>(g, length...), mean[b], slope[b], offset[b], scale[b]);
-            streamed ? stream(out, v) : store(out, v, length...);
-        }
-    }
-}
-
+// Row by row: memory is read and written in order, and the numbers per channel stay in the first-level cache.
 template <bool streamed, class T>
 void rows(const Shape& shape, const Elements& grad_y, const Elements& x, const Elements& grad_x, void* memory,
           const Part& part) {
+    typedef typename Compute<T>::Lanes P;
     const Coefficients<T> k(memory, shape.C);
-    each_tile<sizeof(T) == 8 ? (WIDE + 1) / 2 : WIDE>(
-        2 * shape.C * sizeof(T), shape, part,
-        [&](auto wide, Row r, int64_t count, int64_t c) {
-            column<streamed, wide.count>(grad_y, x, grad_x, k, r, count, c);
-        },
-        [&](Row r, int64_t count, int64_t c, int64_t length) {
-            column<false, 1>(grad_y, x, grad_x, k, r, count, c, length);
-        });
+    each_run(Row(shape, part.first), part.last - part.first, [&](int64_t n, int64_t s, int64_t count) {
+        const T *g = at<T>(grad_y, n, 0, s), *in = at<T>(x, n, 0, s);
+        T* out = at<T>(grad_x, n, 0, s);
+        for (; count > 0; --count, g += grad_y.stride_s, in += x.stride_s, out += grad_x.stride_s) {
+            const auto result = [&](int64_t c, auto... length) {
+                return formula(load<P>(in + c, length...), load<P>(g + c, length...), load<P>(k.mean + c),
+                               load<P>(k.slope + c), load<P>(k.offset + c), load<P>(k.scale + c));
+            };
+            int64_t c = 0;
+            for (; c + LANES <= shape.C; c += LANES) streamed ? stream(out + c, result(c)) : store(out + c, result(c));
+            if (c < shape.C) store(out + c, result(c, shape.C - c), shape.C - c);
+        }
+    });
 }
 }  // namespace
 

@@ -16,16 +16,18 @@ using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 
-template <class T> inline D centered(D x, D) { return x; }
-template <> inline D centered<double>(D x, D mean) { return x - mean; }
+template <class T, class P> inline P centered(P x, P mean) {
+    if constexpr (sizeof(T) < sizeof(double)) return x;
+    else return x - mean;
+}
 
-template <class T> inline void add(D grad_y, D x, D mean, D& a, D& b) {
+template <class T, class P> inline void add(P grad_y, P x, P mean, P& a, P& b) {
     a = a + grad_y;
     b = add_product<T>(grad_y, centered<T>(x, mean), b);
 }
 
 // Adds `count` segments of one channel, the first of them j.
-template <class T>
+template <bool far, class T>
 inline void channel(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, Stretch j,
                     int64_t count, int64_t c, double* sums) {
     const D m = all<D>(mean[c]);
@@ -34,9 +36,24 @@ inline void channel(const Shape& shape, const Elements& grad_y, const Elements& 
         const T *g = at<T>(grad_y, j.n, c, j.s), *p = at<T>(x, j.n, c, j.s);
         const int64_t length = j.length();
         int64_t i = 0;
-        for (; i + 2 * LANES <= length; i += 2 * LANES) {
-            add<T>(load<D>(g + i), load<D>(p + i), m, a, b);
-            add<T>(load<D>(g + i + LANES), load<D>(p + i + LANES), m, a2, b2);
+        while (i + 2 * LANES <= length) {
+            const int64_t end = i + least(NEAR / 2, (length - i) / (2 * LANES) * (2 * LANES));
+            few_lanes(a, b, a2, b2, [&](int64_t lane, auto& first, auto& second, auto& first2, auto& second2) {
+                auto u = first, v = second, u2 = first2, v2 = second2;
+                typedef decltype(u) P;
+                const P few = all<P>(mean[c]);
+                int64_t next = end + (end - i) / LANES * lane;
+                for (int64_t k = i + lane; k < end; k += 2 * LANES) {
+                    if (far) {
+                        __builtin_prefetch(g + next), __builtin_prefetch(p + next);
+                        next += 2 * int64_t(sizeof(P) / sizeof(double));
+                    }
+                    add<T>(load<P>(g + k), load<P>(p + k), few, u, v);
+                    add<T>(load<P>(g + k + LANES), load<P>(p + k + LANES), few, u2, v2);
+                }
+                first = u, second = v, first2 = u2, second2 = v2;
+            });
+            i = end;
         }
         if (i + LANES <= length) {
             add<T>(load<D>(g + i), load<D>(p + i), m, a, b);
@@ -52,7 +69,8 @@ template <class T>
 void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
             double* sums) {
     each_stretch(shape, part, 1, [&](Stretch j, int64_t count, int64_t c) {
-        channel<T>(shape, grad_y, x, mean, j, count, c, sums);
+        shape.far ? channel<true, T>(shape, grad_y, x, mean, j, count, c, sums)
+                  : channel<false, T>(shape, grad_y, x, mean, j, count, c, sums);
     });
 }
 
@@ -66,15 +84,14 @@ inline void column(const Elements& grad_y, const Elements& x, const double* mean
         m[k] = load<D>(mean + c + k * LANES, length...);
     }
     const int64_t ahead = count * x.stride_s, ahead_y = count * grad_y.stride_s;
-    for (; count > 0; --count, r.step()) {
-        const T *g = at<T>(grad_y, r.n, c, r.s), *p = at<T>(x, r.n, c, r.s);
-        for (int k = 0; k < blocks; ++k, g += LANES, p += LANES) {
-            if (far) __builtin_prefetch(p + ahead), __builtin_prefetch(g + ahead_y);
-            const D v = load<D>(g, length...);
-            a[k] = a[k] + v;
-            b[k] = add_product<T>(v, centered<T>(load<D>(p, length...), m[k]), b[k]);
-        }
-    }
+    each_run(r, count, [&](int64_t n, int64_t s, int64_t run) {
+        const T *g = at<T>(grad_y, n, c, s), *p = at<T>(x, n, c, s);
+        for (; run > 0; --run, g += grad_y.stride_s, p += x.stride_s)
+            for (int k = 0; k < blocks; ++k) {
+                if (far) __builtin_prefetch(p + k * LANES + ahead), __builtin_prefetch(g + k * LANES + ahead_y);
+                add<T>(load<D>(g + k * LANES, length...), load<D>(p + k * LANES, length...), m[k], a[k], b[k]);
+            }
+    });
     for (int k = 0; k < blocks; ++k, c += LANES) add_to(first + c, a[k]), add_to(second + c, b[k]);
 }
 

@@ -18,22 +18,33 @@ using syncbn::LANES;
 using syncbn::Part;
 using syncbn::Shape;
 
-template <class T> inline void add(D v, D& a, D& b) {
+template <class T, class P> inline void add(P v, P& a, P& b) {
     a = a + v;
     b = add_product<T>(v, v, b);
 }
 
 // Adds `count` segments of one channel, the first of them j.
-template <class T>
+template <bool far, class T>
 inline void channel(const Shape& shape, const Elements& x, Stretch j, int64_t count, int64_t c, double* sums) {
     D a = all<D>(0), b = a, a2 = a, b2 = a;
     for (; count > 0; --count, j.step()) {
         const T* p = at<T>(x, j.n, c, j.s);
         const int64_t length = j.length();
         int64_t i = 0;
-        for (; i + 2 * LANES <= length; i += 2 * LANES) {
-            add<T>(load<D>(p + i), a, b);
-            add<T>(load<D>(p + i + LANES), a2, b2);
+        while (i + 2 * LANES <= length) {
+            const int64_t end = i + least(NEAR, (length - i) / (2 * LANES) * (2 * LANES));
+            few_lanes(a, b, a2, b2, [&](int64_t lane, auto& first, auto& second, auto& first2, auto& second2) {
+                auto u = first, v = second, u2 = first2, v2 = second2;
+                typedef decltype(u) P;
+                const T* next = p + end + (end - i) / LANES * lane;
+                for (const T *q = p + i + lane, *last = p + end; q < last; q += 2 * LANES) {
+                    if (far) __builtin_prefetch(next), next += 2 * int64_t(sizeof(P) / sizeof(double));
+                    add<T>(load<P>(q), u, v);
+                    add<T>(load<P>(q + LANES), u2, v2);
+                }
+                first = u, second = v, first2 = u2, second2 = v2;
+            });
+            i = end;
         }
         if (i + LANES <= length) {
             add<T>(load<D>(p + i), a, b);
@@ -46,7 +57,7 @@ inline void channel(const Shape& shape, const Elements& x, Stretch j, int64_t co
 
 template <class T> void planes(const Shape& shape, const Elements& x, const Part& part, double* sums) {
     each_stretch(shape, part, shape.far ? 1 : 8, [&](Stretch j, int64_t count, int64_t c) {
-        channel<T>(shape, x, j, count, c, sums);
+        shape.far ? channel<true, T>(shape, x, j, count, c, sums) : channel<false, T>(shape, x, j, count, c, sums);
     });
 }
 
@@ -56,15 +67,14 @@ inline void column(const Elements& x, double* first, double* second, Row r, int6
     D a[blocks], b[blocks];
     for (int k = 0; k < blocks; ++k) a[k] = b[k] = all<D>(0);
     const int64_t ahead = count * x.stride_s;
-    for (; count > 0; --count, r.step()) {
-        const T* p = at<T>(x, r.n, c, r.s);
-        for (int k = 0; k < blocks; ++k, p += LANES) {
-            if (far) __builtin_prefetch(p + ahead);
-            const D v = load<D>(p, length...);
-            a[k] = a[k] + v;
-            b[k] = add_product<T>(v, v, b[k]);
-        }
-    }
+    each_run(r, count, [&](int64_t n, int64_t s, int64_t run) {
+        const T* p = at<T>(x, n, c, s);
+        for (; run > 0; --run, p += x.stride_s)
+            for (int k = 0; k < blocks; ++k) {
+                if (far) __builtin_prefetch(p + k * LANES + ahead);
+                add<T>(load<D>(p + k * LANES, length...), a[k], b[k]);
+            }
+    });
     for (int k = 0; k < blocks; ++k, c += LANES) add_to(first + c, a[k]), add_to(second + c, b[k]);
 }
 

@@ -45,36 +45,24 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Elem
     }
 }
 
-// Rows [r, r + count), in one column of blocks of 16 channels from c on.
-template <bool streamed, int blocks, class T, class... Length>
-inline void column(const Elements& x, const Elements& y, const Coefficients<T>& k, Row r, int64_t count, int64_t c,
-                   Length... length) {
-    typedef typename Compute<T>::Lanes P;
-    P mean[blocks], scale[blocks], bias[blocks];
-    for (int b = 0; b < blocks; ++b) {
-        mean[b] = load<P>(k.mean + c + b * LANES);
-        scale[b] = load<P>(k.scale + c + b * LANES);
-        bias[b] = load<P>(k.bias + c + b * LANES);
-    }
-    const int64_t ahead = count * x.stride_s;
-    for (; count > 0; --count, r.step()) {
-        const T* in = at<T>(x, r.n, c, r.s);
-        T* out = at<T>(y, r.n, c, r.s);
-        for (int b = 0; b < blocks; ++b, in += LANES, out += LANES) {
-            if (streamed) __builtin_prefetch(in + ahead);
-            const P v = (load<P>(in, length...) - mean[b]) * scale[b] + bias[b];
-            streamed ? stream(out, v) : store(out, v, length...);
-        }
-    }
-}
-
+// Row by row: memory is read and written in order, and the numbers per channel stay in the first-level cache.
 template <bool streamed, class T>
 void rows(const Shape& shape, const Elements& x, const Elements& y, void* memory, const Part& part) {
+    typedef typename Compute<T>::Lanes P;
     const Coefficients<T> k(memory, shape.C);
-    each_tile<sizeof(T) == 8 ? (WIDE + 1) / 2 : WIDE>(
-        shape.C * sizeof(T), shape, part,
-        [&](auto wide, Row r, int64_t count, int64_t c) { column<streamed, wide.count>(x, y, k, r, count, c); },
-        [&](Row r, int64_t count, int64_t c, int64_t length) { column<false, 1>(x, y, k, r, count, c, length); });
+    each_run(Row(shape, part.first), part.last - part.first, [&](int64_t n, int64_t s, int64_t count) {
+        const T* in = at<T>(x, n, 0, s);
+        T* out = at<T>(y, n, 0, s);
+        for (; count > 0; --count, in += x.stride_s, out += y.stride_s) {
+            const auto result = [&](int64_t c, auto... length) {
+                const P v = load<P>(in + c, length...) - load<P>(k.mean + c);
+                return v * load<P>(k.scale + c) + load<P>(k.bias + c);
+            };
+            int64_t c = 0;
+            for (; c + LANES <= shape.C; c += LANES) streamed ? stream(out + c, result(c)) : store(out + c, result(c));
+            if (c < shape.C) store(out + c, result(c, shape.C - c), shape.C - c);
+        }
+    });
 }
 
 void update(const Values& running, int64_t C, const double* batch, double factor, double momentum) {

@@ -5,7 +5,7 @@
 // to even, as torch does; a NaN stays one.
 #pragma once
 #include <stdint.h>
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -148,6 +148,14 @@ template <class T> inline void stream_native(T* p, VF v) {
     __m128i s;
     store_native(reinterpret_cast<T*>(&s), v);
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), s);
+}
+#elif defined(__x86_64__)
+inline void stream_native(float* p, VF v) { _mm_stream_ps(p, (__m128)v); }
+inline void stream_native(double* p, VD v) { _mm_stream_pd(p, (__m128d)v); }
+template <class T> inline void stream_native(T* p, VF v) {
+    long long s;
+    store_native(reinterpret_cast<T*>(&s), v);
+    _mm_stream_si64(reinterpret_cast<long long*>(p), s);
 }
 #else
 template <class T, class V> inline void stream_native(T* p, V v) { store_native(p, v); }

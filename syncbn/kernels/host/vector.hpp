@@ -77,7 +77,7 @@ template <class T> inline bool rows_aligned(const syncbn::Elements& e) {
 }
 // After this call, another thread that is notified sees the streamed data.
 inline void streams_done() {
-#if defined(__AVX2__)
+#if defined(__x86_64__)
     _mm_sfence();
 #endif
 }
@@ -99,8 +99,23 @@ inline Pack<VD, 1> fused(Pack<VD, 1> a, Pack<VD, 1> b, Pack<VD, 1> sum) { return
 template <int n> inline Pack<VD, n> fused(Pack<VD, n> a, Pack<VD, n> b, Pack<VD, n> sum) {
     return {fused(a.lo, b.lo, sum.lo), fused(a.hi, b.hi, sum.hi)};
 }
-template <class T> inline D add_product(D a, D b, D sum) { return fused(a, b, sum); }
-template <> inline D add_product<double>(D a, D b, D sum) { return sum + a * b; }
+template <class T, class P> inline P add_product(P a, P b, P sum) {
+    if constexpr (sizeof(T) < sizeof(double)) return fused(a, b, sum);
+    else return sum + a * b;
+}
+
+// Calls loop(first lane, a, b, a2, b2) with so few lanes at a time that the four sums stay in registers: two native
+// vectors each. Lanes do not mix, so their bits do not depend on it.
+template <int n, class Loop>
+inline void few_lanes(Pack<VD, n>& a, Pack<VD, n>& b, Pack<VD, n>& a2, Pack<VD, n>& b2, Loop loop, int64_t lane = 0) {
+    if constexpr (n > 2) {
+        few_lanes(a.lo, b.lo, a2.lo, b2.lo, loop, lane);
+        few_lanes(a.hi, b.hi, a2.hi, b2.hi, loop, lane + n / 2 * ND);
+    } else {
+        loop(lane, a, b, a2, b2);
+    }
+}
+constexpr int64_t NEAR = 2048;  // elements that stay in the first-level cache while few_lanes reads them several times
 
 // Lane l with l + 8, then with l + 4, l + 2, l + 1.
 typedef double D2 __attribute__((vector_size(16)));
@@ -155,6 +170,15 @@ struct Row {
 // channels, as many as have their numbers in registers. Steps on far tensors fetch the next tile meanwhile. Sums are
 // made tile by tile, so the height of a tile depends on the shape alone, and a low tile loses less to rounding.
 constexpr int WIDE = SYNCBN_BYTES < 64 ? 1 : 4;
+
+// Calls run(n, s, count) for the rows [r, r + count) of one n after the other.
+template <class Run> inline void each_run(Row r, int64_t count, Run run) {
+    while (count > 0) {
+        const int64_t length = least(count, r.shape.S - r.s);
+        run(r.n, r.s, length);
+        count -= length, r.s = 0, ++r.n;
+    }
+}
 
 // row_bytes: of all tensors read. Calls column(Blocks, Row, count, c) for every tile and its columns of whole blocks, and
 // rest(Row, count, c, length) for the fewer than sixteen channels that are left.
