@@ -37,12 +37,12 @@ inline void channel(const Shape& shape, const Elements& grad_y, const Elements& 
         const int64_t length = j.length();
         int64_t i = 0;
         while (i + 2 * LANES <= length) {
-            const int64_t end = i + least(NEAR / 2, (length - i) / (2 * LANES) * (2 * LANES));
+            const int64_t end = i + least(NEAR, (length - i) / (2 * LANES) * (2 * LANES));
             few_lanes(a, b, a2, b2, [&](int64_t lane, auto& first, auto& second, auto& first2, auto& second2) {
                 auto u = first, v = second, u2 = first2, v2 = second2;
                 typedef decltype(u) P;
                 const P few = all<P>(mean[c]);
-                int64_t next = end + (end - i) / LANES * lane;
+                int64_t next = i + AHEAD_BYTES / 2 / int64_t(sizeof(T)) + (end - i) / LANES * lane;
                 for (int64_t k = i + lane; k < end; k += 2 * LANES) {
                     if (far) {
                         __builtin_prefetch(g + next), __builtin_prefetch(p + next);
@@ -76,11 +76,11 @@ void planes(const Shape& shape, const Elements& grad_y, const Elements& x, const
 
 // Adds rows [r, r + count) to one column of blocks of 16 channels from c on.
 template <bool far, int blocks, class T, class... Length>
-inline void column(const Elements& grad_y, const Elements& x, const double* mean, double* first, double* second, Row r,
-                   int64_t count, int64_t c, Length... length) {
+inline void column(const Elements& grad_y, const Elements& x, const double* mean, TileSums& sums, Row r, int64_t count,
+                    int64_t c, Length... length) {
     D a[blocks], b[blocks], m[blocks];
     for (int k = 0; k < blocks; ++k) {
-        a[k] = b[k] = all<D>(0);
+        sums.start(c + k * LANES, a[k], b[k]);
         m[k] = load<D>(mean + c + k * LANES, length...);
     }
     const int64_t ahead = count * x.stride_s, ahead_y = count * grad_y.stride_s;
@@ -92,20 +92,19 @@ inline void column(const Elements& grad_y, const Elements& x, const double* mean
                 add<T>(load<D>(g + k * LANES, length...), load<D>(p + k * LANES, length...), m[k], a[k], b[k]);
             }
     });
-    for (int k = 0; k < blocks; ++k, c += LANES) add_to(first + c, a[k]), add_to(second + c, b[k]);
+    for (int k = 0; k < blocks; ++k) sums.finish(c + k * LANES, a[k], b[k]);
 }
 
 template <bool far, class T>
 void rows(const Shape& shape, const Elements& grad_y, const Elements& x, const double* mean, const Part& part,
           double* sums) {
-    double *first = sums, *second = sums + syncbn::padded(shape.C);
     each_tile<WIDE>(
-        2 * shape.C * sizeof(T), shape, part,
-        [&](auto wide, Row r, int64_t count, int64_t c) {
-            column<far, wide.count, T>(grad_y, x, mean, first, second, r, count, c);
+        2 * shape.C * sizeof(T), shape, part, sums,
+        [&](auto wide, TileSums& t, Row r, int64_t count, int64_t c) {
+            column<far, wide.count, T>(grad_y, x, mean, t, r, count, c);
         },
-        [&](Row r, int64_t count, int64_t c, int64_t length) {
-            column<far, 1, T>(grad_y, x, mean, first, second, r, count, c, length);
+        [&](TileSums& t, Row r, int64_t count, int64_t c, int64_t length) {
+            column<far, 1, T>(grad_y, x, mean, t, r, count, c, length);
         });
 }
 }  // namespace

@@ -36,7 +36,7 @@ inline void channel(const Shape& shape, const Elements& x, Stretch j, int64_t co
             few_lanes(a, b, a2, b2, [&](int64_t lane, auto& first, auto& second, auto& first2, auto& second2) {
                 auto u = first, v = second, u2 = first2, v2 = second2;
                 typedef decltype(u) P;
-                const T* next = p + end + (end - i) / LANES * lane;
+                const T* next = p + i + AHEAD_BYTES / sizeof(T) + (end - i) / LANES * lane;
                 for (const T *q = p + i + lane, *last = p + end; q < last; q += 2 * LANES) {
                     if (far) __builtin_prefetch(next), next += 2 * int64_t(sizeof(P) / sizeof(double));
                     add<T>(load<P>(q), u, v);
@@ -63,9 +63,9 @@ template <class T> void planes(const Shape& shape, const Elements& x, const Part
 
 // Adds rows [r, r + count) to one column of blocks of 16 channels from c on.
 template <bool far, int blocks, class T, class... Length>
-inline void column(const Elements& x, double* first, double* second, Row r, int64_t count, int64_t c, Length... length) {
+inline void column(const Elements& x, TileSums& sums, Row r, int64_t count, int64_t c, Length... length) {
     D a[blocks], b[blocks];
-    for (int k = 0; k < blocks; ++k) a[k] = b[k] = all<D>(0);
+    for (int k = 0; k < blocks; ++k) sums.start(c + k * LANES, a[k], b[k]);
     const int64_t ahead = count * x.stride_s;
     each_run(r, count, [&](int64_t n, int64_t s, int64_t run) {
         const T* p = at<T>(x, n, c, s);
@@ -75,15 +75,14 @@ inline void column(const Elements& x, double* first, double* second, Row r, int6
                 add<T>(load<D>(p + k * LANES, length...), a[k], b[k]);
             }
     });
-    for (int k = 0; k < blocks; ++k, c += LANES) add_to(first + c, a[k]), add_to(second + c, b[k]);
+    for (int k = 0; k < blocks; ++k) sums.finish(c + k * LANES, a[k], b[k]);
 }
 
 template <bool far, class T> void rows(const Shape& shape, const Elements& x, const Part& part, double* sums) {
-    double *first = sums, *second = sums + syncbn::padded(shape.C);
     each_tile<(WIDE + 1) / 2>(
-        shape.C * sizeof(T), shape, part,
-        [&](auto wide, Row r, int64_t count, int64_t c) { column<far, wide.count, T>(x, first, second, r, count, c); },
-        [&](Row r, int64_t count, int64_t c, int64_t n) { column<far, 1, T>(x, first, second, r, count, c, n); });
+        shape.C * sizeof(T), shape, part, sums,
+        [&](auto wide, TileSums& t, Row r, int64_t count, int64_t c) { column<far, wide.count, T>(x, t, r, count, c); },
+        [&](TileSums& t, Row r, int64_t count, int64_t c, int64_t n) { column<far, 1, T>(x, t, r, count, c, n); });
 }
 }  // namespace
 

@@ -115,7 +115,9 @@ inline void few_lanes(Pack<VD, n>& a, Pack<VD, n>& b, Pack<VD, n>& a2, Pack<VD, 
         loop(lane, a, b, a2, b2);
     }
 }
-constexpr int64_t NEAR = 2048;  // elements that stay in the first-level cache while few_lanes reads them several times
+// Elements that few_lanes reads again before the next ones, so few that the reads of both overlap, and how far ahead of
+// them a far tensor is fetched.
+constexpr int64_t NEAR = 128, AHEAD_BYTES = 1024;
 
 // Lane l with l + 8, then with l + 4, l + 2, l + 1.
 typedef double D2 __attribute__((vector_size(16)));
@@ -180,18 +182,49 @@ template <class Run> inline void each_run(Row r, int64_t count, Run run) {
     }
 }
 
-// row_bytes: of all tensors read. Calls column(Blocks, Row, count, c) for every tile and its columns of whole blocks, and
-// rest(Row, count, c, length) for the fewer than sixteen channels that are left.
+// The sums of a tile. A tile may be cut into strips of rows: the sums so far then wait in `partial`, so the order of the
+// additions is that of the whole tile. The caller's parts have at most 512 channels.
+struct TileSums {
+    double *first, *second;
+    int64_t c_first;
+    bool begins, ends;  // whether the strip is the first one or the last one of its tile
+    alignas(64) double partial[2][512];
+    void start(int64_t c, D& a, D& b) const {
+        a = begins ? all<D>(0) : load<D>(partial[0] + c - c_first);
+        b = begins ? all<D>(0) : load<D>(partial[1] + c - c_first);
+    }
+    void finish(int64_t c, D a, D b) {
+        if (ends) add_to(first + c, a), add_to(second + c, b);
+        else store(partial[0] + c - c_first, a), store(partial[1] + c - c_first, b);
+    }
+};
+
+// Rows of a strip. Strips of four rows read memory almost in order: up to 1.7 times as fast with AVX2 on far tensors. The
+// plain build is slower with them, and AVX-512 has wide columns instead. A low tile of 16 kB is not worth cutting.
+inline int64_t strip_rows(int64_t row_bytes, int64_t tile, bool far) {
+    return !far || SYNCBN_BYTES != 32 || (tile == 8 && row_bytes <= 2048) ? tile : 4;
+}
+
+// row_bytes: of all tensors read. Calls column(Blocks, TileSums, Row, count, c) for every strip and its columns of whole
+// blocks, and rest(TileSums, Row, count, c, length) for the fewer than sixteen channels that are left.
 template <int wide, class Column, class Rest>
-inline void each_tile(int64_t row_bytes, const syncbn::Shape& shape, const syncbn::Part& part, Column column, Rest rest) {
+inline void each_tile(int64_t row_bytes, const syncbn::Shape& shape, const syncbn::Part& part, double* sums, Column column,
+                      Rest rest) {
     const int64_t tile = row_bytes > 2048 ? 8 : least(32, 16384 / row_bytes);
+    const int64_t strip = strip_rows(row_bytes, tile, shape.far);
+    TileSums t;
+    t.first = sums, t.second = sums + syncbn::padded(shape.C), t.c_first = part.c_first;
     for (int64_t first = part.first; first < part.last; first += tile) {
-        const Row r(shape, first);
-        const int64_t count = least(tile, part.last - first);
-        int64_t c = part.c_first;
-        for (; c + wide * syncbn::LANES <= part.c_last; c += wide * syncbn::LANES) column(Blocks<wide>{}, r, count, c);
-        for (; c + syncbn::LANES <= part.c_last; c += syncbn::LANES) column(Blocks<1>{}, r, count, c);
-        if (c < part.c_last) rest(r, count, c, part.c_last - c);
+        const int64_t rows = least(tile, part.last - first);
+        for (int64_t done = 0; done < rows; done += strip) {
+            const Row r(shape, first + done);
+            const int64_t count = least(strip, rows - done);
+            t.begins = done == 0, t.ends = done + count == rows;
+            int64_t c = part.c_first;
+            for (; c + wide * syncbn::LANES <= part.c_last; c += wide * syncbn::LANES) column(Blocks<wide>{}, t, r, count, c);
+            for (; c + syncbn::LANES <= part.c_last; c += syncbn::LANES) column(Blocks<1>{}, t, r, count, c);
+            if (c < part.c_last) rest(t, r, count, c, part.c_last - c);
+        }
     }
 }
 
