@@ -85,8 +85,8 @@ CASES = {
     "revert a subclass": (
         lambda: syncbn.revert_sync_batchnorm(Sub(3), otherwise=nn.BatchNorm1d),
         TypeError,
-        "revert_sync_batchnorm must restore each layer without loss; it cannot for 1 of 1 layers, and nothing was changed:\n"
-        "  (the module itself): its class and methods",
+        "revert_sync_batchnorm must restore each layer without loss; it cannot for 1 of 1 layers, and nothing was "
+        "changed:\n  (the module itself): its class and methods",
     ),
     "weight": (lambda: sync_batch_norm(X, weight=torch.ones(5)), ValueError, f"{WIDTHS}weight of 5, and an input of 3"),
     "one of two": (
