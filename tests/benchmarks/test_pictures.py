@@ -13,6 +13,8 @@ from benchmarks.pictures import __main__ as command
 from benchmarks.pictures import results, svg
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.cpu("the scripts compute on the CPU what they draw")
+
 FOLDER = ROOT / "docs" / "pictures"
 READABLE = 12
 """Pixels of text in a picture of 520, some 8 on a phone."""
