@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t THREADED = 1 << 17;  // elements: waking a thread costs as much as a tenth of them
 constexpr int64_t CHUNK = 1 << 17;     // at least so many elements in a chunk
 constexpr int64_t FAR = 4 << 20;       // bytes: second-level caches hold 0.5 to 2 MB
-constexpr int64_t BLOCK = 512;         // channels of rows whose accumulators, 8 kB, stay in the first-level cache
 
 #define SYNCBN_STEPS(isa)                                                                                           \
     {                                                                                                               \

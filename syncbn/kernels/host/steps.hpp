@@ -37,6 +37,8 @@ struct Values {
     DType dtype;
 };
 
+constexpr int64_t BLOCK = 512;  // channels of a part of rows: their accumulators, 8 kB, stay in the first-level cache
+
 // A part of the work. Sums: segments or rows [first, last) of channels [c_first, c_last).
 struct Part {
     int64_t first, last, c_first, c_last;

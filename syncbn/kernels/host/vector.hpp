@@ -183,12 +183,12 @@ template <class Run> inline void each_run(Row r, int64_t count, Run run) {
 }
 
 // The sums of a tile. A tile may be cut into strips of rows: the sums so far then wait in `partial`, so the order of the
-// additions is that of the whole tile. The caller's parts have at most 512 channels.
+// additions is that of the whole tile.
 struct TileSums {
     double *first, *second;
     int64_t c_first;
     bool begins, ends;  // whether the strip is the first one or the last one of its tile
-    alignas(64) double partial[2][512];
+    alignas(64) double partial[2][syncbn::BLOCK];
     void start(int64_t c, D& a, D& b) const {
         a = begins ? all<D>(0) : load<D>(partial[0] + c - c_first);
         b = begins ? all<D>(0) : load<D>(partial[1] + c - c_first);
