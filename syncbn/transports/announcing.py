@@ -7,12 +7,13 @@ W ranks. A finished rank announces "finished" and takes part in what the others 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, final
 
 import torch
 
-from syncbn.transports import gather
+from syncbn.transports import gather, watched
 from syncbn.transports.base import AbstractTransport
 
 P = ParamSpec("P")
@@ -160,3 +161,18 @@ def announced(method: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T,
         return result
 
     return call
+
+
+_groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()
+
+
+def own_group(everyone: AbstractTransport) -> AbstractTransport:
+    """Makes a group for announcements, once: they must not be mixed with the wires of layers.
+
+    Communication:
+        At a process's first: that of ``AbstractTransport.split``, and of ``watched.watch``.
+    """
+    if everyone not in _groups:
+        _groups[everyone] = everyone.split(0)
+        watched.watch(_groups[everyone])
+    return _groups[everyone]

@@ -18,6 +18,7 @@ from syncbn.transports.groups import GroupSpec
 from syncbn.transports.identity import Identity
 from syncbn.waits import channel, limits, processes, watchdog
 from syncbn.waits.channel import LOOPBACK, Channel, Hub, Link
+from syncbn.waits.making import watch_making
 from syncbn.waits.processes import Process
 from syncbn.waits.ranks import named
 
@@ -70,7 +71,7 @@ def making(spec: GroupSpec | None, device_type: str) -> AbstractContextManager[N
     ranks = tuple(range(launch.size)) if spec is None or not spec.ranks else spec.ranks
     what = "group of all ranks" if spec is None else str(spec)
     number = zlib.crc32(f"{what} {'' if spec is None else spec.label} {device_type}".encode())
-    return watchdog.making(what, number, ranks, launch.rank, launch.name)
+    return watch_making(what, number, ranks, launch.rank, launch.name)
 
 
 def _job(transport: AbstractTransport) -> Identity | None:

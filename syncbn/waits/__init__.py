@@ -12,4 +12,5 @@ findings.py    what that means, in a sentence, and what to do
 report.py      the table, and the JSON
 judge.py       looks at all ranks, warns, reports, and says when the job ends
 watchdog.py    the thread of every process
+making.py      the first call of a group that is being made
 """

@@ -18,8 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
-from typing import Any, final
+from typing import final
 
 from syncbn.waits import limits, processes, report
 from syncbn.waits.channel import Channel
@@ -54,7 +53,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="syncbn-watchdog", daemon=True)
         self.reader, self.pid = Reader(rank), os.getpid()
         self.channels: list[Channel] = []
-        self.made: list[Making] = []
+        self.made: list[Group] = []
         self._judges: dict[Channel, Judge | None] = {}
         self._parent = os.getppid() if launcher in _LAUNCHERS else None
         self._ends, self._told = threading.Event(), threading.Event()
@@ -244,40 +243,6 @@ def watch(group: Group, channel: Channel | None, rank: int, launcher: str) -> No
         dog.channels = [*dog.channels, channel]
         dog.wake()
     dog.reader.add(group)
-
-
-class Making:
-    """A group that is being made: the call that all members must come to. Later uses of the group have a record there.
-
-    Args:
-        what: the group, for reports.
-        group_id: the same number on all members.
-        ranks: the members, by their rank in the whole job.
-    """
-
-    patience: float | None = None
-    completed: str | None = None
-    failed: Any = None
-    recent: deque[tuple[int, Any]] | None = None
-
-    def __init__(self, what: str, group_id: int, ranks: tuple[int, ...]) -> None:
-        self.group_id, self.ranks, self.begun = group_id, ranks, 1
-        self.current: str | None = f"the first use of the {what}"
-
-    def __enter__(self) -> None:
-        """Begins the call."""
-
-    def __exit__(self, *raised: object) -> None:
-        """Ends the call. The watchdog knows it from now on as completed, so that nobody waits for this rank."""
-        self.completed, self.current = self.current, None
-
-
-def making(what: str, group_id: int, ranks: tuple[int, ...], rank: int, launcher: str) -> Making:
-    """Watches the making of a group, see ``Making``, which this returns to be entered."""
-    group, dog = Making(what, group_id, ranks), started(rank, launcher)
-    dog.made.append(group)
-    dog.reader.add(group)
-    return group
 
 
 def started(rank: int, launcher: str) -> Watchdog:

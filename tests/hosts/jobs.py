@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import warm
 from tests.hosts.network import AGENT, ROOT
 
 PROGRAM = ROOT / "tests/hosts/train_program.py"
@@ -26,11 +27,14 @@ class Job:
         way: how it is started. plain: RANK, WORLD_SIZE and the other variables. ssh: mpirun that logs in by ssh.
         per_host: ranks of each host.
         words: for the program.
+        forks: whether ranks and agents are forks, see tests/warm. Not where the parent of a process matters.
         environ: further variables.
     """
 
-    def __init__(self, hosts, way, per_host, *words, **environ):
+    def __init__(self, hosts, way, per_host, *words, forks=True, **environ):
         self.hosts, self.way, self.per_host = hosts, way, per_host
+        self.python = warm.commands() / "python" if forks else sys.executable
+        environ = {"PYTHON_EXEC": self.python, **environ}
         start = {"plain": self._plain, "torchrun": self._torchrun, "mpirun": self._mpirun, "ssh": self._mpirun}[way]
         self.parts = start([PROGRAM, *words], environ)
         """The commands by which the job was started: for each rank, agent or mpirun, with its host."""
@@ -45,11 +49,11 @@ class Job:
             host, local = self.hosts.names[rank // self.per_host], rank % self.per_host
             own = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": self.per_host}
             own |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": PORT, **environ}
-            parts.append((host, self.hosts.start(host, sys.executable, *command, **own)))
+            parts.append((host, self.hosts.start(host, self.python, *command, **own)))
         return parts
 
     def _torchrun(self, command, environ):
-        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", len(self.hosts.names)]
+        words = [self.python, "-m", "torch.distributed.run", "--nnodes", len(self.hosts.names)]
         words += ["--nproc-per-node", self.per_host, "--master-addr", "10.77.0.1", "--master-port", PORT]
         return [
             (host, self.hosts.start(host, *words, "--node-rank", number, *command, **environ))
@@ -64,7 +68,7 @@ class Job:
             agent, login = "", {"PRTE_MCA_plm_ssh_args": (self.hosts.folder / "hosts/ssh_args").read_text().strip()}
         own = {
             "NPROC": self.size,
-            "PYTHON": sys.executable,
+            "PYTHON": self.python,
             "MPIRUN": f"mpirun --host {slots} {agent} {' '.join(passed)}",
             "LOGIN_PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
             **login,

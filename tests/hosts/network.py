@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tests import warm
 from tests.processes import ROOT, environment
 
 HERE = Path(__file__).parent
@@ -122,7 +123,7 @@ class Hosts:
     def __init__(self, n, folder, kind="bridge", **environ):
         self.names = [f"h{number}" for number in range(1, n + 1)]
         self.folder = folder
-        share = {str(ROOT), str(folder), str(Path(sys.prefix)), str(Path(sys.base_prefix))}
+        share = {str(ROOT), str(folder), str(Path(sys.prefix)), str(Path(sys.base_prefix)), str(warm.commands())}
         self.environ = {
             "HOSTS_PREFIX": f"sy{os.getpid()}-{next(_numbers)}",
             "HOSTS_RUN": str(folder / "hosts"),

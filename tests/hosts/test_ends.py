@@ -76,7 +76,7 @@ def ended(make_hosts, request):
 
     def run(case):
         way, name, who = case
-        job = jobs.Job(hosts[case], way, 2, "--endless", LIMIT)
+        job = jobs.Job(hosts[case], way, 2, "--endless", LIMIT, forks=way == "plain")
         jobs.fault(job, name, job.size - 1 if who == "last" else 0)
         found = jobs.watch(job, LIMIT + 30)
         hosts[case].clear()

@@ -129,7 +129,7 @@ def test_the_doctor_names_what_makes_open_mpi_wait(debian, monkeypatch):
 
 def test_the_doctor_warns_if_all_ranks_are_on_one_of_several_hosts(debian, monkeypatch):
     policy = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # what the launch script used to set
-    report, statuses, job = doctor(monkeypatch, debian, "mpirun", **policy)
+    report, statuses, job = doctor(monkeypatch, debian, "mpirun", forks=False, **policy)
     assert statuses == [0], job.err
     assert {place["host"] for place in report["ranks"]} == {"h1"}
     warning, *_ = report["warnings"]  # one more, if other programs use the cores

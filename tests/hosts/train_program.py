@@ -9,6 +9,7 @@ S pixels, W ranks.
 """
 
 import argparse
+import itertools
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import syncbn
+from syncbn.transports import gather
 
 STEPS, BATCH = 10, 13
 
@@ -43,17 +45,29 @@ def step(net, x, grad_y):
 
 
 def same_bits(world):
-    counts = shares(world.size)
-    mine = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
-    ours, one, different = network(), network(group_size=1), 0
+    """Trains in the group of all ranks, and in that of each host if it has some."""
+    hosts = gather.gather_notes(socket.gethostname(), world.transport)
+    mine = [rank for rank, host in enumerate(hosts) if host == socket.gethostname()]
+    different = differences(world.rank, shares(world.size), range(world.size))
+    if len(mine) > 1:
+        different += differences(world.rank, shares(world.size), mine, group_size="node")
+    say(f"rank {world.rank} on {socket.gethostname()} by {world.transport.name}: {different} differences")
+
+
+def differences(rank, counts, members, **group):
+    """The tensors that differ from those of one process that has the samples of all members of a group."""
+    ends = list(itertools.accumulate(counts, initial=0))
+    mine, theirs = slice(ends[rank], ends[rank + 1]), slice(ends[members[0]], ends[members[-1] + 1])
+    own = slice(mine.start - theirs.start, mine.stop - theirs.start)
+    ours, one, different = network(**group), network(group_size=1), 0
     generator = torch.Generator().manual_seed(1)
     for number in range(STEPS):
         x = torch.randn(BATCH, 5, 7, 4, generator=generator) + number
         grad_y = torch.randn(BATCH, 5, 7, 4, generator=generator)
-        got, whole = step(ours, x[mine], grad_y[mine]), step(one, x, grad_y)
-        different += sum(not torch.equal(a, b[mine]) for a, b in zip(got, whole, strict=True))
+        got, whole = step(ours, x[mine], grad_y[mine]), step(one, x[theirs], grad_y[theirs])
+        different += sum(not torch.equal(a, b[own]) for a, b in zip(got, whole, strict=True))
         different += sum(not torch.equal(a, b) for a, b in zip(ours.buffers(), one.buffers(), strict=True))
-    say(f"rank {world.rank} on {socket.gethostname()} by {world.transport.name}: {different} differences")
+    return different
 
 
 def say(text):

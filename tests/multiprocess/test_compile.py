@@ -80,12 +80,12 @@ class Branches(nn.Module):
         return nn.functional.silu(self.wide(x) + self.join(self.narrow(x)))
 
 
-def track(ranks, run, eager, sizes, rng, steps=4):
-    """Trains both, with another number of samples at every step, and checks that they stay together."""
+def track(ranks, run, eager, sizes, rng, *, steps=4, more=1):
+    """Trains both, with more samples at every step, and checks that they stay together."""
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (run, eager)]
     for step in range(steps):
-        n = sizes[ranks.rank] + step
-        x = torch.randn(sum(sizes) + ranks.size * step, 3, 5, 5, generator=rng)[:n] + ranks.rank
+        n = sizes[ranks.rank] + more * step
+        x = torch.randn(sum(sizes) + ranks.size * more * step, 3, 5, 5, generator=rng)[:n] + ranks.rank
         for model, optimizer in zip((run, eager), optimizers, strict=True):
             optimizer.zero_grad()
             model(x).square().mean().backward()
@@ -212,8 +212,9 @@ def test_disagreements_are_one_error_on_all(ranks):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.cpu("torch generates no code for the device of host memory")
 def test_torchs_own_code_generator_equals_the_eager_model(ranks, rng):
+    """A graph of one size. Those of any size: test_compile_order.py."""
     if ranks.size > 3:
         pytest.skip("every rank compiles, and cores are few")
     eager = Branches(None)
     model = copy.deepcopy(eager)
-    track(ranks, compiled(model, backend="inductor"), eager, [2, 3, 4][: ranks.size], rng, steps=2)
+    track(ranks, compiled(model, backend="inductor"), eager, [2, 3, 4][: ranks.size], rng, steps=3, more=0)

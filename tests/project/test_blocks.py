@@ -2,14 +2,8 @@
 """The blocks of code of every page run, by the commands that stand there, and print what the page says.
 
 Each page gets an empty folder with the files that it includes from docs/code; syncbn is found as an installed package,
-without launch/ and without a clone. Shared between blocks, so that torch is imported once and not a hundred times:
-
-- ``python FILE`` runs in a fork of one process that has imported torch and syncbn;
-- ``torchrun --nproc-per-node N FILE`` runs in a fork of each worker of one such torchrun, with a store of its own where
-  torchrun has that of its agent. What its ranks print comes in the order of ranks;
-- ``mpirun`` and commands with words of the shell are started as they stand, each alone.
-
-``SYNCBN_TEST_BLOCKS=plain`` starts every command as it stands. Pages that need a model library run in tests/zoo.
+without launch/ and without a clone. Python programs are forks of a process that has imported torch, see tests/warm;
+``SYNCBN_TEST_BLOCKS=plain`` starts each as a process of its own. Pages that need a model library run in tests/zoo.
 """
 
 import ast
@@ -31,14 +25,11 @@ each_run = pytest.mark.parametrize("page", [p for p in PAGES if p.runs and not p
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    runner = blocks.Runner(tmp_path_factory.mktemp("blocks"))
-    yield runner
-    runner.close()
+    return blocks.Runner(tmp_path_factory.mktemp("blocks"))
 
 
 @pytest.mark.program
-@pytest.mark.timeout(300)  # a page may have some commands, and start the processes that the others use
-@pytest.mark.xdist_group("blocks")
+@pytest.mark.timeout(300)  # a page may have some commands
 @each_run
 def test_every_command_of_a_page_prints_what_the_page_says(page, runner, tmp_path):
     if page.missing:
@@ -48,7 +39,6 @@ def test_every_command_of_a_page_prints_what_the_page_says(page, runner, tmp_pat
 
 
 @pytest.mark.program
-@pytest.mark.xdist_group("blocks")
 def test_a_block_that_fails_or_prints_something_else_is_found(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "CODE", tmp_path)
     (tmp_path / "a.py").write_text("print('one')\nimport nobody_has_this")
@@ -73,14 +63,13 @@ def test_a_block_that_fails_or_prints_something_else_is_found(runner, tmp_path, 
 
 
 @pytest.mark.program
-@pytest.mark.xdist_group("blocks")
 def test_a_block_sees_neither_a_clone_nor_what_another_one_left(runner, tmp_path):
     (tmp_path / "a.py").write_text("import os, syncbn\nsyncbn.here = 1\nprint(os.listdir())\nimport tests")
     (tmp_path / "b.py").write_text("import sys, syncbn\nprint(hasattr(syncbn, 'here'), sys.argv, __file__, __name__)")
     first, second = (runner.command(f"python {name}.py", tmp_path) for name in "ab")
     assert sorted(ast.literal_eval(first.stdout)) == ["a.py", "b.py"]
     assert first.stderr.endswith("ModuleNotFoundError: No module named 'tests'\n")
-    assert second.stdout == "False ['b.py'] b.py __main__\n"
+    assert second.stdout == f"False ['b.py'] {tmp_path / 'b.py'} __main__\n"
 
 
 @each_page

@@ -8,6 +8,7 @@ ends the other ranks when one has ended.
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -122,6 +123,8 @@ def say(**what):
 if __name__ == "__main__":
     losses = fault_program.Net()(torch.randn(2, 3, 8, 8))
     sum(losses.values()).backward()  # torch imports some of itself at the first use
+    gc.collect()
+    gc.freeze()  # a collection in a rank would copy every page of what torch has imported
     say(ready=True)
     words = serve()
     if words is not None:

@@ -21,23 +21,31 @@ from pathlib import Path
 from tests import processes
 
 HERE = Path(__file__).parent
-SCRIPTS = ("torchrun", "syncbn", "accelerate")
-"""Commands of this environment that are Python programs."""
+BIN = Path(sys.executable).parent
+COMMANDS = {
+    "torchrun": "-m torch.distributed.run",  # in the environment of tests/zoo there is no file of it
+    "syncbn": BIN / "syncbn",
+    "accelerate": BIN / "accelerate",
+}
+"""Commands that are Python programs."""
 
 
 @cache
-def commands():
-    """A folder with python and the commands above; the process that forks starts with it and ends with this one."""
+def commands(path=""):
+    """A folder with python and the commands above; the process that forks starts with it and ends with this one.
+
+    Args:
+        path: folders for the PYTHONPATH of that process, where syncbn is to come from another place than this clone.
+    """
     folder = Path(tempfile.mkdtemp(prefix="syncbn-warm-"))
     address = folder / "socket"
     stub = f"#!{sys.executable} -IS\n{(HERE / 'stub.py').read_text()}"
     _write(folder / "python", stub.replace("REAL", sys.executable).replace("ADDRESS", str(address)))
-    for name in SCRIPTS:
-        _write(folder / name, f'#!/bin/sh\nexec {folder}/python {Path(sys.executable).parent / name} "$@"\n')
+    for name, words in COMMANDS.items():
+        _write(folder / name, f'#!/bin/sh\nexec {folder}/python {words} "$@"\n')
     program = f"from tests.warm import server; server.main({str(address)!r})"
-    server = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=processes.ROOT, stdin=subprocess.PIPE, env=_environment()
-    )
+    words = [sys.executable, "-c", program]
+    server = subprocess.Popen(words, cwd=processes.ROOT, stdin=subprocess.PIPE, env=_environment(path))
     while not address.exists():
         assert server.poll() is None, "the process that forks did not start"
         time.sleep(0.02)
@@ -45,11 +53,11 @@ def commands():
     return folder
 
 
-def environment():
-    """The variables with which shells, launchers and launch/*.sh start forks."""
-    python = commands() / "python"
-    path = f"{commands()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"PATH": path, "PYTHON": python, "PYTHON_EXEC": python}
+def environment(path=""):
+    """The variables with which shells, launchers and launch/*.sh start forks; path as in ``commands``."""
+    folder = commands(path)
+    found = f"{folder}:{BIN}:{os.environ['PATH']}"
+    return {"PATH": found, "PYTHON": folder / "python", "PYTHON_EXEC": folder / "python"}
 
 
 def forks_of(family):
@@ -83,11 +91,12 @@ def _write(path, text):
     path.chmod(0o755)
 
 
-def _environment():
+def _environment(path):
     """One thread of each library: a process with several cannot be forked. glibc reads its settings once, here."""
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     kept = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "2000000000"}  # as launch/*.sh sets them
-    return {**os.environ, **threads, **kept}
+    searched = ":".join(filter(None, [path, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **threads, **kept, "PYTHONPATH": searched}
 
 
 def _end(server, folder):

@@ -19,7 +19,9 @@ import struct
 import sys
 from pathlib import Path
 
+LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
+NAMESPACES = ("uts", "ipc", "net", "mnt")
 FRAMES = ("<string>", __file__)
 """Where a fork is before its program."""
 
@@ -96,9 +98,20 @@ class Server:
         return order
 
 
+def enter_namespaces(pid):
+    """Goes to the host of a process: those of tests/hosts are namespaces."""
+    for name in NAMESPACES:
+        theirs, own = f"/proc/{pid}/ns/{name}", f"/proc/self/ns/{name}"
+        if os.path.exists(theirs) and os.readlink(theirs) != os.readlink(own):
+            with open(theirs) as file:
+                if LIBC.setns(file.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), theirs)
+
+
 def become(order, path):
     """Makes this fork the process that was asked for; path is that of an empty PYTHONPATH."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    enter_namespaces(order["pid"])
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -150,7 +163,8 @@ def run(words):
 
 def main(address):
     """Serves at an address, and is the program that was asked for in each fork."""
-    own = {sys.path[0], *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    clone, given = sys.path.pop(0), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path.append(clone)  # where no syncbn is installed
     import torch
     import torch._dynamo  # takes as long as torch itself: optimizers and DDP import it
     import torch.distributed.run
@@ -162,5 +176,5 @@ def main(address):
     gc.collect()
     gc.freeze()
     order = Server(address).serve()
-    become(order, [path for path in sys.path if path not in own])
+    become(order, [path for path in sys.path if path not in (clone, *given)])
     run(order["words"])

@@ -29,6 +29,7 @@ def main():
         os.execv("REAL", ["REAL", *sys.argv[1:]])
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     told = {"words": order, "environ": dict(os.environ), "cwd": os.getcwd(), "unbuffered": "-u" in sys.argv[1:3]}
+    told["pid"] = os.getpid()
     told["ignored"] = [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
     with socket.socket(socket.AF_UNIX) as server:
         server.connect("ADDRESS")

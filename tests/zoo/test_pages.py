@@ -13,9 +13,7 @@ PAGES = [page for page in pages.every() if page.runs and page.modules & ZOO]
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    runner = blocks.Runner(tmp_path_factory.mktemp("blocks"), startup=Path(__file__).parent / "startup")
-    yield runner
-    runner.close()
+    return blocks.Runner(tmp_path_factory.mktemp("blocks"), startup=Path(__file__).parent / "startup")
 
 
 @pytest.mark.program

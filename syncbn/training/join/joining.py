@@ -25,7 +25,7 @@ from syncbn.training.join import backward, empty_batch, errors, optimizer_state,
 from syncbn.training.join.empty_batch import Call
 from syncbn.training.join.nested_values import Group
 from syncbn.training.join.optimizer_state import Source
-from syncbn.transports import announcing, gather, groups, watched
+from syncbn.transports import announcing, gather, groups
 from syncbn.transports.announcing import Announcement, Hook, Outcome
 from syncbn.transports.base import AbstractTransport
 from syncbn.world.world import World
@@ -107,7 +107,7 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
         optimizer_state.require_same(self._optimizers, self._inner, everyone)
         self._refuse_lazy()
         self._alone = self._which_are_alone()
-        self._transport = _own_group(everyone)
+        self._transport = announcing.own_group(everyone)
         transport = transports.choose(None, self._device.type)
         self._world = World(transport.rank, transport.size, 0, self._device, "join", transport)
         self._hooks = [
@@ -289,14 +289,3 @@ class join:  # noqa: N801 - used as a statement, like contextlib.suppress
             self._inner.zero_grad()
         used = [y for i, y in enumerate(self._waiting[heard.forward]) if heard.flags & 2**i]
         torch.autograd.backward(used, [torch.zeros_like(y) for y in used], retain_graph=True)
-
-
-_groups: weakref.WeakKeyDictionary[AbstractTransport, AbstractTransport] = weakref.WeakKeyDictionary()
-
-
-def _own_group(everyone: AbstractTransport) -> AbstractTransport:
-    """Makes a group for announcements, once: they must not be mixed with the wires of layers."""
-    if everyone not in _groups:
-        _groups[everyone] = everyone.split(0)
-        watched.watch(_groups[everyone])
-    return _groups[everyone]

@@ -21,7 +21,10 @@ def sanitized(kind, library):
     found = subprocess.run(["gcc", f"-print-file-name=lib{kind[0]}san.so"], capture_output=True, text=True, check=True)
     if not os.path.isabs(found.stdout.strip()):
         pytest.skip(f"gcc has no lib{kind[0]}san here")
-    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "TSAN_OPTIONS": "exitcode=66"}
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+    }
     words = ("-m", "tests.cuda_on_cpu.steps", library)
     return processes.python(*words, LD_PRELOAD=found.stdout.strip(), PYTHONMALLOC="malloc", limit=300, **options)
 
