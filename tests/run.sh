@@ -63,7 +63,7 @@ stage() {
         mpi-2) SYNCBN_TEST_TRANSPORT=mpi ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 25 -m "program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 3 --dist loadgroup --durations 25 -m "program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
         kernels) timeout -k 10 1500 python -m pytest -n 2 --durations 15 -m "(builds or nvrtc or slow) and not program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) compiling 2 mpirun -m slow $several ;;

@@ -14,6 +14,7 @@ from benchmarks.gpu.variants import AS_IS, STEPS, VARIANTS, Result, Variant, cha
 from syncbn.kernels.cuda import geometry, launch
 from syncbn.kernels.cuda.launch import source
 from syncbn.kernels.cuda.ops import CupyKernels
+from syncbn.moments import DTYPES
 from tests.cuda_on_cpu import CUDA, EmulatedLauncher, build
 from tests.kernels.cuda.test_compile import instances_of
 from tests.nvrtc import compile_for
@@ -114,14 +115,15 @@ def test_a_variant_computes_the_same(variant, tmp_path):
 @pytest.mark.parametrize("variant", [VARIANTS[0], *OF_SOURCE], ids=named)
 def test_a_variant_compiles_for_sm_90(variant, tmp_path, record_property):
     """Also prints how many registers and bytes of spills each kernel has: pytest -s shows them."""
+    dtypes = (torch.float32, torch.bfloat16) if variant.words else DTYPES
     for step in STEPS:
-        text = variant.text(step)
+        text, instances = variant.text(step), instances_of(step, slow_float64=False, dtypes=dtypes)
         if variant.words and text == source(step):
             continue
-        report = compile_for(90, "\n".join([text, *instances_of(step, slow_float64=False)]), tmp_path)
+        report = compile_for(90, "\n".join([text, *instances]), tmp_path)
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-        assert len(registers) == len(spills) == len(instances_of(step, slow_float64=False)), report
+        assert len(registers) == len(spills) == len(instances), report
         said = f"{max(registers)} registers, {max(spills)} bytes of spills"
         record_property(step, said)
         sys.stdout.write(f"{variant.name}, {step}: {said}\n")

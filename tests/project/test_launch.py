@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests import processes
+from tests import processes, warm
 from tests.project.launched import KEPT, LAUNCH, LIMIT, MALLOC, STUCK, TOLD, TRAIN
 
 pytestmark = pytest.mark.program
@@ -103,7 +103,7 @@ def test_a_launcher_starts_nproc_ranks_that_train_together(program, start, trans
 
 def told(launcher, path, **options):
     """What each rank is told, by a launcher that gets no number of ranks: the memory settings, and the address."""
-    done = processes.run(LAUNCH / launcher, path, limit=LIMIT, PYTHON=sys.executable, **options)
+    done = warm.run(LAUNCH / launcher, path, limit=LIMIT, **options)
     assert done.returncode == 0, done.stderr
     ranks = sorted(map(json.loads, done.stdout.splitlines()))
     assert [rank for rank, *_ in ranks] == ["0", "1"]
@@ -127,7 +127,7 @@ def test_a_launcher_leaves_the_memory_settings_of_the_user(program, launcher):
 
 def test_torch_distributed_may_be_ended_and_connected_again_under_torchrun(program):
     """The agent keeps one store for all: without a name of its own each time, gloo finds the old addresses there."""
-    done = processes.torchrun(3, program(AGAIN), limit=LIMIT)
+    done = warm.torchrun(3, program(AGAIN), limit=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.splitlines()) == sorted(f"{i} shm 11.5" for i in range(3) for _ in range(3))
 
@@ -136,7 +136,7 @@ def test_mpirun_takes_options_with_its_command(program, tmp_path):
     where = tmp_path / "elsewhere"
     where.mkdir()
     text = "import os\nprint(os.path.basename(os.getcwd()))"
-    done = processes.mpirun(2, program(text), limit=LIMIT, MPIRUN=f"mpirun -wdir {where}")
+    done = warm.mpirun(2, program(text), limit=LIMIT, MPIRUN=f"mpirun -wdir {where}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["elsewhere", "elsewhere"]
 
@@ -176,7 +176,7 @@ def test_ctrl_c_ends_a_rank_that_does_not_listen(program, launcher):
     assert seconds < SECONDS_TO_END  # torchrun left to itself takes 30 seconds
 
 
-@pytest.mark.parametrize(("start", "least"), [(processes.mpirun, 3), (processes.torchrun, 2)])
+@pytest.mark.parametrize(("start", "least"), [(warm.mpirun, 3), (warm.torchrun, 2)])
 def test_torch_distributed_listens_on_loopback_alone(program, start, least):
     done = start(2, program(LISTENERS), limit=LIMIT)
     assert done.returncode == 0, done.stderr

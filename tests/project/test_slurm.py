@@ -4,11 +4,10 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import processes, warm
 from tests.project.launched import KEPT, LAUNCH, LIMIT, MALLOC, STUCK, TOLD, TRAIN
 
 pytestmark = pytest.mark.program
@@ -49,7 +48,7 @@ def slurm(tmp_path):
         for name, text in stand_ins.items():
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
-        path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{tmp_path}:{warm.environment()['PATH']}"
         job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_NODELIST": "localhost,other-host"}
         root = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
         done = processes.run(

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from syncbn.transports import launchers
-from tests.processes import ROOT, mpirun, torchrun
+from tests.processes import ROOT
+from tests.warm import mpirun, torchrun
 
 CODE = ROOT / "docs" / "code"
 STEPS, SHARE = 6, 4

@@ -11,7 +11,7 @@ import torch
 import syncbn
 from syncbn import transports
 from syncbn.transports.single import SingleTransport
-from tests import processes
+from tests import processes, warm
 from tests.transports.test_launchers import MPICH, OPENMPI, SLURM, TORCHRUN
 
 
@@ -110,7 +110,7 @@ def test_everything_else_works_without_mpi4py():
 
 @pytest.mark.parametrize("environ", [{"SYNCBN_TRANSPORT": "mpi"}, OPENMPI])
 def test_asking_for_mpi_without_mpi4py_prints_the_install_line(environ):
-    done = processes.python("-c", WITHOUT_MPI4PY + "import syncbn; syncbn.init()", **environ)
+    done = warm.python("-c", WITHOUT_MPI4PY + "import syncbn; syncbn.init()", **environ)
     assert done.returncode == 1
     assert "RuntimeError: The MPI transport needs mpi4py and an MPI library" in done.stderr
     assert 'pip install "syncbn[mpi]"' in done.stderr
@@ -122,7 +122,7 @@ def test_an_mpi_without_its_library_says_so(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
-    done = processes.python("-c", "import syncbn; syncbn.init()", SYNCBN_TRANSPORT="mpi", PYTHONPATH=tmp_path)
+    done = warm.python("-c", "import syncbn; syncbn.init()", SYNCBN_TRANSPORT="mpi", PYTHONPATH=tmp_path)
     assert done.returncode == 1
     assert "cannot load MPI library" in done.stderr
     assert "module load" in done.stderr
@@ -130,7 +130,7 @@ def test_an_mpi_without_its_library_says_so(tmp_path):
 
 def test_an_mpi_that_joined_too_few_processes_is_refused():
     """mpirun of one MPI, the library of another: every process believes to be alone."""
-    done = processes.python("-c", TRAIN, **OPENMPI)
+    done = warm.python("-c", TRAIN, **OPENMPI)
     assert done.returncode == 1
     assert "openmpi started 4 processes (OMPI_COMM_WORLD_SIZE=4), but the MPI library joined 1" in done.stderr
     assert "syncbn doctor" in done.stderr

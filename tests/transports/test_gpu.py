@@ -17,7 +17,7 @@ from syncbn.transports.groups import GroupSpec
 from syncbn.transports.launchers import Launch
 from syncbn.transports.torch_dist import TorchTransport
 from syncbn.world import init, rendezvous
-from tests.processes import run
+from tests import warm
 
 
 class OnGpu(torch.Tensor):
@@ -277,6 +277,6 @@ def test_world_check_waits_for_the_gpu_and_then_looks(monkeypatch):
 @pytest.mark.parametrize("launch_script", ["mpirun.sh", "torchrun.sh"])
 @pytest.mark.program
 def test_the_program_that_make_gpu_runs_on_several_ranks_holds_on_a_cpu(launch_script):
-    result = run(f"launch/{launch_script}", "-m", "tests.gpu.ranks", NPROC=2, CUDA_VISIBLE_DEVICES="")
+    result = warm.run(f"launch/{launch_script}", "-m", "tests.gpu.ranks", NPROC=2, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     assert "2 ranks over" in result.stdout

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests import warm
 from tests.processes import run
 
 pytestmark = pytest.mark.program
@@ -70,7 +71,7 @@ def test_a_job_that_torchrun_starts_again_connects_again(tmp_path):
     program = tmp_path / "restart.py"
     program.write_text(RESTART)
     words = ("torchrun", "--nproc-per-node", 3, "--max-restarts", 1, "--monitor-interval", 0.2)
-    done = run(*words, program, PYTHONPATH=".", limit=90)
+    done = warm.run(*words, program, limit=90)
     assert done.returncode == 0, done.stderr
     for rank in range(3):
         assert f"round 1 rank {rank} mean 1" in done.stdout, done.stdout + done.stderr

@@ -23,8 +23,8 @@ ARCHITECTURES = {80: False, 90: False, 100: False, 86: True, 89: True, 103: True
 REGISTERS = {False: 80, True: 255}
 
 
-def instances_of(step, slow_float64):
-    names = [kernel_name(step, dtype, layout, slow_float64) for dtype in DTYPES for layout in ("Planes", "Rows")]
+def instances_of(step, slow_float64, dtypes=DTYPES):
+    names = [kernel_name(step, dtype, layout, slow_float64) for dtype in dtypes for layout in ("Planes", "Rows")]
     return [f"template __global__ void {name}(const {STEPS[step]});" for name in names]
 
 
