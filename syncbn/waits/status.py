@@ -274,7 +274,7 @@ def _traced() -> bool:
     return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in lines)
 
 
-_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ended with RankEndedError")
 
 
 def is_cut_off(ended: str | None) -> bool:

@@ -66,6 +66,16 @@ def test_an_exception_is_named_before_those_that_ended_since():
     assert findings.early(only(members[:3])).sentence.startswith("Rank 1 came to the end")
 
 
+def test_a_rank_that_ended_since_another_one_had_ended_is_not_the_cause():
+    """On its own host it knew at once, and raised; the other hosts wait."""
+    follows = outside(2, ended="ended with RankEndedError: The process of rank 3 is gone, while rank 2 waits for it")
+    members = [inside(0), inside(1), follows, outside(3, state=GONE)]
+    found = findings.early(only(members))
+    assert found.sentence.startswith("The process of rank 3 is gone, while ranks 0, 1 wait in ")
+    assert "kill -9" in found.remedy
+    assert findings.early(only(members[:3])).sentence.startswith("Rank 2 ended with RankEndedError: The process of")
+
+
 def test_a_rank_that_ended_inside_the_call_does_not_wait():
     """Its process is gone while its last word was that it is in the call."""
     gone = inside(1)
