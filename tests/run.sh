@@ -26,7 +26,7 @@ library="$counted $(echo $several/test_{bad_input,ddp,random_programs,second_der
 # What is computed on a device or moved to it. Not conversion, threads, the names of calls and most of join(), which the
 # CPU's stages prove; of join() joining_optimizer stays, of calls random_programs.
 device=$(echo $several/test_{bad_input,bad_kinds,checkpointing,collectives,combinations,ddp,deferred_errors,exactness,groups}.py)
-device="$device $(echo $several/test_{drift,joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
+device="$device $(echo $several/test_{drift,drift_training,joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
 device="$device $(echo $several/test_{second_derivatives,transports,world,wrappers}.py)"
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
 gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
