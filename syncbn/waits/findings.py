@@ -104,8 +104,9 @@ def _of_ended(one: Blocked, ended: list[Member]) -> tuple[str, str]:
             "Give every rank the same number of steps, or put the loop in `with syncbn.join(model, optimizer):`. If a "
             "condition ended the loop, let all ranks decide alike, for example by World.average.",
         )
+    gone = "processes of {} are" if len(ended) > 1 else "process of {} is"
     return (
-        f"the process of {who} is gone, {waits}",
+        f"the {gone.format(_by_host(ended))} gone, {waits}",
         "It was killed (kill -9, or the system for want of memory: see dmesg), crashed, or called os._exit. The "
         'launcher knows its exit status. If gloo has printed "op.preamble.length", it was in another call than the '
         "others: look for code that depends on the rank or on its data.",
@@ -216,6 +217,14 @@ def named(members: list[Member]) -> str:
     """Returns ``rank 1`` or ``ranks 0, 2-63``, and ``on h2`` if there are several hosts and all of these are on one."""
     hosts = {member.host for member in members}
     return _ranks(members) + (f" on {hosts.pop()}" if len(hosts) == 1 and "" not in hosts else "")
+
+
+def _by_host(members: list[Member]) -> str:
+    """Returns ``rank 1 on h1 and ranks 2, 3 on h2``; the ranks alone if there is one host, or if there are many."""
+    hosts = list(dict.fromkeys(member.host for member in members))
+    if len(hosts) > 3:
+        return named(members)
+    return " and ".join(named([member for member in members if member.host == host]) for host in hosts)
 
 
 def _ranks(members: list[Member]) -> str:

@@ -36,8 +36,8 @@ class Fault(NamedTuple):
 
 LOST = Fault(True, r"Host HOST of ranks? RANKS has not answered for \d\.\d s")
 FAULTS = {
-    "kill": Fault(False, r"The process of rank \d on HOST is gone|process rank \d with PID \d+ on node HOST exited|"
-                  r"Peer host: HOST"),
+    "kill": Fault(False, r"The process(es)? of [^.]*\bon HOST\b[^.]* (is|are) gone|Peer host: HOST|"
+                  r"process rank \d with PID \d+ on node HOST exited"),
     "stop": Fault(True, r"Rank \d on HOST is (stopped by a signal|without a sign of life)"),
     "crash": LOST,
     "drop": LOST,

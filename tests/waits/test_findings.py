@@ -60,6 +60,15 @@ def test_several_that_have_ended_are_named_together():
     assert findings.early(only(members)).sentence.startswith("Ranks 1, 2 came to the end of the program after")
 
 
+def test_processes_that_are_gone_are_named_with_their_hosts():
+    members = [inside(0), *(outside(rank, state=GONE) for rank in (1, 2, 3))]
+    assert findings.early(only(members)).sentence.startswith("The processes of ranks 1-3 are gone, while rank 0 waits")
+    for member, host in zip(members, ("h1", "h1", "h2", "h2"), strict=True):
+        member.host = host
+    sentence = findings.early(only(members)).sentence
+    assert sentence.startswith("The processes of rank 1 on h1 and ranks 2, 3 on h2 are gone, while rank 0 on h1 waits")
+
+
 def test_an_exception_is_named_before_those_that_ended_since():
     members = [inside(0), outside(1, ended=ENDED), outside(2, state=GONE), outside(3, ended="ended with KeyError: 3")]
     assert findings.early(only(members)).sentence.startswith("Rank 3 ended with KeyError: 3 after")

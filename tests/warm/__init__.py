@@ -4,7 +4,8 @@
 ``import torch`` takes 2 s of CPU, and 4 s with what DDP and optimizers import besides. Here ``python train.py`` starts
 ``stub.py``, which asks ``server.py`` for a fork and lends it arguments, environment, folder and open files. Signals
 reach the fork, its end is that of the stub, and where the stub is killed, so is the fork. Launchers start their ranks
-the same way. A program finds torch and syncbn imported; it shares nothing else with the others.
+the same way. A stub on a host of tests/hosts gets a fork in the namespaces of that host. A program finds torch and
+syncbn imported; it shares nothing else with the others.
 
 Not for tests of how processes start and end: a fork is no child of its launcher.
 """
