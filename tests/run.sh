@@ -73,7 +73,7 @@ stage() {
             ;;
         mpich) SYNCBN_TEST_TRANSPORT=mpi PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $library ;;
         gloo) SYNCBN_TEST_TRANSPORT=torch ranks 2 torchrun -m "$brief" $library ;;
-        faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 2 --dist loadfile -m faults tests/waits tests/transports "${more[@]}" ;;
+        faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
         hosts) timeout -k 10 600 python -m pytest -n 2 --dist loadfile -m hosts --durations 10 tests/hosts "${more[@]}" ;; # skips most without root
         slurm) timeout -k 10 300 python -m pytest -n 0 -m slurm tests/slurm "${more[@]}" ;;
         zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
