@@ -55,6 +55,7 @@ compiling() { # ranks ...: an eighth of the time of torch's compiler is garbage 
 }
 
 # One after the other where ranks share the cores; side by side, one for each core, where tests are of one process.
+# Programs mostly wait for others, so three at a time; hosts too. Of faults the seconds count.
 # shellcheck disable=SC2086 # lists of files
 stage() {
     case $1 in
