@@ -36,7 +36,7 @@ class Making:
 
 
 def watch_making(what: str, group_id: int, ranks: tuple[int, ...], rank: int, launcher: str) -> Making:
-    """Watches the making of a group and returns it, to be entered. For the arguments see ``Making`` and ``Watchdog``."""
+    """Watches the making of a group, and returns it to be entered. For the arguments see ``Making``, ``Watchdog``."""
     group, dog = Making(what, group_id, ranks), watchdog.started(rank, launcher)
     dog.made.append(group)
     dog.reader.add(group)
