@@ -3,6 +3,7 @@
 
 import ast
 import atexit
+import gc
 import inspect
 import os
 import shutil
@@ -45,6 +46,12 @@ if LAUNCH.size > 1:  # ranks that share pytest's folder for temporary files remo
 def pytest_configure(config):
     if LAUNCH.rank > 0:  # one report, from rank 0: all ranks agree on each check, so it speaks for all
         config.pluginmanager.unregister(config.pluginmanager.get_plugin("terminalreporter"))
+
+
+def pytest_collection_finish():
+    """What torch and pytest have made by now stays. Every later collection would look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

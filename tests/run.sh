@@ -3,6 +3,7 @@
 # The tests in stages, one line each; what a stage prints is kept in out/tests and shown where it fails.
 #     tests/run.sh quick            what make test runs: every claim of the core, once each
 #     tests/run.sh rest             what make test-all adds: programs, compilers, MPICH, model libraries, CUDA tensors
+#     tests/run.sh beside           those of the rest that only compute; the rest runs them beside the others
 #     tests/run.sh mpi-3 torchrun   some stages by name; PYTEST_WORDS="-k masks" goes to each
 # BIN is the folder of the commands of the environment, BIN_MPICH of that with MPICH.
 set -uo pipefail
@@ -13,11 +14,12 @@ BIN_ZOO=${BIN_ZOO:-$PWD/.venv-zoo/bin}
 LOGS=${LOGS:-out/tests}
 read -ra more <<<"--color=no ${PYTEST_WORDS:-}"
 export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1
+unset PYTHONDONTWRITEBYTECODE # every process would compile 165 modules of tests and tools, which takes it 2.4 s
 mkdir -p "$LOGS" || exit 1
 
 several=tests/multiprocess
 # What depends on the number of ranks: shares, bits, groups, what is counted in messages.
-counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,joining,joining_errors}.py)
+counted=$(echo $several/test_{exactness,same_bits,groups,transports,collectives,call_identity,threads,world,average_gradients,joining,joining_errors}.py)
 counted="$counted $several/test_drift.py::test_drift_is_what_one_process_computes_from_all_local_batches"
 # On one host the ranks exchange through shared memory; mpi-2, mpich and gloo go through those libraries.
 # What another MPI library may do otherwise: besides those, torch.distributed connected under its launcher, errors,
@@ -25,11 +27,11 @@ counted="$counted $several/test_drift.py::test_drift_is_what_one_process_compute
 library="$counted $(echo $several/test_{bad_input,ddp,random_programs,second_derivatives}.py)"
 # What is computed on a device or moved to it. Not conversion, threads, the names of calls and most of join(), which the
 # CPU's stages prove; of join() joining_optimizer stays, of calls random_programs.
-device=$(echo $several/test_{bad_input,bad_kinds,checkpointing,collectives,combinations,ddp,deferred_errors,exactness,groups}.py)
+device=$(echo $several/test_{average_gradients,bad_input,bad_kinds,checkpointing,collectives,combinations,ddp,deferred_errors,exactness,groups}.py)
 device="$device $(echo $several/test_{drift,drift_training,joining_optimizer,masks,modes,random_programs,recalibrate,renorm,same_bits}.py)"
 device="$device $(echo $several/test_{second_derivatives,transports,world,wrappers}.py)"
 # CUDA tensors over gloo, where a rank with a fault raises alone, and the others later.
-gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,modes}.py)
+gloo=$(echo $several/test_{deferred_errors,exactness,ddp,bad_input,collectives,masks,groups,world,average_gradients,modes}.py)
 gloo="$gloo $several/test_combinations.py::test_a_repeated_forward_goes_where_the_first_one_went"
 brief="not slow and not program and not faults and not hosts and not slurm"
 
@@ -37,7 +39,8 @@ stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo programs programs-of-ranks kernels compiled compiled-torchrun mpich gloo faults hosts slurm zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
+            rest) echo faults programs programs-of-ranks compiled compiled-torchrun mpich gloo hosts slurm zoo-mpi-3 zoo-mpi-2 fake-gpu-mpi fake-gpu-torchrun ;;
+            beside) echo kernels zoo fake-gpu ;;
             *) echo "$word" ;;
         esac
     done
@@ -64,9 +67,9 @@ stage() {
         mpi-2) SYNCBN_TEST_TRANSPORT=mpi ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 3 --dist loadgroup --durations 25 -m "program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        programs) timeout -k 10 1500 python -m pytest -n 3 --dist loadgroup --durations 25 -m "program and not builds and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
-        kernels) timeout -k 10 1500 python -m pytest -n 2 --durations 15 -m "(builds or nvrtc or slow) and not program and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        kernels) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 15 -m "builds or ((nvrtc or slow) and not program and not faults and not hosts and not slurm)" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) compiling 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
             compiling 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
@@ -90,7 +93,14 @@ stage() {
     esac
 }
 
-[ $# -gt 0 ] || { sed -n "3,8s/^# \{0,1\}//p" tests/run.sh >&2; exit 2; }
+[ $# -gt 0 ] || { sed -n "3,9s/^# \{0,1\}//p" tests/run.sh >&2; exit 2; }
+# Ranks that wait leave a sixth of the cores idle. The lowest priority takes nothing from jobs whose seconds are tested.
+if [ "$*" = rest ]; then
+    echo "beside the others, where they leave a core idle: $(stages beside)"
+    setsid nice -n 19 tests/run.sh beside >"$LOGS/beside.out" 2>&1 &
+    beside=$!
+    trap 'kill -- -$beside 2>/dev/null' EXIT
+fi
 began=$SECONDS tests=0 names=$(stages "$@")
 for name in $names; do
     started=$SECONDS
@@ -108,4 +118,12 @@ for name in $names; do
     tests=$((tests + passed))
     printf '%5d s   %s\n' $((SECONDS - started)) "${said%, }"
 done
+if [ -n "${beside:-}" ]; then
+    wait "$beside"
+    status=$?
+    cat "$LOGS/beside.out"
+    [ $status -eq 0 ] || exit 1
+    tests=$((tests + $(tail -n 1 "$LOGS/beside.out" | grep -oE '^[0-9]+')))
+    names="$names $(stages beside)"
+fi
 echo "$tests tests passed in $((SECONDS - began)) s: ${names//$'\n'/ }"

@@ -43,8 +43,6 @@ DONE, WAITS, DIFFERS, ELSEWHERE, EARLIER = range(5)
 """What the compiled part answers: every tenth of a second of waiting it says so."""
 _SUM = -1
 _WHAT = "the choice of shared memory"
-_FOLLOWS = "(follows) "
-"""Before the farewell of a rank that ends since another one has ended."""
 
 
 class RankEndedError(RuntimeError):
@@ -150,13 +148,8 @@ class SharedMemoryTransport(AbstractTransport):
         came = set(ended) - set(segment.missing(self._opened))  # its last act
         ended = {rank: said for rank, said in ended.items() if rank not in came}
         if ended:
-            rank = min(ended, key=lambda rank: (_follows(ended[rank]), rank))
-            raise RankEndedError(_ended(self.ranks[rank], ended[rank].removeprefix(_FOLLOWS), self))
-
-
-def _follows(said: str) -> bool:
-    """Whether a rank has ended since another one has."""
-    return said.startswith(_FOLLOWS) or is_cut_off(said)
+            rank = min(ended, key=lambda rank: (is_cut_off(ended[rank]), rank))
+            raise RankEndedError(_ended(self.ranks[rank], ended[rank], self))
 
 
 def _ended(rank: int, said: str, transport: AbstractTransport) -> str:
@@ -261,7 +254,7 @@ def _forget(dead: weakref.ref[SharedMemoryTransport]) -> None:
 
 def _say_farewells(error: BaseException | None) -> None:
     """Tells all groups how this process has ended."""
-    text = _END if error is None else _FOLLOWS * isinstance(error, RankEndedError) + of_exception(error)
+    text = _END if error is None else of_exception(error)
     for pid, reference in list(_live):
         transport = reference()
         if transport is not None and pid == os.getpid():

@@ -51,7 +51,8 @@ class Runner:
     def command(self, command, folder):
         """Runs a command as it stands. No folder of a clone is on the path, as after ``pip install``."""
         environ = {**HERE, **self.programs, "PYTHONPATH": self.path, "PET_MASTER_PORT": _free_port()}
-        environ["PYTHONUNBUFFERED"] = ""  # where it is set, the words of a line are written one by one
+        # Unbuffered, as torchrun starts Python, a line is written word by word, and words of other ranks come between.
+        environ |= {"PYTHONUNBUFFERED": "", "SYNCBN_TEST_WHOLE_LINES": 1}
         return processes.run("bash", "-c", command, cwd=folder, limit=LIMIT, **environ)
 
 

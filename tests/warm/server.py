@@ -121,7 +121,9 @@ def become(order, path):
     multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # where a spawned process looks for the program
     os.environ.clear()
     os.environ.update(order["environ"])
-    if order["unbuffered"] or os.environ.get("PYTHONUNBUFFERED"):
+    if os.environ.get("SYNCBN_TEST_WHOLE_LINES"):
+        sys.stdout.reconfigure(line_buffering=True)
+    elif order["unbuffered"] or os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = added + path

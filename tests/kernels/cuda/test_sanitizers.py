@@ -8,11 +8,11 @@ import subprocess
 import pytest
 
 from tests import processes
-from tests.cuda_on_cpu import CUDA, build
+from tests.cuda_on_cpu import CUDA, FEW, build
 
 SANITIZERS = {
-    "address": ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-O0", "-g"),
-    "thread": ("-fsanitize=thread", "-g"),
+    "address": (FEW, "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-O0", "-g"),
+    "thread": (FEW, "-fsanitize=thread", "-g"),
 }
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The two arithmetics of the GPU kernels' sums (cuda/sum.cuh), on a CPU, against sums without any rounding."""
+"""The two arithmetics of the GPU kernels' sums (cuda/sum.cuh), on a CPU, against sums of twice the digits."""
 
 import ctypes
+import math
 from fractions import Fraction
 
 import pytest
@@ -13,7 +14,6 @@ from syncbn.moments import Status
 from tests.cuda_on_cpu import EmulatedLauncher
 from tests.kernels.cuda.calls import NUMBERS, batch, differing, step
 
-pytestmark = pytest.mark.slow  # blocks and threads one by one
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FLOAT64 = 2.0**-53
 """The rounding of one float64 operation, relative."""
@@ -28,11 +28,16 @@ def implementation(request):
     return kernels(request.param)
 
 
+def exact_sum(values):
+    """The sum with twice the digits of float64."""
+    rounded = math.fsum(values)
+    return Fraction(rounded) + Fraction(math.fsum([*values, -rounded]))
+
+
 def exact_sums(x, y):
-    """Sum of x and sum of x * y over N and S, for each channel, as fractions."""
-    rows = [t.double().transpose(0, 1).reshape(x.size(1), -1).tolist() for t in (x, y)]
-    pairs = [[(Fraction(a), Fraction(b)) for a, b in zip(*row, strict=True)] for row in zip(*rows, strict=True)]
-    return [sum(a for a, _ in row) for row in pairs], [sum(a * b for a, b in row) for row in pairs]
+    """Sum of x and sum of x * y over N and S, for each channel. Float64 holds products of float32 without rounding."""
+    rows = [t.double().transpose(0, 1).reshape(x.size(1), -1) for t in (x, y)]
+    return [[exact_sum(row) for row in each.tolist()] for each in (rows[0], rows[0] * rows[1])]
 
 
 def worst(found, exact, scale):
