@@ -39,22 +39,35 @@ stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo faults programs programs-of-ranks compiled compiled-torchrun mpich gloo hosts slurm zoo-mpi-3 zoo-mpi-2 fake-gpu-mpi fake-gpu-torchrun ;;
-            beside) echo kernels zoo fake-gpu ;;
+            rest) echo faults programs programs-of-ranks compiled compiled-torchrun mpich gloo hosts slurm ;;
+            beside) echo kernels zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
             *) echo "$word" ;;
         esac
     done
 }
 
+warm() { # a process that has imported torch: its forks are ranks and programs of all stages, see tests/warm
+    [ -n "${SYNCBN_TEST_WARM:-}" ] && return
+    coproc python -m tests.warm
+    read -r SYNCBN_TEST_WARM <&"${COPROC[0]}" || exit 1
+    export SYNCBN_TEST_WARM
+}
+
 ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
-    local n=$1 launcher=$2
+    local n=$1 launcher=$2 python=python
     shift 2
     [ "$launcher" = mpirun ] && set -- --with-mpi "$@"
-    NPROC=$n timeout -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
+    [ -z "${own:-}" ] && python=$SYNCBN_TEST_WARM/python
+    PYTHON=$python PYTHON_EXEC=$python NPROC=$n timeout -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
+}
+
+# Ranks that are processes of their own: in another environment, or with other settings of Python.
+own_ranks() {
+    own=1 ranks "$@"
 }
 
 compiling() { # ranks ...: an eighth of the time of torch's compiler is garbage collection; one thread needs no pool of processes
-    PYTHONPATH=$PWD/tests/startup${PYTHONPATH:+:$PYTHONPATH} TORCHINDUCTOR_COMPILE_THREADS=1 ranks "$@"
+    PYTHONPATH=$PWD/tests/startup${PYTHONPATH:+:$PYTHONPATH} TORCHINDUCTOR_COMPILE_THREADS=1 own_ranks "$@"
 }
 
 # One after the other where ranks share the cores; side by side, one for each core, where tests are of one process.
@@ -72,17 +85,17 @@ stage() {
         kernels) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 15 -m "builds or ((nvrtc or slow) and not program and not faults and not hosts and not slurm)" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) compiling 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
-            compiling 2 torchrun -m slow $several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process \
+            compiling 2 torchrun -m slow "$several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process[inductor-1]" \
                 $several/test_call_identity.py
             ;;
-        mpich) SYNCBN_TEST_TRANSPORT=mpi PATH="$BIN_MPICH:$PATH" ranks 3 mpirun -m "$brief" $library ;;
+        mpich) SYNCBN_TEST_TRANSPORT=mpi PATH="$BIN_MPICH:$PATH" own_ranks 3 mpirun -m "$brief" $library ;;
         gloo) SYNCBN_TEST_TRANSPORT=torch ranks 2 torchrun -m "$brief" $library ;;
         faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
         hosts) timeout -k 10 600 python -m pytest -n 2 --dist loadfile -m hosts --durations 10 tests/hosts "${more[@]}" ;; # skips most without root
         slurm) timeout -k 10 300 python -m pytest -n 0 -m slurm tests/slurm "${more[@]}" ;;
-        zoo) PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
-        zoo-mpi-3) PATH="$BIN_ZOO:$PATH" ranks 3 mpirun tests/zoo/test_exact.py ;;
-        zoo-mpi-2) PATH="$BIN_ZOO:$PATH" ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
+        zoo) SYNCBN_TEST_WARM='' PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
+        zoo-mpi-3) PATH="$BIN_ZOO:$PATH" own_ranks 3 mpirun tests/zoo/test_exact.py ;;
+        zoo-mpi-2) PATH="$BIN_ZOO:$PATH" own_ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
         fake-gpu)
             SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -n 2 -m "not program" "${more[@]}" \
                 tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks
@@ -97,11 +110,12 @@ stage() {
 # Ranks that wait leave a sixth of the cores idle. The lowest priority takes nothing from jobs whose seconds are tested.
 if [ "$*" = rest ]; then
     echo "beside the others, where they leave a core idle: $(stages beside)"
-    setsid nice -n 19 tests/run.sh beside >"$LOGS/beside.out" 2>&1 &
+    SYNCBN_TEST_WARM='' setsid nice -n 19 tests/run.sh beside >"$LOGS/beside.out" 2>&1 &
     beside=$!
     trap 'kill -- -$beside 2>/dev/null' EXIT
 fi
 began=$SECONDS tests=0 names=$(stages "$@")
+warm
 for name in $names; do
     started=$SECONDS
     printf '%-20s' "$name"

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from syncbn.transports import shared_memory
-from tests import processes
+from tests import warm
 from tests.waits.jobs import GIVEN_UP, Nest
 
 pytestmark = pytest.mark.skipif(bool(shared_memory.problem()), reason=shared_memory.problem())
@@ -24,7 +24,7 @@ NOTICED = 1.0
 
 
 @pytest.mark.program
-@pytest.mark.parametrize(("start", "ranks"), [(processes.mpirun, 2), (processes.torchrun, 8)])
+@pytest.mark.parametrize(("start", "ranks"), [(warm.mpirun, 2), (warm.torchrun, 8)])
 def test_every_exchange_is_exact(start, ranks):
     done = start(ranks, "tests/transports/soak.py", "--exchanges", 10_000 if ranks < 8 else 1_000)
     assert done.returncode == 0, done.stderr

@@ -38,6 +38,8 @@ def commands(path=""):
     Args:
         path: folders for the PYTHONPATH of that process, where syncbn is to come from another place than this clone.
     """
+    if not path and (shared := os.environ.get("SYNCBN_TEST_WARM")):
+        return Path(shared)
     folder = Path(tempfile.mkdtemp(prefix="syncbn-warm-"))
     address = folder / "socket"
     stub = f"#!{sys.executable} -IS\n{(HERE / 'stub.py').read_text()}"
