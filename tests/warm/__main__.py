@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Prints the folder of ``warm.commands()`` and keeps its process until stdin ends: tests/run.sh has one for all stages."""
+"""Prints the folder of ``warm.commands()``, whose process lives until stdin ends: one for all of tests/run.sh."""
 
 import sys
 
