@@ -39,7 +39,7 @@ stages() { # the stages of each set, and those that are named
     for word in "$@"; do
         case $word in
             quick) echo one mpi-3 mpi-2 mpi-4 torchrun ;;
-            rest) echo faults programs programs-of-ranks compiled compiled-torchrun mpich gloo hosts slurm ;;
+            rest) echo faults compiled compiled-torchrun hosts slurm mpich gloo programs-of-ranks programs ;;
             beside) echo kernels zoo zoo-mpi-3 zoo-mpi-2 fake-gpu fake-gpu-mpi fake-gpu-torchrun ;;
             *) echo "$word" ;;
         esac
@@ -107,7 +107,8 @@ stage() {
 }
 
 [ $# -gt 0 ] || { sed -n "3,9s/^# \{0,1\}//p" tests/run.sh >&2; exit 2; }
-# Ranks that wait leave a sixth of the cores idle. The lowest priority takes nothing from jobs whose seconds are tested.
+# Ranks that wait leave a quarter of the cores idle; programs, which leave least, come last. The lowest priority takes nothing
+# from jobs whose seconds are tested.
 if [ "$*" = rest ]; then
     echo "beside the others, where they leave a core idle: $(stages beside)"
     SYNCBN_TEST_WARM='' setsid nice -n 19 tests/run.sh beside >"$LOGS/beside.out" 2>&1 &
