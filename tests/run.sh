@@ -58,7 +58,7 @@ ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
     shift 2
     [ "$launcher" = mpirun ] && set -- --with-mpi "$@"
     [ -z "${own:-}" ] && python=$SYNCBN_TEST_WARM/python
-    PYTHON=$python PYTHON_EXEC=$python NPROC=$n timeout -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
+    PYTHON=$python PYTHON_EXEC=$python NPROC=$n timeout --foreground -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
 }
 
 # Ranks that are processes of their own: in another environment, or with other settings of Python.
@@ -75,14 +75,14 @@ compiling() { # ranks ...: an eighth of the time of torch's compiler is garbage 
 # shellcheck disable=SC2086 # lists of files
 stage() {
     case $1 in
-        one) timeout -k 10 900 python -m pytest -n 2 -m "$brief and not builds and not nvrtc" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        one) timeout --foreground -k 10 900 python -m pytest -n 2 -m "$brief and not builds and not nvrtc" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         mpi-3) ranks 3 mpirun -m "$brief" $several ;;
         mpi-2) SYNCBN_TEST_TRANSPORT=mpi ranks 2 mpirun -m "$brief" $counted ;;
         mpi-4) ranks 4 mpirun -m "$brief" $counted ;;
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
-        programs) timeout -k 10 1500 python -m pytest -n 3 --dist loadgroup --durations 25 -m "program and not builds and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        programs) timeout --foreground -k 10 1500 python -m pytest -n 3 --dist loadgroup --durations 25 -m "program and not builds and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
-        kernels) timeout -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 15 -m "builds or ((nvrtc or slow) and not program and not faults and not hosts and not slurm)" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        kernels) timeout --foreground -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 15 -m "builds or ((nvrtc or slow) and not program and not faults and not hosts and not slurm)" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) compiling 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
             compiling 2 torchrun -m slow "$several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process[inductor-1]" \
@@ -90,14 +90,14 @@ stage() {
             ;;
         mpich) SYNCBN_TEST_TRANSPORT=mpi PATH="$BIN_MPICH:$PATH" own_ranks 3 mpirun -m "$brief" $library ;;
         gloo) SYNCBN_TEST_TRANSPORT=torch ranks 2 torchrun -m "$brief" $library ;;
-        faults) BIN_MPICH=$BIN_MPICH timeout -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
-        hosts) timeout -k 10 600 python -m pytest -n 2 --dist loadfile -m hosts --durations 10 tests/hosts "${more[@]}" ;; # skips most without root
-        slurm) timeout -k 10 300 python -m pytest -n 0 -m slurm tests/slurm "${more[@]}" ;;
-        zoo) SYNCBN_TEST_WARM='' PATH="$BIN_ZOO:$PATH" timeout -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
+        faults) BIN_MPICH=$BIN_MPICH timeout --foreground -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
+        hosts) timeout --foreground -k 10 600 python -m pytest -n 2 --dist loadfile -m hosts --durations 10 tests/hosts "${more[@]}" ;; # skips most without root
+        slurm) timeout --foreground -k 10 300 python -m pytest -n 0 -m slurm tests/slurm "${more[@]}" ;;
+        zoo) SYNCBN_TEST_WARM='' PATH="$BIN_ZOO:$PATH" timeout --foreground -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" own_ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" own_ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
         fake-gpu)
-            SYNCBN_TEST_DEVICE=fake-cuda timeout -k 10 600 python -m pytest -n 2 -m "not program" "${more[@]}" \
+            SYNCBN_TEST_DEVICE=fake-cuda timeout --foreground -k 10 600 python -m pytest -n 2 -m "not program" "${more[@]}" \
                 tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks
             ;;
         fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $device ;;
@@ -115,6 +115,7 @@ if [ "$*" = rest ]; then
     beside=$!
     trap 'kill -- -$beside 2>/dev/null' EXIT
 fi
+trap 'exit 130' INT # once the stage has ended, which hears Ctrl-C too, as timeout is in the foreground
 began=$SECONDS tests=0 names=$(stages "$@")
 warm
 for name in $names; do

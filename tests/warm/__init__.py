@@ -48,7 +48,8 @@ def commands(path=""):
         _write(folder / name, f'#!/bin/sh\nexec {folder}/python {words} "$@"\n')
     program = f"from tests.warm import server; server.main({str(address)!r})"
     words = [sys.executable, "-c", program]
-    server = subprocess.Popen(words, cwd=processes.ROOT, stdin=subprocess.PIPE, env=_environment(path))
+    options = {"cwd": processes.ROOT, "env": _environment(path), "start_new_session": True}  # out of reach of Ctrl-C
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, **options)
     while not address.exists():
         assert server.poll() is None, "the process that forks did not start"
         time.sleep(0.02)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Prints the folder of ``warm.commands()``, whose process lives until stdin ends: one for all of tests/run.sh."""
 
+import contextlib
 import sys
 
 from tests.warm import commands
 
 sys.stdout.write(f"{commands()}\n")
 sys.stdout.flush()
-sys.stdin.read()
+with contextlib.suppress(KeyboardInterrupt):
+    sys.stdin.read()
