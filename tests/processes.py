@@ -42,13 +42,19 @@ def start(*command, cwd=ROOT, stdin=subprocess.DEVNULL, **extra):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - it takes no lock
+        preexec_fn=_prepare,  # noqa: PLW1509 - it takes no lock
     )
 
 
-def _hear_ctrl_c():
-    """A background job of a shell, as CI may be, ignores Ctrl-C, and so would all that it starts."""
+def _prepare():
+    """A background job of a shell, as CI may be, ignores Ctrl-C, and so would all that it starts.
+
+    Linux gives each session as much of the cores as another one, unless told that it is as nice as its processes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if nice := os.nice(0):
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+            file.write(str(nice))
 
 
 def run(*command, limit=100, cwd=ROOT, **extra):

@@ -58,7 +58,7 @@ ranks() { # ranks N LAUNCHER WORDS...: pytest on every rank
     shift 2
     [ "$launcher" = mpirun ] && set -- --with-mpi "$@"
     [ -z "${own:-}" ] && python=$SYNCBN_TEST_WARM/python
-    PYTHON=$python PYTHON_EXEC=$python NPROC=$n timeout --foreground -k 10 1200 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
+    PYTHON=$python PYTHON_EXEC=$python NPROC=$n timeout --foreground -k 10 1800 "launch/$launcher.sh" -m pytest "${more[@]}" "$@"
 }
 
 # Ranks that are processes of their own: in another environment, or with other settings of Python.
@@ -82,7 +82,7 @@ stage() {
         torchrun) ranks 2 torchrun -m "$brief" $several ;;
         programs) timeout --foreground -k 10 1500 python -m pytest -n 3 --dist loadgroup --durations 25 -m "program and not builds and not faults and not hosts and not slurm" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         programs-of-ranks) ranks 3 mpirun -m program $several ;;
-        kernels) timeout --foreground -k 10 1500 python -m pytest -n 2 --dist loadgroup --durations 15 -m "builds or ((nvrtc or slow) and not program and not faults and not hosts and not slurm)" --ignore $several --ignore tests/zoo "${more[@]}" ;;
+        kernels) timeout --foreground -k 10 3000 python -m pytest -n 2 --dist loadgroup --durations 15 -m "builds or ((nvrtc or slow) and not program and not faults and not hosts and not slurm)" --ignore $several --ignore tests/zoo "${more[@]}" ;;
         compiled) compiling 2 mpirun -m slow $several ;;
         compiled-torchrun) # what compiled proves of graphs over MPI and gloo is not proved anew under another launcher
             compiling 2 torchrun -m slow "$several/test_compile_order.py::test_every_split_of_a_batch_equals_one_process[inductor-1]" \
@@ -93,7 +93,7 @@ stage() {
         faults) BIN_MPICH=$BIN_MPICH timeout --foreground -k 10 600 python -m pytest -n 0 -m faults tests/waits tests/transports "${more[@]}" ;;
         hosts) timeout --foreground -k 10 600 python -m pytest -n 2 --dist loadfile -m hosts --durations 10 tests/hosts "${more[@]}" ;; # skips most without root
         slurm) timeout --foreground -k 10 300 python -m pytest -n 0 -m slurm tests/slurm "${more[@]}" ;;
-        zoo) SYNCBN_TEST_WARM='' PATH="$BIN_ZOO:$PATH" timeout --foreground -k 10 900 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
+        zoo) SYNCBN_TEST_WARM='' PATH="$BIN_ZOO:$PATH" timeout --foreground -k 10 1800 python -m pytest -n 2 "${more[@]}" tests/zoo ;;
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" own_ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" own_ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
         fake-gpu)
@@ -108,10 +108,11 @@ stage() {
 
 [ $# -gt 0 ] || { sed -n "3,9s/^# \{0,1\}//p" tests/run.sh >&2; exit 2; }
 # Ranks that wait leave a quarter of the cores idle; programs, which leave least, come last. The lowest priority takes nothing
-# from jobs whose seconds are tested.
+# from jobs whose seconds are tested. A session of its own can be ended as a whole, and has a priority of its own (autogroup).
 if [ "$*" = rest ]; then
     echo "beside the others, where they leave a core idle: $(stages beside)"
-    SYNCBN_TEST_WARM='' setsid nice -n 19 tests/run.sh beside >"$LOGS/beside.out" 2>&1 &
+    SYNCBN_TEST_WARM='' PYTEST_WORDS="--timeout 600 ${PYTEST_WORDS:-}" setsid nice -n 19 \
+        sh -c '{ echo 19 >/proc/self/autogroup; } 2>/dev/null; exec tests/run.sh beside' >"$LOGS/beside.out" 2>&1 &
     beside=$!
     trap 'kill -- -$beside 2>/dev/null' EXIT
 fi

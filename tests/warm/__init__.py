@@ -48,7 +48,7 @@ def commands(path=""):
         _write(folder / name, f'#!/bin/sh\nexec {folder}/python {words} "$@"\n')
     program = f"from tests.warm import server; server.main({str(address)!r})"
     words = [sys.executable, "-c", program]
-    options = {"cwd": processes.ROOT, "env": _environment(path), "start_new_session": True}  # out of reach of Ctrl-C
+    options = {"cwd": processes.ROOT, "env": _environment(path), "process_group": 0}  # out of reach of Ctrl-C
     server = subprocess.Popen(words, stdin=subprocess.PIPE, **options)
     while not address.exists():
         assert server.poll() is None, "the process that forks did not start"
