@@ -97,7 +97,7 @@ stage() {
         zoo-mpi-3) PATH="$BIN_ZOO:$PATH" own_ranks 3 mpirun tests/zoo/test_exact.py ;;
         zoo-mpi-2) PATH="$BIN_ZOO:$PATH" own_ranks 2 mpirun -k "efficientnet or GCN or 3d" tests/zoo/test_exact.py ;;
         fake-gpu)
-            SYNCBN_TEST_DEVICE=fake-cuda timeout --foreground -k 10 600 python -m pytest -n 2 -m "not program" "${more[@]}" \
+            SYNCBN_TEST_DEVICE=fake-cuda timeout --foreground -k 10 1800 python -m pytest -n 2 -m "not program" "${more[@]}" \
                 tests/kernels/cuda/test_fake_cuda.py tests/test_layer.py tests/convert tests/calls/test_derivatives.py tests/benchmarks
             ;;
         fake-gpu-mpi) SYNCBN_TEST_DEVICE=fake-cuda ranks 2 mpirun -m "$brief" $device ;;
