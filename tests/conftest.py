@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from syncbn.transports import launchers
-from tests import fake_cuda
+from tests import fake_cuda, processes
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -60,6 +60,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if _starts_programs(item):
             item.add_marker(pytest.mark.program)
+        _limit(item)
         if "multiprocess" in item.nodeid and "compil" in item.nodeid:  # seconds each, the same on any number of ranks
             item.add_marker(pytest.mark.slow)
         if DEVICE.type != "cpu" and (about := item.get_closest_marker("cpu")):
@@ -75,6 +76,14 @@ def pytest_collection_modifyitems(config, items):
         elif LAUNCH.size < max(2, mark.args[0]):
             item.add_marker(pytest.mark.skip(reason=f"needs {max(2, mark.args[0])} processes"))
     _name_groups(items if config.getoption("loadgroup", default=False) else [])
+
+
+def _limit(item):
+    """Gives a test the time that ``processes.patience`` says."""
+    given = item.get_closest_marker("timeout")
+    seconds = given.args[0] if given else float(item.config.getini("timeout"))
+    if (longer := processes.patience(seconds)) > seconds:
+        item.add_marker(pytest.mark.timeout(longer), append=False)
 
 
 def _name_groups(items):

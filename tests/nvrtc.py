@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import patience
+
 OPTIONS = ("--std=c++17", "--fmad=false")
 
 
@@ -47,7 +49,7 @@ def ptx_of(source, folder, *more):
 def _nvcc(source, folder, *more):
     (folder / "kernel.cu").write_text(source)
     words = ["nvcc", *OPTIONS, *more, "kernel.cu", "-o", "kernel"]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=patience(200), check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

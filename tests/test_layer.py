@@ -102,7 +102,7 @@ def test_inference_mode_in_training_is_allowed():
 def test_training_refuses_an_eps_that_is_not_above_0(eps):
     layer, x = syncbn.SyncBatchNorm(3, eps=eps), torch.randn(4, 3)
     for call in (layer, lambda x: functional.sync_batch_norm(x, eps=eps)):
-        with pytest.raises(ValueError, match=rf"needs eps > 0 in training.*received {eps:g}\. The default is 1e-5"):
+        with pytest.raises(ValueError, match=rf"needs eps > 0 in training.*received {eps}\. The default is 1e-5"):
             call(x)
     if eps <= 0:
         with pytest.raises(ValueError, match="eps must be positive"):

@@ -13,7 +13,6 @@ of its own.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, final
 
 from torch import Tensor
@@ -54,7 +53,7 @@ def checked(limits: tuple[float, float] | None, track_running_stats: bool) -> Re
     if not isinstance(limits, (tuple, list)) or len(limits) != 2:
         raise TypeError(f"{need}; received {shown(limits)}. Pass syncbn.RenormLimits(3, 5), for example.")
     r_max, d_max = map(inputs.number, limits)
-    if math.isnan(r_max) or math.isnan(d_max):
+    if not (inputs.is_number(r_max) and inputs.is_number(d_max)):
         raise ValueError(f"{need}; received {shown(limits)}. Pass syncbn.RenormLimits(3, 5), for example.")
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(

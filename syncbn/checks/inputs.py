@@ -96,16 +96,25 @@ def number(value: object) -> float:
         return math.nan
 
 
+def is_number(value: object) -> bool:
+    """Returns whether something stands for a number that is not NaN.
+
+    Not by ``math.isnan``, which would end the graph of a compiler to which numbers are symbols.
+    """
+    found = number(value)
+    return found == found  # noqa: PLR0124 - NaN does not
+
+
 def settings_error(eps: object, momentum: object) -> Exception | None:
     """Returns the error of eps or momentum in training, or None."""
     value = number(eps)
     if not value > 0:
-        received = shown(eps) if math.isnan(value) else f"{value:g}"
+        received = value if is_number(eps) else shown(eps)  # a compiler knows no format of a symbol
         return ValueError(
             f"{NAME} needs eps > 0 in training, or a constant channel would be divided by 0; received {received}. The "
             "default is 1e-5."
         )
-    if momentum is not None and math.isnan(number(momentum)):
+    if momentum is not None and not is_number(momentum):
         return ValueError(
             f"{NAME} needs a number as momentum, or None to average over all batches; received {shown(momentum)}. The "
             "default is 0.1."

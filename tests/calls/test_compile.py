@@ -2,6 +2,7 @@
 """The registered operators keep torch's contract, and a compiled layer in one process is the eager one."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def compiled(model, backend="aot_eager"):
-    return torch.compile(model, fullgraph=True, backend=backend)
+def compiled(model, backend="aot_eager", **options):
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
 
 
 def wire():
@@ -178,13 +179,16 @@ def test_a_number_stands_for_a_group():
     assert keys.key_of_transport(transport) == keys.key_of_transport(transport) != KEY
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
-)
-def test_options_equal_the_eager_layer(options):
+OPTIONS = [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}]
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
+@pytest.mark.parametrize("options", [*OPTIONS, {"renorm_limits": (1.5, 0.5)}], ids=str)
+def test_options_equal_the_eager_layer(options, dynamic):
+    """With dynamic=True sizes are symbols from the first step, and so are eps, momentum and limits."""
     eager = syncbn.SyncBatchNorm(C, **options)
     layer = copy.deepcopy(eager)
-    run = compiled(layer)
+    run = compiled(layer, dynamic=dynamic)
     for n in (4, 6, 6):
         x = torch.randn(n, C, 5)
         ours, theirs = (x.clone().requires_grad_() for _ in range(2))
@@ -197,9 +201,24 @@ def test_options_equal_the_eager_layer(options):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_the_function_compiles_too():
+@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
+def test_a_schedule_of_momentum_and_eps_stays_one_graph(dynamic):
+    """What has changed once is a symbol to the compiler from then on."""
+    eager = syncbn.SyncBatchNorm(C)
+    layer = copy.deepcopy(eager)
+    run = compiled(layer, dynamic=dynamic)
+    for momentum, eps in ((0.1, 1e-5), (0.2, 1e-5), (0.4, 1e-3), (0.05, 1e-2)):
+        for each in (layer, eager):
+            each.momentum, each.eps = momentum, eps
+        x = torch.randn(4, C)
+        torch.testing.assert_close(run(x), eager(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
+def test_the_function_compiles_too(dynamic):
     mean, var, x = torch.zeros(C), torch.ones(C), torch.randn(4, C)
-    run = compiled(lambda x: functional.sync_batch_norm(x, mean, var, eps=1e-3))
+    run = compiled(lambda x: functional.sync_batch_norm(x, mean, var, eps=1e-3), dynamic=dynamic)
     torch.testing.assert_close(run(x), functional.sync_batch_norm(x, eps=1e-3))
     torch.testing.assert_close(mean, 0.1 * x.mean(0))
 
@@ -258,9 +277,20 @@ def test_the_compiler_refuses_a_second_derivative():
         grad.square().sum().backward()
 
 
-def test_an_eps_of_0_is_an_error_as_in_eager():
-    with pytest.raises(ValueError, match="On rank 0: SyncBatchNorm needs eps > 0 in training"):
-        compiled(syncbn.SyncBatchNorm(C, eps=0.0))(torch.randn(4, C))
+@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
+@pytest.mark.parametrize(
+    ("setting", "value", "needs"),
+    [("eps", 0.0, "eps > 0 in training"), ("eps", math.nan, "eps > 0"), ("momentum", math.nan, "a number as momentum")],
+)
+def test_a_bad_setting_is_an_error_as_in_eager(setting, value, needs, dynamic):
+    layer = syncbn.SyncBatchNorm(C)
+    run = compiled(layer, dynamic=dynamic)
+    for good in (0.1, 0.2):
+        setattr(layer, setting, good)
+        run(torch.randn(4, C))
+    setattr(layer, setting, value)
+    with pytest.raises(ValueError, match=f"On rank 0: SyncBatchNorm needs {needs}"):
+        run(torch.randn(4, C))
 
 
 def test_a_training_step_tells_autograd_that_buffers_moved():

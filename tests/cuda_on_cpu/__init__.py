@@ -15,6 +15,7 @@ import torch
 
 from syncbn.kernels.cuda.errors import DeferredErrors
 from syncbn.kernels.cuda.launch import AbstractLauncher, Scratch
+from tests.processes import patience
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent.parent / "syncbn" / "kernels" / "cuda"
@@ -36,7 +37,7 @@ def build(*more, cuda=CUDA):
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         words = ["g++", *FLAGS, *QUIET, *more, f"-I{HERE}", f"-I{cuda}", HERE / "kernels.cpp", HERE / "machine.cpp"]
-        subprocess.run([*words, "-o", made], check=True, timeout=300)
+        subprocess.run([*words, "-o", made], check=True, timeout=patience(300))
         made.replace(library)
     return library
 

@@ -29,6 +29,7 @@ import torch
 from syncbn import kernels
 from syncbn.kernels.cuda.launch import AbstractLauncher
 from tests.cuda_on_cpu import EmulatedLauncher
+from tests.processes import patience
 
 NAME = "fake-cuda"
 SOURCE = Path(__file__).with_name("device.cpp")
@@ -48,7 +49,7 @@ def build():
         made = library.with_suffix(f".{os.getpid()}")
         torch_words = ["-isystem", root / "include", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        subprocess.run(["g++", *FLAGS, abi, SOURCE, *torch_words, "-o", made], check=True, timeout=300)
+        subprocess.run(["g++", *FLAGS, abi, SOURCE, *torch_words, "-o", made], check=True, timeout=patience(300))
         made.replace(library)
     return library
 

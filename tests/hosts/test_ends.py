@@ -24,6 +24,8 @@ OF_LAUNCHER = dict.fromkeys(("plain", "torchrun", "mpirun", "ssh"), 0.0)
 if not EVERY:
     OF_LAUNCHER |= {"mpirun": 4.0, "ssh": 4.0, "torchrun": 8.0}
 LIMIT_STATUS = 124
+OF_PARENTS = ("agent", "launcher")
+"""Faults at which ranks end with their parent; a fork has another one."""
 
 
 class Fault(NamedTuple):
@@ -82,7 +84,7 @@ def ended(make_hosts, request):
 
     def run(case):
         way, name, who = case
-        job = jobs.Job(hosts[case], way, 2, "--endless", LIMIT, forks=way == "plain")
+        job = jobs.Job(hosts[case], way, 2, "--endless", LIMIT, forks=name not in OF_PARENTS and not EVERY)
         jobs.fault(job, name, job.size - 1 if who == "last" else 0)
         found = jobs.watch(job, LIMIT + 30)
         hosts[case].clear()

@@ -103,7 +103,7 @@ def test_every_split_of_a_batch_equals_one_process(ranks, sent, backend, least):
     Without samples inductor fails on the convolution, with the strides of its gradient.
     """
     one, model = models()
-    run = torch.compile(model, dynamic=True, backend=backend)
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     splits = [sizes for sizes in itertools.product(range(least, N + 1), repeat=ranks.size) if sum(sizes) == N]
     for sizes in splits[:: 5 if ranks.size > 2 and backend == "inductor" else 1]:
         sent.clear()
@@ -116,7 +116,7 @@ def test_every_split_of_a_batch_equals_one_process(ranks, sent, backend, least):
 
 def test_graphs_and_models_by_turns_and_a_graph_break_between_layers(ranks, sent):
     pairs = [models(4), models(6)]
-    runs = [torch.compile(model, dynamic=True, backend="aot_eager") for _, model in pairs]
+    runs = [torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager") for _, model in pairs]
 
     def broken(x, model=pairs[0][1]):
         y = torch.relu(model.bn1(model.conv1(x)))

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from tests import processes
+from tests import conftest, processes
 
 PYTHON = """#!/bin/sh
 case "$*" in
@@ -71,10 +71,22 @@ def test_a_stage_that_fails_is_shown_and_ends_the_run_with_what_runs_beside(star
 
 
 def test_what_fails_beside_fails_the_run(start):
-    process = start("rest", others='echo 1 passed; case "$*" in *tests/zoo) exit 4 ;; esac')
+    process = start("quick", "rest", others='echo 1 passed; case "$*" in *tests/zoo) exit 4 ;; esac')
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, out + err
     assert "FAILED with status 4" in out
+
+
+def test_where_others_go_first_limits_are_ten_times_as_long(request, monkeypatch):
+    """What runs beside has the lowest priority: a program of some seconds took more than its minute."""
+    sleep = ("sleep", "0.5")
+    with pytest.raises(AssertionError, match=r"did not end within 0\.2 s"):
+        processes.run(*sleep, limit=0.2)
+    monkeypatch.setattr(os, "nice", lambda more: 19)
+    assert processes.run(*sleep, limit=0.2).returncode == 0
+    before = request.node.get_closest_marker("timeout")
+    conftest._limit(request.node)
+    assert request.node.get_closest_marker("timeout").args == (10 * (before.args[0] if before else 120.0),)
 
 
 def test_ctrl_c_ends_all_of_it(start):

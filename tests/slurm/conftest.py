@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tests import processes
+from tests import processes, warm
 from tests.processes import ROOT
 from tests.project.launched import STUCK
 
@@ -136,12 +136,14 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def jobs(cluster):
-    """Submits all jobs, since each spends its time on starting Python. Those through PMIx only where Slurm has it."""
+    """Submits all jobs, which mostly wait, at once. Those through PMIx only where Slurm has it."""
     programs = {}
     for name, text in {"stuck": STUCK, "value": VALUE, "plain": PLAIN}.items():
         programs[name] = cluster.folder / f"{name}.py"
         programs[name].write_text(text)
     made = {}
+
+    python = warm.commands() / "python"  # of jobs that end by themselves: a fork is no child of Slurm's
 
     def submit(name, *words, **extra):
         options = {"PYTHON": sys.executable, "SYNCBN_TIMEOUT": 5}
@@ -149,7 +151,7 @@ def jobs(cluster):
 
     def script(name, text, **facts):
         path = cluster.folder / f"{name}.sh"
-        path.write_text(text.format(python=sys.executable, **facts))
+        path.write_text(text.format(python=python, **facts))
         return path
 
     shipped = ROOT / "launch" / "slurm.sbatch"
@@ -159,8 +161,8 @@ def jobs(cluster):
         for word, name in ("raises", "raises"), ("is killed", "killed"), ("hangs", "hangs"):
             submit(f"{name}-{pmi}", "--ntasks=2", shipped, programs["stuck"], word, PMI=pmi)
         submit(f"steps-{pmi}", "--ntasks=4", script(f"steps-{pmi}", STEPS, mpi=pmi, program=programs["value"]))
-        submit(f"two-{pmi}", "--ntasks=2", shipped, programs["value"], 10, PMI=pmi)
-    submit("four-none", "--ntasks=4", shipped, programs["value"], 10, PMI="none")
+        submit(f"two-{pmi}", "--ntasks=2", shipped, programs["value"], 10, PMI=pmi, PYTHON=python)
+    submit("four-none", "--ntasks=4", shipped, programs["value"], 10, PMI="none", PYTHON=python)
     for word in "layer", "communicator":
         text = script(word, ONE_STEP, mpi="none", program=programs["plain"], word=word)
         submit(f"plain-{word}", "--ntasks=2", text)

@@ -16,7 +16,7 @@ def compiled(folder, header, *flags):
     (folder / "segment.hpp").write_text(header)
     program = folder / "segment_threads"
     command = ["g++", *FLAGS, *flags, f"-I{folder}", HERE / "segment_threads.cpp", "-o", program]
-    subprocess.run(command, check=True, timeout=200)
+    subprocess.run(command, check=True, timeout=processes.patience(200))
     return program
 
 

@@ -50,10 +50,10 @@ MPI_CASES += [
     ("mpirun", 2, "kill", "average"),
     ("mpirun", 2, "evaluates", "average"),
     ("mpirun", 4, "sleep", "average"),
-    ("mpirun", 3, "exception", "compiled"),
-    ("mpirun", 3, "sleep", "compiled"),
+    ("mpirun", 2, "exception", "compiled"),
+    ("mpirun", 2, "sleep", "compiled"),
 ]
-MPI_CASES += [("mpich", 3, name, "average") for name in ("exception", "sleep", "evaluates")]
+MPI_CASES += [("mpich", 2, name, "average") for name in ("exception", "sleep", "evaluates")]
 if os.environ.get("SYNCBN_TEST_FAULTS") == "all":  # a quarter of an hour
     AT_ONCE = ("kill", "segfault", "exits_at_once")
     MPI_CASES = [("mpirun", n, name, "average") for n in (2, 3, 4) for name in FAULTS]
@@ -97,7 +97,7 @@ def test_the_end_of_the_launcher_ends_all_ranks(tmp_path, launcher, end):
         "ctrl-c": lambda launcher: os.killpg(launcher.pid, signal.SIGINT),
         "launcher killed": lambda launcher: launcher.kill(),
     }
-    done = under(launcher, 3, "interrupted", then=signals[end], folder=tmp_path)
+    done = under(launcher, 2, "interrupted", then=signals[end], folder=tmp_path)
     assert GIVEN_UP not in done.statuses, done
     assert done.left == [], done
     assert done.statuses[0] != 0, done

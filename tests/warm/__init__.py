@@ -32,11 +32,12 @@ COMMANDS = {
 
 
 @cache
-def commands(path=""):
+def commands(path="", many=False):
     """A folder with python and the commands above; the process that forks starts with it and ends with this one.
 
     Args:
         path: folders for the PYTHONPATH of that process, where syncbn is to come from another place than this clone.
+        many: whether it is to import what only some programs need, too.
     """
     if not path and (shared := os.environ.get("SYNCBN_TEST_WARM")):
         return Path(shared)
@@ -46,7 +47,7 @@ def commands(path=""):
     _write(folder / "python", stub.replace("REAL", sys.executable).replace("ADDRESS", str(address)))
     for name, words in COMMANDS.items():
         _write(folder / name, f'#!/bin/sh\nexec {folder}/python {words} "$@"\n')
-    program = f"from tests.warm import server; server.main({str(address)!r})"
+    program = f"from tests.warm import server; server.main({str(address)!r}, many={many})"
     words = [sys.executable, "-c", program]
     options = {"cwd": processes.ROOT, "env": _environment(path), "process_group": 0}  # out of reach of Ctrl-C
     server = subprocess.Popen(words, stdin=subprocess.PIPE, **options)

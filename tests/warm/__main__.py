@@ -6,7 +6,7 @@ import sys
 
 from tests.warm import commands
 
-sys.stdout.write(f"{commands()}\n")
+sys.stdout.write(f"{commands(many=True)}\n")
 sys.stdout.flush()
 with contextlib.suppress(KeyboardInterrupt):
     sys.stdin.read()

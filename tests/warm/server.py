@@ -7,6 +7,7 @@
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import multiprocessing.process
 import os
@@ -163,8 +164,13 @@ def run(words):
     return exec(compile(path.read_bytes(), path, "exec"), main)
 
 
-def main(address):
-    """Serves at an address, and is the program that was asked for in each fork."""
+def main(address, many):
+    """Serves at an address, and is the program that was asked for in each fork.
+
+    Args:
+        address: of the socket.
+        many: whether it imports what only some programs and tests need, too: 3 s, for a whole suite.
+    """
     clone, given = sys.path.pop(0), os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path.append(clone)  # where no syncbn is installed
     import torch
@@ -174,9 +180,15 @@ def main(address):
 
     import syncbn  # noqa: F401
 
+    if many:
+        for name in ("functorch.compile", "matplotlib.pyplot", "sklearn.datasets"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
     del sys.modules["torch.distributed.run"], torch.distributed.run  # -m warns of a module that is imported before
     gc.collect()
     gc.freeze()
+    gc.set_threshold(1_000_000)  # as tests/startup has it of programs that are no forks
     order = Server(address).serve()
     become(order, [path for path in sys.path if path not in (clone, *given)])
     run(order["words"])
