@@ -180,12 +180,14 @@ def test_a_number_stands_for_a_group():
 
 
 OPTIONS = [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}]
+SYMBOLS = [{}, {"momentum": None}, {"renorm_limits": (1.5, 0.5)}]
+"""With dynamic=True sizes are symbols from the first step, and so are eps, momentum and limits."""
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
-@pytest.mark.parametrize("options", [*OPTIONS, {"renorm_limits": (1.5, 0.5)}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dynamic"), [*((each, None) for each in OPTIONS), *((each, True) for each in SYMBOLS)], ids=str
+)
 def test_options_equal_the_eager_layer(options, dynamic):
-    """With dynamic=True sizes are symbols from the first step, and so are eps, momentum and limits."""
     eager = syncbn.SyncBatchNorm(C, **options)
     layer = copy.deepcopy(eager)
     run = compiled(layer, dynamic=dynamic)
@@ -201,12 +203,11 @@ def test_options_equal_the_eager_layer(options, dynamic):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
-def test_a_schedule_of_momentum_and_eps_stays_one_graph(dynamic):
+def test_a_schedule_of_momentum_and_eps_stays_one_graph():
     """What has changed once is a symbol to the compiler from then on."""
     eager = syncbn.SyncBatchNorm(C)
     layer = copy.deepcopy(eager)
-    run = compiled(layer, dynamic=dynamic)
+    run = compiled(layer)
     for momentum, eps in ((0.1, 1e-5), (0.2, 1e-5), (0.4, 1e-3), (0.05, 1e-2)):
         for each in (layer, eager):
             each.momentum, each.eps = momentum, eps
@@ -277,14 +278,13 @@ def test_the_compiler_refuses_a_second_derivative():
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
 @pytest.mark.parametrize(
     ("setting", "value", "needs"),
     [("eps", 0.0, "eps > 0 in training"), ("eps", math.nan, "eps > 0"), ("momentum", math.nan, "a number as momentum")],
 )
-def test_a_bad_setting_is_an_error_as_in_eager(setting, value, needs, dynamic):
+def test_a_bad_setting_is_an_error_as_in_eager(setting, value, needs):
     layer = syncbn.SyncBatchNorm(C)
-    run = compiled(layer, dynamic=dynamic)
+    run = compiled(layer)
     for good in (0.1, 0.2):
         setattr(layer, setting, good)
         run(torch.randn(4, C))
