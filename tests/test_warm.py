@@ -53,6 +53,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.xdist_group("warm")
+def test_a_fork_writes_whole_lines_where_it_is_told_to(monkeypatch):
+    """Words of two ranks must not mix in a line; unbuffered Python, which a launcher starts, writes word by word."""
+    program = "import os; print('a', 'line'); print('half', end=''); os._exit(0)"
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    assert warm.python("-c", program).stdout == ""
+    for how in ((["-u"], {}), ([], {"PYTHONUNBUFFERED": 1})):
+        options, environ = how
+        assert warm.python(*options, "-c", program, **environ).stdout == "a line\nhalf"
+        assert warm.python(*options, "-c", program, SYNCBN_TEST_WHOLE_LINES=1, **environ).stdout == "a line\n"
+
+
+@pytest.mark.xdist_group("warm")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_fork_prints_and_ends_as_a_process_of_its_own(folder, command):
     own, fork = (start(*COMMANDS[command], cwd=folder, OWN="mine") for start in (processes.python, warm.python))

@@ -97,11 +97,14 @@ def _write(path, text):
 
 
 def _environment(path):
-    """One thread of each library: a process with several cannot be forked. glibc reads its settings once, here."""
+    """One thread of each library: a process with several cannot be forked. glibc reads its settings once, here.
+
+    Unbuffered, which Python reads once too: each fork collects as much of stdout as it is told to, see ``become``.
+    """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     kept = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "2000000000"}  # as launch/*.sh sets them
     searched = ":".join(filter(None, [path, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **threads, **kept, "PYTHONPATH": searched}
+    return {**os.environ, **threads, **kept, "PYTHONPATH": searched, "PYTHONUNBUFFERED": "1"}
 
 
 def _end(server, folder):

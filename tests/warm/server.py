@@ -122,10 +122,9 @@ def become(order, path):
     multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # where a spawned process looks for the program
     os.environ.clear()
     os.environ.update(order["environ"])
-    if os.environ.get("SYNCBN_TEST_WHOLE_LINES"):
-        sys.stdout.reconfigure(line_buffering=True)
-    elif order["unbuffered"] or os.environ.get("PYTHONUNBUFFERED"):
-        sys.stdout.reconfigure(write_through=True)
+    lines = bool(os.environ.get("SYNCBN_TEST_WHOLE_LINES"))
+    at_once = not lines and bool(order["unbuffered"] or os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdout.reconfigure(line_buffering=lines, write_through=at_once)
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = added + path
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
