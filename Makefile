@@ -38,8 +38,8 @@ test: $(VENV)/ready
 test-hosts: $(VENV)/ready
 	tests/run.sh hosts
 
-test-all: $(VENV)/ready $(VENV)-mpich/ready $(VENV)-zoo/ready
-	BIN_MPICH=$(BIN_MPICH) BIN_ZOO=$(BIN_ZOO) tests/run.sh quick rest
+test-all: test $(VENV)-mpich/ready $(VENV)-zoo/ready
+	BIN_MPICH=$(BIN_MPICH) BIN_ZOO=$(BIN_ZOO) tests/run.sh rest
 
 test-slurm: $(VENV)/ready
 	tests/run.sh slurm

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # The tests in stages, one line each; what a stage prints is kept in out/tests and shown where it fails.
 #     tests/run.sh quick            what make test runs: every claim of the core, once each
-#     tests/run.sh quick rest       what make test-all runs: also programs, compilers, MPICH, model libraries, CUDA tensors
-#     tests/run.sh beside           those of the rest that only compute; the rest runs them beside all others
+#     tests/run.sh rest             what make test-all adds: programs, compilers, MPICH, model libraries, CUDA tensors
+#     tests/run.sh beside           those of the rest that only compute; the rest runs them beside the others
 #     tests/run.sh mpi-3 torchrun   some stages by name; PYTEST_WORDS="-k masks" goes to each
 # BIN is the folder of the commands of the environment, BIN_MPICH of that with MPICH.
 set -uo pipefail
@@ -109,7 +109,7 @@ stage() {
 [ $# -gt 0 ] || { sed -n "3,9s/^# \{0,1\}//p" tests/run.sh >&2; exit 2; }
 # Ranks that wait leave a quarter of the cores idle; programs, which leave least, come last. The lowest priority takes nothing
 # from jobs whose seconds are tested. A session of its own can be ended as a whole, and has a priority of its own (autogroup).
-if [[ " $* " == *" rest "* ]]; then
+if [ "$*" = rest ]; then
     echo "beside the others, where they leave a core idle: $(stages beside)"
     SYNCBN_TEST_WARM='' setsid nice -n 19 \
         sh -c '{ echo 19 >/proc/self/autogroup; } 2>/dev/null; exec tests/run.sh beside' >"$LOGS/beside.out" 2>&1 &
