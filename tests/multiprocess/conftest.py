@@ -4,6 +4,7 @@
 import os
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def pytest_runtest_makereport(item, call):
     if alone and launch.size > 1:
         sys.__stderr__.write(f"\nrank {launch.rank} failed alone in {item.nodeid}\n{report.longreprtext}\n")
         sys.__stderr__.flush()
+        time.sleep(1)  # MPICH's mpirun ends at once, without what it has not read yet
         if launch.speaks_mpi:
             from mpi4py import MPI
 
