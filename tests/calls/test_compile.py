@@ -282,10 +282,11 @@ def test_the_compiler_refuses_a_second_derivative():
     ("setting", "value", "needs"),
     [("eps", 0.0, "eps > 0 in training"), ("eps", math.nan, "eps > 0"), ("momentum", math.nan, "a number as momentum")],
 )
-def test_a_bad_setting_is_an_error_as_in_eager(setting, value, needs):
+@pytest.mark.parametrize("before", [(), (0.1, 0.2)], ids=["number", "symbol"])
+def test_a_bad_setting_is_an_error_as_in_eager(setting, value, needs, before):
     layer = syncbn.SyncBatchNorm(C)
     run = compiled(layer)
-    for good in (0.1, 0.2):
+    for good in before:
         setattr(layer, setting, good)
         run(torch.randn(4, C))
     setattr(layer, setting, value)
